@@ -1,0 +1,3537 @@
+#!/usr/bin/env python3
+"""imgserver - an image server for SmartOS in one file.
+
+Serves a plain directory of images to every imgadm, over both APIs it has spoken:
+
+    serve_dir/<uuid>/manifest.json      v1 (DSAPI) or v2 (IMGAPI), as its author wrote it
+    serve_dir/<uuid>/<file>             the ZFS stream, usually compressed
+    serve_dir/<uuid>/icon.png|jpg|gif   optional
+    serve_dir/.incoming-<uuid>/         an image that is not active yet
+
+    DSAPI    /datasets  /datasets/:uuid  /datasets/:uuid/:file
+    IMGAPI   /images  /images/:uuid  /images/:uuid/file  /images/:uuid/icon  /channels
+    both     /ping  /
+
+The directory is the database: whatever appears in it whole is on show with the next
+request, what is not sound is left out with one line in the log, and nothing in it is
+ever changed by serving it.  It needs Python 3.9 or newer and nothing else.
+
+The parts, each resting only on those above it: constants - errors - log - JSON -
+configuration - manifests - store - ZFS streams - publishing - requests and responses -
+routes - connections - servers - commands.
+
+What it does not do: TLS (put nginx in front), authentication, HTTP/2, uploads over HTTP.
+
+MIT licence; see LICENSE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import collections
+import email.utils
+import errno
+import hashlib
+import html
+import http
+import json
+import math
+import os
+import queue
+import re
+import select
+import selectors
+import shlex
+import shutil
+import signal
+import socket
+import stat
+import struct
+import sys
+import threading
+import time
+import traceback
+import urllib.parse
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+__version__ = "1.0.0"
+
+# -- constants ---------------------------------------------------------------------------
+
+DSAPI, IMGAPI = "dsapi", "imgapi"
+
+NOBODY = "00000000-0000-0000-0000-000000000000"   # the owner of what has none (imgadm, IMGAPI)
+MANIFEST = "manifest.json"
+INCOMING = ".incoming-"                           # + uuid: an image that is not active yet
+ICONS = {"icon.png": "image/png", "icon.jpg": "image/jpeg", "icon.gif": "image/gif"}
+
+MANIFEST_LIMIT = 1 << 20      # bytes; tags may take 100 KiB, a description 10: nothing needs more
+NUMBER_LIMIT = 20             # digits of an integer in JSON: 2**64 has 20
+RECHECK = 1.0                 # seconds until an edit in place must be seen in a list
+RACY = 50_000_000             # ns; a mtime this young may not change with the next change yet
+LISTS_KEPT = 4                # rendered lists kept: each is as large as all manifests together
+MD5_LIMIT = 16 << 20          # bytes; a file up to this size is hashed when it is asked for
+
+HEAD_LINE_LIMIT = 8 << 10     # bytes of a request line; nginx and node allow 8 KiB too
+HEAD_LIMIT = 32 << 10         # bytes of a whole request head: imgadm sends less than 1 KiB
+HEAD_FIELDS_LIMIT = 100       # header lines of one request
+RECEIVE = 16 << 10            # bytes asked of a socket at once: many whole requests
+LOOP_SEND = 1 << 20           # bytes; what is larger goes straight to a thread, it fits no socket
+STEP = 1 << 20                # bytes given to one sendfile: signals, limits and logs stay live
+SLOW_STEP = 64 << 10          # bytes, once a step took over a second: progress shows earlier
+COPY_STEP = 256 << 10         # bytes read and sent at once where sendfile is of no use
+LINGER = 2.0                  # seconds a refused client gets to read why before the socket goes
+ACCEPT_BATCH = 32             # connections accepted before those that wait are looked at again
+ACCEPT_PAUSE = 0.5            # seconds without accepting after the files ran out
+OVERFLOW = 256                # connections above the limit that are told 503 before they close
+SPARE_FILES = 64              # file descriptors kept for images, directories and the log
+THREAD_IDLE = 10.0            # seconds until a thread without work ends
+TICK = 1.0                    # seconds between two looks at the time limits
+LOG_DELAY = 0.2               # seconds a line may wait for others, so that a burst is one write
+LOG_LIMIT = 1 << 20           # bytes of log held while nobody reads it; then lines are dropped
+LOG_TARGET_LIMIT = 1000       # characters of a client's text in one log line
+
+CHUNK = 1 << 20               # bytes of an image handled at once by import and check
+LANE = 4                      # chunks a lane (hash, decompress) may lag behind
+LZMA_MEMORY = 256 << 20       # bytes; xz -9 needs 65 MiB to decompress, a bomb asks for more
+ABANDONED = 24 * 3600         # seconds without a change until --clean takes an incomplete image
+
+EXIT_CONFIG = 96              # SMF_EXIT_ERR_CONFIG: maintenance, not restart after restart
+
+
+_UUID = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+is_uuid = _UUID.fullmatch                         # lower case only, as imgadm and IMGAPI
+
+
+# -- errors ------------------------------------------------------------------------------
+
+class Refusal(Exception):
+    """An error answer to a client: status, and code, message and errors as IMGAPI has them.
+
+    fields holds further header lines, as bytes that end in CRLF.
+    """
+
+    def __init__(self, status, code, message, errors=None, fields=b""):
+        super().__init__(message)
+        self.status, self.code, self.message = status, code, message
+        self.errors, self.fields = errors, fields
+
+
+class Cold(Exception):
+    """The answer is not in memory: ask again from a thread, which may wait for a disk."""
+
+
+class Unsound(Exception):
+    """An image that is not fit to be shown; the text says which file and why."""
+
+
+class Mistake(Exception):
+    """What a user is told in one sentence before the command ends with `status`."""
+
+    def __init__(self, message, status=1):
+        super().__init__(message)
+        self.status = status
+
+
+def not_found(message) -> Refusal:
+    return Refusal(404, "ResourceNotFound", message)
+
+
+def invalid(field, message, code="Invalid") -> Refusal:
+    """The answer to a query parameter that is not understood (IMGAPI, InvalidParameter)."""
+    return Refusal(422, "InvalidParameter", message, [{"field": field, "code": code}])
+
+
+# -- log ---------------------------------------------------------------------------------
+
+LEVELS = {"trace": 10, "debug": 20, "info": 30, "warn": 40, "error": 50, "fatal": 60}
+
+
+def printable(text, limit=LOG_TARGET_LIMIT) -> str:
+    """A client's text as it may stand in a log line: printable ASCII, quotes escaped, cut."""
+    if len(text) > limit:
+        text = text[:limit] + "..."
+    if text.isascii() and text.isprintable() and '"' not in text and "\\" not in text:
+        return text
+    return text.encode("unicode_escape").decode("ascii").replace('"', '\\"')
+
+
+class Log:
+    """One line per event on stderr; SMF keeps them in the service's log file.
+
+    Lines are gathered and written together, at once from warn upwards.  A reader of
+    stderr that has stopped reading costs lines, never a request: what is written to a
+    pipe is only what fits it.
+    """
+
+    def __init__(self, level="info", fd=2):
+        self.level = LEVELS[level]
+        self.fd = fd
+        self._lines = []
+        self._held = b""
+        self._lost = 0
+        self._flushing = threading.Lock()
+        self._stamp = (0, "")
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLOUT)
+        mode = os.fstat(fd).st_mode
+        # A pipe that polls as writable takes PIPE_BUF bytes without blocking (POSIX), not more.
+        self._piece = select.PIPE_BUF if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) else LOG_LIMIT
+
+    def line(self, level, text):
+        """Write `text`, which must be printable, when `level` is to be logged."""
+        if LEVELS[level] < self.level:
+            return
+        now = int(time.time())
+        if self._stamp[0] != now:
+            self._stamp = (now, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now)))
+        self._lines.append(f"{self._stamp[1]} {level} {text}\n")
+        if LEVELS[level] >= LEVELS["warn"]:
+            self.flush()
+
+    def debug(self, text):
+        self.line("debug", text)
+
+    def info(self, text):
+        self.line("info", text)
+
+    def warn(self, text):
+        self.line("warn", text)
+
+    def error(self, text):
+        self.line("error", text)
+
+    def exception(self, what):
+        """A fault of our own: the traceback, on one line."""
+        self.line("error", what + ": " + printable(traceback.format_exc(), 4000))
+
+    @property
+    def pending(self) -> bool:
+        return bool(self._lines or self._held)
+
+    def flush(self):
+        """Write what is held, as far as it goes without waiting.  Raises nothing."""
+        if not self.pending or not self._flushing.acquire(blocking=False):
+            return
+        try:
+            lines, self._lines = self._lines, []
+            data = self._held + "".join(lines).encode("ascii", "backslashreplace")
+            if self._lost:
+                data = f"({self._lost} bytes of log lost: nobody read them)\n".encode() + data
+            try:
+                while data and self._poll.poll(0):
+                    data = data[os.write(self.fd, data[:self._piece]):]
+                    self._lost = 0
+            except OSError:               # a closed pipe, a full disk: there is nowhere to say it
+                data = b""
+            if len(data) > LOG_LIMIT:
+                self._lost += len(data)
+                data = b""
+            self._held = data
+        finally:
+            self._flushing.release()
+
+
+# -- JSON --------------------------------------------------------------------------------
+
+def _unique(pairs):
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return value
+
+
+def _integer(text):
+    if len(text) > NUMBER_LIMIT:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def _real(text):
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:40]} is too large")
+    return value
+
+
+def _constant(name):
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer, parse_float=_real,
+                            parse_constant=_constant)
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_quote = json.encoder.encode_basestring_ascii
+
+
+def parse_json(data: bytes):
+    """The value of strict JSON in UTF-8.  Raises ValueError.
+
+    Stricter than json.loads, so that whatever is taken can be answered to any client:
+    no NaN, no infinity, no key twice, no half surrogate pair, no endless nesting.
+    """
+    try:
+        text = data.decode("utf-8")
+        value = _DECODER.decode(text)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not UTF-8")
+    except UnicodeEncodeError:
+        raise ValueError("half a surrogate pair")
+    except RecursionError:
+        raise ValueError("nested too deep")
+    return value
+
+
+def render_json(value, pad="\n") -> str:
+    """JSON as every answer has it: ASCII, indented by two spaces.
+
+    json.dumps(indent=2) gives the same text in Python code of its own and takes ten times
+    as long (CPython uses its C encoder only without indent): a second for 10,000 images.
+    """
+    kind = type(value)
+    if kind is str:
+        return _quote(value)
+    if kind is dict and value:
+        inner = pad + "  "
+        return "{" + ",".join([f"{inner}{_quote(key)}: {render_json(item, inner)}"
+                               for key, item in value.items()]) + pad + "}"
+    if kind is list and value:
+        inner = pad + "  "
+        return "[" + ",".join([inner + render_json(item, inner) for item in value]) + pad + "]"
+    if kind is int:
+        return repr(value)
+    return json.dumps(value)
+
+
+# -- configuration -----------------------------------------------------------------------
+
+def _text(value):
+    if not isinstance(value, str) or not value.isprintable():
+        raise ValueError("must be a text")
+    return value
+
+
+def _uuid_or_empty(value):
+    if value != "" and not (isinstance(value, str) and is_uuid(value)):
+        raise ValueError("must be a UUID in lower case, or empty")
+    return value
+
+
+def _loglevel(value):
+    if value not in LEVELS:
+        raise ValueError("must be one of " + ", ".join(LEVELS))
+    return value
+
+
+def _number(low, high, kinds=(int,)):
+    def check(value):
+        if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+            raise ValueError(f"must be a number from {low} to {high}")
+        return value
+    return check
+
+
+def _socket_mode(value):
+    if not isinstance(value, str) or not re.fullmatch("0?[0-7]{3}", value):
+        raise ValueError('must be a file mode in octal, such as "0660"')
+    return value
+
+
+def _channels(value):
+    """The official form: [{name, description, default?}], at most one default."""
+    names = []
+    for item in value if isinstance(value, list) else [None]:
+        if not (isinstance(item, dict) and set(item) <= {"name", "description", "default"}
+                and isinstance(item.get("name"), str)
+                and re.fullmatch("[a-z][a-z0-9_-]*", item["name"])
+                and isinstance(item.get("description", ""), str)
+                and isinstance(item.get("default", False), bool)):
+            raise ValueError('must be a list of {"name", "description", "default"}')
+        names.append(item["name"])
+    if len(set(names)) < len(names) or sum(c.get("default", False) for c in value) > 1:
+        raise ValueError("must have each name once, and one default at most")
+    return value
+
+
+def parse_listen(value, any_port=False):
+    """Where to listen: (host, port), host "" for every address; or the path of a socket.
+
+    Takes 8080, "8080", "HOST:PORT", "[IPV6]:PORT" and "/path".  Raises ValueError.
+    """
+    if isinstance(value, str) and value.startswith("/"):
+        if len(os.fsencode(value)) > 107:         # sun_path[108], illumos and Linux
+            raise ValueError("is too long for a Unix socket: 107 bytes are the most")
+        return value
+    match = re.fullmatch(r"(?:(\[[0-9A-Fa-f:.]+\]|[^\[\]:/\s]+):)?([0-9]{1,5})", str(value))
+    if isinstance(value, bool) or not match:
+        raise ValueError("must be a port, HOST:PORT, or the path of a socket that starts with /")
+    host, port = (match[1] or "").strip("[]"), int(match[2])
+    if not (0 if any_port else 1) <= port <= 65535:
+        raise ValueError("must name a port from 1 to 65535")
+    return host, port
+
+
+# Every key of config.json: its default, and what checks it.  README.md says what each does.
+SETTINGS = {
+    "listen_port": (80, lambda value: (parse_listen(value), value)[1]),
+    "prefix": ("http://", _text),
+    "suffix": ("", _text),
+    "loglevel": ("info", _loglevel),
+    "serve_dir": (".", _text),
+    "image-creator": ("internal", _text),
+    "image-creator-uuid": ("", _uuid_or_empty),
+    "image-vendor-uuid": ("", _uuid_or_empty),
+    "socket_mode": ("0666", _socket_mode),
+    "max_connections": (10000, _number(1, 1000000)),
+    "header_timeout": (30, _number(0.1, 86400, (int, float))),
+    "idle_timeout": (300, _number(0.1, 86400, (int, float))),
+    "stall_timeout": (300, _number(0.1, 86400, (int, float))),
+    "drain_time": (30, _number(0, 3600, (int, float))),
+    "channels": ([], _channels),
+}
+
+
+class Config:
+    """The settings, as attributes: `image-creator` is `image_creator`.
+
+    warnings holds what an operator should hear once the log is there.
+    """
+
+    def __init__(self, values=None, directory="."):
+        """Check `values`, a dict as in config.json; relative paths start at `directory`.
+
+        Raises Mistake with the key and the reason.
+        """
+        self.warnings = []
+        for key, (default, check) in SETTINGS.items():
+            value = (values or {}).get(key, default)
+            try:
+                setattr(self, key.replace("-", "_"), check(value))
+            except ValueError as error:
+                raise Mistake(f"config: {key} {error}, not {json.dumps(value)}", EXIT_CONFIG)
+        for key in values or {}:
+            if key not in SETTINGS and key != "comments":
+                self.warnings.append(f"config: {key!a} is no key of the configuration")
+        self.listen = parse_listen(self.listen_port)
+        self.serve_dir = os.path.abspath(os.path.join(directory, self.serve_dir))
+
+    @classmethod
+    def load(cls, path, must_exist=True):
+        """Read a config.json.  Raises Mistake where it is not there or not right."""
+        try:
+            with open(path, "rb") as file:
+                values = parse_json(file.read())
+        except FileNotFoundError:
+            if must_exist:
+                raise Mistake(f"there is no {path}", EXIT_CONFIG)
+            values = {}
+        except OSError as error:
+            raise Mistake(f"cannot read {path}: {error.strerror}", EXIT_CONFIG)
+        except ValueError as error:
+            raise Mistake(f"{path} is not JSON: {error}", EXIT_CONFIG)
+        if not isinstance(values, dict):
+            raise Mistake(f"{path} is not a JSON object", EXIT_CONFIG)
+        return cls(values, os.path.dirname(os.path.abspath(path)))
+
+    def check_serve_dir(self):
+        """Raise Mistake where serve_dir cannot be listed."""
+        try:
+            os.scandir(self.serve_dir).close()
+        except OSError as error:
+            raise Mistake(f"cannot list serve_dir {self.serve_dir}: {error.strerror}", EXIT_CONFIG)
+
+
+# -- manifests ---------------------------------------------------------------------------
+#
+# Two formats of one thing.  A manifest without `v` is v1, DSAPI's; imgadm and IMGAPI have
+# v2.  Everything here is a function of dicts and touches no file.
+
+COMPRESSIONS = {"gzip": ".gz", "bzip2": ".bz2", "xz": ".xz", "none": ""}
+MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz"}
+STATES = ("active", "unactivated", "disabled", "creating", "failed")
+TYPES = ("zone-dataset", "zvol", "lx-dataset", "lxd", "docker", "other")
+SYSTEMS = ("smartos", "linux", "windows", "bsd", "illumos", "other")
+
+# What upgrading drops (imgmanifest upgradeTo2), besides what it turns into v2's own fields.
+V1_ONLY = frozenset(("creator_uuid", "vendor_uuid", "creator_name", "cloud_name",
+                     "creator_admin", "restricted_to_uuid", "owner_uuid", "platform_type",
+                     "created_at", "updated_at", "_url"))
+
+# The fields that IMGAPI shows, in its order (sdc-imgapi, Image.serialize, public mode).
+SHOWN = ("v", "uuid", "owner", "name", "version", "state", "disabled", "public",
+         "published_at", "type", "os", "files", "acl", "description", "homepage", "eula",
+         "icon", "urn", "requirements", "users", "generate_passwords",
+         "inherited_directories", "origin", "nic_driver", "disk_driver", "cpu_type",
+         "image_size", "tags", "error", "channels")
+SHOWN_OF_FILE = ("sha1", "size", "compression", "dataset_guid", "digest", "uncompressedDigest")
+
+_DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{3})?Z", re.ASCII)
+_PLATFORM = re.compile(r"20(1[2-9]|[2-9]\d)\d{4}T\d{6}Z", re.ASCII)
+_SHA1 = re.compile("[0-9a-f]{40}")
+_NAME = re.compile(r"[A-Za-z0-9._/ -]{1,1024}")
+_VERSION = re.compile(r"[A-Za-z0-9._/+-]{1,512}")
+
+
+def compression_of(head: bytes, name: str) -> str:
+    """How a file is compressed, by its first bytes, else by its name."""
+    for magic, kind in MAGIC.items():
+        if head.startswith(magic):
+            return kind
+    if head:
+        return "none"
+    return {suffix: kind for kind, suffix in COMPRESSIONS.items()}.get(
+        os.path.splitext(name)[1], "none")
+
+
+def is_v1(manifest) -> bool:
+    return manifest.get("v", 1) == 1 and not isinstance(manifest.get("v"), bool)
+
+
+def upgrade(v1: dict) -> dict:
+    """The v2 form of a v1 manifest, by the rules of imgmanifest's upgradeTo2.
+
+    Where those would fail on what the original server wrote (no creator_uuid), nobody is
+    the owner.
+    """
+    v2 = {key: value for key, value in v1.items() if key not in V1_ONLY}
+    owner = v1.get("creator_uuid")
+    v2.update(v=2, owner=owner if isinstance(owner, str) and is_uuid(owner) else NOBODY)
+    restricted = v1.get("restricted_to_uuid")
+    v2["public"] = not restricted
+    if restricted:
+        v2["acl"] = [restricted]
+    v2["disabled"] = bool(v1.get("disabled"))
+    v2["state"] = "disabled" if v2["disabled"] else "active"
+    published = v1.get("published_at") or v1.get("created_at")
+    if isinstance(published, str) and re.fullmatch(r"[0-9-]{10}T[0-9]{2}:[0-9]{2}Z", published):
+        published = published[:-1] + ":00Z"
+    if published is not None:
+        v2["published_at"] = published
+    size = v1.get("image_size")
+    if isinstance(size, str) and re.fullmatch("[0-9]{1,15}", size):
+        v2["image_size"] = int(size)
+    passwords = v1.get("generate_passwords")
+    if passwords in ("true", "false"):            # datasets of 2011 have it as a text
+        v2["generate_passwords"] = passwords == "true"
+    return v2
+
+
+def downgrade(v2: dict) -> dict:
+    """The v1 form of a v2 manifest: the official reverse (img2dsdiff), but keeping what v1
+    clients pass over and an upgrade brings back, so that v1 - v2 - v1 - v2 loses nothing.
+    """
+    v1 = {key: value for key, value in v2.items()
+          if key not in ("v", "owner", "state", "public", "disabled", "published_at", "icon")}
+    v1["creator_uuid"] = v1["vendor_uuid"] = v2["owner"]
+    v1["platform_type"] = "smartos"
+    if v2["disabled"]:
+        v1["disabled"] = True
+    acl = v1.pop("acl", [])
+    if not v2["public"] and len(acl) == 1:
+        v1["restricted_to_uuid"] = acl[0]
+    elif acl:
+        v1["acl"] = acl
+    published = v2["published_at"]
+    if published.endswith(":00Z"):
+        published = published[:-4] + "Z"
+    v1["published_at"] = v1["created_at"] = v1["updated_at"] = published
+    if "image_size" in v1:
+        v1["image_size"] = str(v1["image_size"])
+    return v1
+
+
+def _is_text(limit):
+    return lambda value: isinstance(value, str) and len(value) <= limit
+
+
+def _is_one_of(names):
+    return lambda value: isinstance(value, str) and value in names
+
+
+def _is_flag(value):
+    return isinstance(value, bool)
+
+
+def _is_int(value):
+    return type(value) is int
+
+
+def _is_url(value):
+    return (isinstance(value, str) and len(value) <= 1024
+            and re.match(r"https?://[^\s/]", value) is not None)
+
+
+def _matches(pattern):
+    return lambda value: isinstance(value, str) and pattern.fullmatch(value) is not None
+
+
+def _is_list_of(check):
+    return lambda value: isinstance(value, list) and all(check(item) for item in value)
+
+
+def _is_record(*keys):
+    return lambda value: (isinstance(value, dict) and set(value) == set(keys)
+                          and all(isinstance(item, str) for item in value.values()))
+
+
+def _is_trait(value):
+    return isinstance(value, (str, bool, list))
+
+
+def _is_files(value):
+    """One file at most, with sha1, size and compression, each as imgadm needs it."""
+    return (isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict)
+            and _is_int(value[0].get("size")) and value[0]["size"] >= 0
+            and _matches(_SHA1)(value[0].get("sha1"))
+            and _is_one_of(COMPRESSIONS)(value[0].get("compression"))
+            and isinstance(value[0].get("dataset_guid", ""), str))
+
+
+def _is_platforms(value):
+    return (isinstance(value, dict) and len(value) > 0
+            and all(_matches(_PLATFORM)(item) for item in value.values()))
+
+
+REQUIREMENTS = {
+    "networks": _is_list_of(_is_record("name", "description")), "brand": _is_text(1024),
+    "ssh_key": _is_flag, "min_ram": _is_int, "max_ram": _is_int,
+    "min_platform": _is_platforms, "max_platform": _is_platforms,
+    "bootrom": _is_one_of(("bios", "uefi")),
+}
+
+
+def _is_requirements(value):
+    return (isinstance(value, dict)
+            and all(key in REQUIREMENTS and REQUIREMENTS[key](item)
+                    for key, item in value.items())
+            and value.get("min_ram", 0) <= value.get("max_ram", math.inf)
+            and ("bootrom" not in value or value.get("brand") == "bhyve"))
+
+
+ZVOL_FIELDS = ("nic_driver", "disk_driver", "cpu_type", "image_size")
+REQUIRED = ("v", "uuid", "owner", "name", "version", "type", "os", "files")
+
+# Every field of a v2 manifest and what it must look like (imgmanifest 3.1.0, sdc-imgapi).
+FIELDS = {
+    "v": lambda value: value == 2 and _is_int(value),
+    "uuid": _matches(_UUID), "owner": _matches(_UUID), "origin": _matches(_UUID),
+    "name": _matches(_NAME), "version": _matches(_VERSION),
+    "description": _is_text(10240), "homepage": _is_url, "eula": _is_url,
+    "type": _is_one_of(TYPES), "os": _is_one_of(SYSTEMS), "state": _is_one_of(STATES),
+    "disabled": _is_flag, "public": _is_flag, "published_at": _matches(_DATE),
+    "files": _is_files, "acl": _is_list_of(_matches(_UUID)), "icon": _is_flag,
+    "urn": _is_text(2048), "requirements": _is_requirements,
+    "users": _is_list_of(_is_record("name")), "billing_tags": _is_list_of(_is_text(128)),
+    "traits": lambda value: isinstance(value, dict) and all(map(_is_trait, value.values())),
+    "tags": lambda value: isinstance(value, dict) and len(json.dumps(value)) <= 100 << 10,
+    "generate_passwords": _is_flag, "inherited_directories": _is_list_of(_is_text(1024)),
+    "nic_driver": _is_text(1024), "disk_driver": _is_text(1024), "cpu_type": _is_text(1024),
+    "image_size": _is_int, "error": lambda value: isinstance(value, dict),
+    "channels": _is_list_of(_is_text(1024)),
+}
+
+
+def problems(v2: dict) -> list:
+    """The names of all fields of a v2 manifest that break a rule; none: it is sound."""
+    bad = [key for key in REQUIRED if key not in v2]
+    bad += [key for key, value in v2.items() if key in FIELDS and not FIELDS[key](value)]
+    is_zvol = v2.get("type") == "zvol"
+    bad += [key for key in ZVOL_FIELDS if (key in v2) != is_zvol]
+    if "inherited_directories" in v2 and v2.get("type") != "zone-dataset":
+        bad.append("inherited_directories")
+    if "error" in v2 and v2.get("state") != "failed":
+        bad.append("error")
+    return bad
+
+
+def shown(v2: dict) -> dict:
+    """What IMGAPI shows of a manifest: its fields in its order, unset ones left out."""
+    result = {key: v2[key] for key in SHOWN if v2.get(key) is not None}
+    result["files"] = [{key: item[key] for key in SHOWN_OF_FILE if key in item}
+                       for item in v2["files"]]
+    for key in ("acl", "icon", "generate_passwords"):
+        if not result.get(key):
+            result.pop(key, None)
+    return result
+
+
+def is_file_name(name) -> bool:
+    """Whether files[].path is a name for a file in the image's own directory, and no more."""
+    return (isinstance(name, str) and name.isprintable() and "/" not in name
+            and name not in ("", ".", "..", MANIFEST) and len(os.fsencode(name)) <= 255)
+
+
+def complete(manifest: dict, published_at: str) -> dict:
+    """The v2 form of a stored manifest, with what its author left to the server filled in.
+
+    imgadm create writes no owner, state, public, disabled or published_at; IMGAPI fills
+    these when it takes an image, and so does this.  A directory is active, whatever state
+    its manifest gives, unless that is disabled or no image at all (creating, failed).
+    """
+    v2 = upgrade(manifest) if is_v1(manifest) else manifest
+    v2 = {key: value for key, value in v2.items() if value is not None}
+    v2["owner"] = v2.get("owner") or NOBODY
+    v2["disabled"] = bool(v2.get("disabled")) or v2.get("state") == "disabled"
+    if v2.get("state") not in ("creating", "failed"):
+        v2["state"] = "disabled" if v2["disabled"] else "active"
+    if v2.get("public") is None:
+        v2["public"] = True
+    if v2.get("published_at") is None:
+        v2["published_at"] = published_at
+    return v2
+
+
+def as_v1(manifest: dict, v2: dict, file: dict, creator: str) -> dict:
+    """What DSAPI shows of a manifest: v1, as stored if it is v1, without files[0].url.
+
+    Mended are what some imgadm refuses: no creator, a file without path or compression,
+    and the fields that imgadm 1 wants after the download (imgadm.md of 2012: urn,
+    description, creator_name, published_at).
+    """
+    if is_v1(manifest):
+        # imgmanifest asserts that a v1 manifest has no owner, and no public when restricted.
+        v1 = {key: value for key, value in manifest.items()
+              if key not in ("v", "owner", "state", "public", "channels", "icon")}
+        v1["creator_uuid"] = v1.get("creator_uuid") or NOBODY
+    else:
+        v1 = downgrade(v2)
+        v1.pop("channels", None)
+    urn = (v2.get("urn") or "").split(":")
+    v1["creator_name"] = v1.get("creator_name") or (urn[1] if len(urn) > 1 else creator)
+    if not is_v1(manifest):
+        v1["cloud_name"] = urn[0] or creator
+    v1["urn"] = v1.get("urn") or ":".join(
+        (v1.get("cloud_name") or creator, v1["creator_name"], v2["name"], v2["version"]))
+    v1["description"] = v1.get("description") or f"{v2['name']} {v2['version']}"
+    v1["published_at"] = v1.get("published_at") or v2["published_at"]
+    v1["files"] = [file]
+    return v1
+
+
+# -- store -------------------------------------------------------------------------------
+#
+# The directory, read and remembered.  Nothing here changes it.  What is in memory is
+# answered at once; what needs the disk raises Cold unless the caller may wait, and is
+# then done by one thread at a time.
+
+def open_regular(path):
+    """Open a regular file for reading: (fd, its stat).  A fifo or device is refused at once.
+
+    Raises OSError.  Symlinks are followed: only an operator can have placed them.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+    except OSError:
+        os.close(fd)
+        raise
+    return fd, status
+
+
+def key_of(status):
+    """What tells one state of a file from another.
+
+    The ctime moves with every change that moves the mtime, and with those that hide it
+    (touch, rsync -t) or open the file to us (chmod).
+    """
+    return status.st_ctime_ns, status.st_size, status.st_ino
+
+
+def key_at(path):
+    """key_of the file at path; None where it cannot be looked at."""
+    try:
+        return key_of(os.stat(path))
+    except (OSError, ValueError):
+        return None
+
+
+def stamp(seconds) -> str:
+    """A time in seconds since 1970 as manifests have it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+class Image:
+    """One image directory as it was last read: what is shown of it, or why nothing is.
+
+    problem     None, or one sentence for the log; then the fields below it are not set
+    dsapi       (before, after, etag) of its v1 manifest as bytes: files[0].url stands between
+                the two, up to the part that the Host header decides; None when never asked for
+    imgapi      (before, channels, etag) of its v2 manifest as bytes, without the last "}"
+    file, path  the name of its file on disk, and the one that DSAPI shows
+    """
+
+    __slots__ = ("uuid", "directory", "manifest_key", "file_key", "directory_key", "checked",
+                 "problem", "file", "path", "size", "sha1", "md5", "state", "order", "name",
+                 "version", "os", "type", "origin", "owner", "public", "acl", "billing_tags",
+                 "channels", "icon", "dsapi", "imgapi")
+
+    def __init__(self, uuid, directory):
+        self.uuid, self.directory = uuid, directory
+        self.manifest_key = self.file_key = self.directory_key = None
+        self.checked = 0.0
+        self.problem = self.file = self.origin = self.icon = None
+        self.dsapi = self.imgapi = None
+
+    def unchanged(self, now) -> bool:
+        """Whether the image on disk is still the one that was read.
+
+        Its manifest and file are looked at each time; its directory, where an icon or a
+        file that no manifest names may have come, once a second.
+        """
+        if key_at(self.directory + "/" + MANIFEST) != self.manifest_key:
+            return False
+        if self.file is not None and key_at(f"{self.directory}/{self.file}") != self.file_key:
+            return False
+        if now - self.checked >= RECHECK:
+            if key_at(self.directory) != self.directory_key:
+                return False
+            self.checked = now
+        return True
+
+    def fields(self) -> dict:
+        """Its v2 manifest, as IMGAPI shows it without channels."""
+        return json.loads(self.imgapi[0] + b"\n}")
+
+
+def sole_file(names):
+    """The image file of a manifest that names none, as imgadm create writes it."""
+    names = [name for name in names
+             if name != MANIFEST and name not in ICONS and not name.startswith(".")]
+    if len(names) != 1:
+        raise Unsound(f"{MANIFEST} names no file, and the directory has {len(names)}")
+    return names[0]
+
+
+def read_manifest(directory):
+    """The manifest of an image directory, with its stat.  Raises Unsound, FileNotFoundError."""
+    try:
+        fd, status = open_regular(os.path.join(directory, MANIFEST))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise Unsound(f"{MANIFEST}: {error.strerror}")
+    with open(fd, "rb", buffering=0) as file:
+        if status.st_size > MANIFEST_LIMIT:
+            raise Unsound(f"{MANIFEST} is larger than {MANIFEST_LIMIT} bytes")
+        try:
+            manifest = parse_json(file.read(MANIFEST_LIMIT))
+        except ValueError as error:
+            raise Unsound(f"{MANIFEST} is not JSON: {error}")
+        except OSError as error:
+            raise Unsound(f"{MANIFEST}: {error.strerror}")
+    if not isinstance(manifest, dict):
+        raise Unsound(f"{MANIFEST} is not a JSON object")
+    return manifest, status
+
+
+class Reader:
+    """Reads image directories into Images, for one configuration."""
+
+    def __init__(self, config):
+        self.creator = config.image_creator
+        self.with_channels = bool(config.channels)
+        self.base_salt = json.dumps([config.prefix, config.suffix]).encode()
+        # Stands for prefix + Host + suffix in a rendered manifest until a request gives them.
+        self.mark = "http-" + os.urandom(16).hex()
+
+    def read(self, uuid, directory, apis) -> Image | None:
+        """The image in `directory`, rendered for `apis`; None where there is no manifest."""
+        image = Image(uuid, directory)
+        image.checked = time.monotonic()
+        try:
+            image.directory_key = key_at(directory)
+            image.manifest_key = key_at(os.path.join(directory, MANIFEST))
+            manifest, status = read_manifest(directory)
+            image.manifest_key = key_of(status)
+            self._fill(image, manifest, os.listdir(directory), status.st_mtime, apis)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            image.problem = error.strerror
+        except (Unsound, RecursionError) as error:
+            image.problem = str(error)
+        return image
+
+    def _fill(self, image, manifest, names, mtime, apis):
+        """Understand the manifest and look at the file.  Raises Unsound."""
+        if manifest.get("uuid") != image.uuid:
+            raise Unsound(f"{MANIFEST}: its uuid is not {image.uuid}")
+        files = manifest.get("files")
+        if not isinstance(files, list) or len(files) != 1 or not isinstance(files[0], dict):
+            raise Unsound(f"{MANIFEST}: files must hold one file")
+        stored = files[0]
+        name = stored["path"] if "path" in stored else sole_file(names)
+        if not is_file_name(name):
+            raise Unsound(f"{MANIFEST}: files[0].path is no plain file name")
+        image.file = name
+        file = self._look_at_file(image, stored)
+        v2 = complete({**manifest, "files": [file]}, stamp(mtime))
+        if os.path.basename(image.directory).startswith(INCOMING):
+            v2["state"] = "unactivated"
+        image.icon = next((icon for icon in ICONS if icon in names), None)
+        v2["icon"] = image.icon is not None
+        bad = problems(v2)
+        if bad:
+            raise Unsound(f"{MANIFEST}: invalid " + ", ".join(bad))
+        self._keep(image, v2, file)
+        if "path" not in stored and not name.endswith(COMPRESSIONS[file["compression"]]):
+            image.path += COMPRESSIONS[file["compression"]]   # all that imgadm 1 goes by
+        if IMGAPI in apis:
+            image.imgapi = self._render_v2(v2)
+        if DSAPI in apis:
+            image.dsapi = self._render_v1(as_v1(manifest, v2, {**file, "path": image.path,
+                                                               "url": self.mark}, self.creator),
+                                          image)
+
+    @staticmethod
+    def _look_at_file(image, stored) -> dict:
+        """files[0] as every client can take it, held against the file on disk."""
+        path = os.path.join(image.directory, image.file)
+        try:
+            status = os.stat(path)
+            image.file_key = key_of(status)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
+            if not os.access(path, os.R_OK):
+                raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            raise Unsound(f"{image.file}: {error.strerror}")
+        file = {key: value for key, value in stored.items() if key not in ("path", "url")}
+        if isinstance(file.get("size"), str) and re.fullmatch("[0-9]{1,19}", file["size"]):
+            file["size"] = int(file["size"])
+        if file.get("size") != status.st_size:
+            raise Unsound(f"{image.file}: its size is not the {file.get('size')} bytes of "
+                          f"{MANIFEST} (still being copied?)")
+        if isinstance(file.get("sha1"), str):
+            file["sha1"] = file["sha1"].lower()
+        if not file.get("compression"):
+            fd, _ = open_regular(path)
+            with open(fd, "rb", buffering=0) as data:
+                file["compression"] = compression_of(data.read(8), image.file)
+        return file
+
+    def _keep(self, image, v2, file):
+        """What filters, order and downloads need of a manifest without reading it again."""
+        image.size, image.sha1 = file["size"], file["sha1"]
+        md5 = file.get("md5")
+        image.md5 = bytes.fromhex(md5) if isinstance(md5, str) and re.fullmatch(
+            "[0-9a-f]{32}", md5) else None
+        image.path = image.file
+        image.name, image.version, image.state = v2["name"], v2["version"], v2["state"]
+        image.order = (v2["published_at"].rstrip("Z"), image.uuid)
+        image.type, image.os = sys.intern(v2["type"]), sys.intern(v2["os"])
+        image.owner = sys.intern(v2["owner"])
+        image.origin, image.public = v2.get("origin"), v2["public"]
+        image.acl = tuple(v2.get("acl", ()))
+        image.billing_tags = tuple(v2.get("billing_tags", ()))
+        image.channels = tuple(v2.get("channels", ()))
+
+    def _render_v1(self, v1, image):
+        before, after = render_json(v1).split(self.mark)
+        path = f"/datasets/{image.uuid}/{urllib.parse.quote(image.path, safe='')}"
+        before, after = before.encode(), (path + after).encode()
+        return before, after, etag_of(before, after, self.base_salt)
+
+    def _render_v2(self, v2):
+        fields = shown(v2)
+        fields.pop("channels", None)
+        channels = ""
+        if self.with_channels:
+            channels = ',\n  "channels": ' + render_json(v2.get("channels", []), "\n  ")
+        before = render_json(fields)[:-2].encode()
+        return before, channels.encode(), etag_of(before, channels.encode())
+
+
+def etag_of(*parts) -> bytes:
+    """The sha1 of what is shown, in hexadecimal: the same on every replica."""
+    return hashlib.sha1(b"\0".join(parts)).hexdigest().encode()
+
+
+class Listing:
+    """One list, ready to be sent: its bytes, its ETag, and its gzip form once asked for."""
+
+    __slots__ = ("body", "etag", "gzip")
+
+    def __init__(self, body, etag):
+        self.body, self.etag, self.gzip = body, etag, None
+
+
+def join_list(texts) -> bytes:
+    """A JSON array of rendered objects."""
+    inner = b",\n".join(texts)
+    if not inner:
+        return b"[]"
+    # No string holds a raw line end, so each of them is indentation.
+    return b"[\n  " + inner.replace(b"\n", b"\n  ") + b"\n]"
+
+
+class Snapshot:
+    """The images on show at one moment, in order, and the lists rendered of them."""
+
+    def __init__(self, images):
+        self.images = sorted(images, key=lambda image: image.order)
+        self.listings = collections.OrderedDict()
+
+    def etag(self, api) -> bytes:
+        """Of a list of all these images."""
+        return etag_of(*(getattr(image, api)[2] for image in self.images))
+
+
+class Store:
+    """The images of one serve_dir."""
+
+    def __init__(self, config, log):
+        self.directory = config.serve_dir
+        self.log = log
+        self._reader = Reader(config)
+        self._images = {}             # uuid: Image, sound or not
+        self._lock = threading.Lock()
+        self._snapshot = None
+        self._apis = frozenset()      # what all images of the snapshot are rendered for
+        self._changed = True          # an image has been read since the snapshot was made
+        self._seen = None             # mtime of serve_dir at the last look at its names
+        self._checked = -math.inf     # when the last look at every image began (monotonic)
+        self._rechecking = False      # a thread is on its way to do that look
+        self._loops = set()           # images left out because their origins form a cycle
+
+    # single images
+
+    def image(self, uuid, api, may_wait) -> Image:
+        """The image of a directory, as it is on disk now: active, disabled or failed.
+
+        Raises Refusal (404) where there is none that is sound, Cold where it must be read,
+        OSError where serve_dir is gone.
+        """
+        image = self._images.get(uuid)
+        if image is None or not self._current(image, api):
+            if image is None and not os.path.lexists(f"{self.directory}/{uuid}"):
+                os.stat(self.directory)
+                raise not_found(f"image {uuid} not found")
+            image = self._read(uuid, api, may_wait)
+        def find(origin):
+            link = self._images.get(origin)
+            if link is None and os.path.lexists(f"{self.directory}/{origin}"):
+                link = self._read(origin, api, may_wait)
+            return link
+
+        if image is None or image.problem or image.origin and self._loops_back(image, find):
+            raise not_found(f"image {uuid} not found")
+        return image
+
+    def unactivated(self, uuid) -> Image:
+        """The whole image that waits in .incoming-<uuid>.  Raises Refusal (404)."""
+        image = self._reader.read(uuid, f"{self.directory}/{INCOMING}{uuid}", (IMGAPI,))
+        if image is None or image.problem:
+            raise not_found(f"image {uuid} not found")
+        return image
+
+    @staticmethod
+    def _current(image, api) -> bool:
+        return ((image.problem is not None or getattr(image, api) is not None)
+                and image.unchanged(time.monotonic()))
+
+    def _read(self, uuid, api, may_wait) -> Image | None:
+        if not may_wait:
+            raise Cold
+        with self._lock:
+            image = self._images.get(uuid)
+            if image is None or not self._current(image, api):
+                image = self._load(uuid, api)
+        return image
+
+    def _load(self, uuid, api) -> Image | None:
+        """Read one image again; the lock is held.  Says in the log what became of it."""
+        before = self._images.get(uuid)
+        apis = self._apis | {api} | {other for other in (DSAPI, IMGAPI)
+                                     if before is not None and getattr(before, other)}
+        image = self._reader.read(uuid, f"{self.directory}/{uuid}", apis)
+        was_sound = before is not None and not before.problem
+        if image is None:
+            if self._images.pop(uuid, None) is not None:
+                self.log.info(f"image {uuid} is gone")
+        else:
+            self._images[uuid] = image
+            self._say(image, before)
+        self._changed |= was_sound or image is not None and not image.problem
+        return image
+
+    def _say(self, image, before):
+        """Log what is new about an image, once."""
+        if image.problem:
+            if before is None or before.problem != image.problem:
+                self.log.warn(f"image {image.uuid} is left out: {printable(image.problem)}")
+            return
+        if before is not None and before.problem:
+            self.log.info(f"image {image.uuid} is on show")
+        if image.origin and (before is None or before.origin != image.origin) \
+                and not os.path.exists(f"{self.directory}/{image.origin}/{MANIFEST}"):
+            self.log.warn(f"image {image.uuid}: its origin {image.origin} is not on this "
+                          "server; imgadm needs another source for that one")
+
+    def _loops_back(self, image, find) -> bool:
+        """Whether the chain of origins never ends: imgadm would follow it for ever."""
+        seen = {image.uuid}
+        link = image
+        while link is not None and not link.problem and link.origin:
+            if link.origin in seen:
+                if image.uuid not in self._loops:
+                    self._loops.add(image.uuid)
+                    self.log.warn(f"image {image.uuid} is left out: its origins form a cycle")
+                return True
+            seen.add(link.origin)
+            link = find(link.origin)
+        self._loops.discard(image.uuid)
+        return False
+
+    # lists
+
+    def snapshot(self, api, may_wait) -> Snapshot:
+        """All active images, rendered for api.  Raises Cold, and OSError from serve_dir."""
+        now = time.monotonic()
+        if self._fresh(api, now, RECHECK):
+            if now - self._checked < RECHECK / 2 or self._rechecking:
+                return self._snapshot
+            # The first to come after half the time does the look; the others are still served.
+            self._rechecking = True
+        if not may_wait:
+            raise Cold
+        with self._lock:
+            try:
+                if not self._fresh(api, time.monotonic(), RECHECK / 2):
+                    self._look(api)
+            finally:
+                self._rechecking = False
+            return self._snapshot
+
+    def listing(self, api, view, render, may_wait) -> Listing:
+        """The list of all active images under the key `view`, made by render(snapshot)."""
+        snapshot = self.snapshot(api, may_wait)
+        listing = snapshot.listings.get(view)
+        if listing is None:
+            if not may_wait:
+                raise Cold
+            with self._lock:
+                listing = snapshot.listings.get(view)
+                if listing is None:
+                    listing = snapshot.listings[view] = render(snapshot)
+                    if len(snapshot.listings) > LISTS_KEPT:
+                        snapshot.listings.popitem(last=False)
+        return listing
+
+    def _fresh(self, api, now, age) -> bool:
+        """Whether no name has changed, and every image was looked at less than age seconds ago."""
+        return (api in self._apis and now - self._checked < age
+                and os.stat(self.directory).st_mtime_ns == self._seen)
+
+    def _look(self, api):
+        """Look at every name, and at every image if that is due; the lock is held."""
+        now = time.monotonic()
+        everything = now - self._checked >= RECHECK / 2 or api not in self._apis
+        seen = os.stat(self.directory).st_mtime_ns
+        names = {name for name in os.listdir(self.directory) if is_uuid(name)}
+        for uuid in sorted(names | set(self._images)):
+            image = self._images.get(uuid)
+            if image is None or uuid not in names or everything and not self._current(image, api):
+                self._load(uuid, api)
+        # A change within the same tick of the file system's clock leaves the mtime as it is.
+        self._seen = seen if time.time_ns() - seen > RACY else None
+        self._apis |= {api}
+        if everything:
+            self._checked = now
+        if self._changed:
+            self._changed = False
+            self._snapshot = Snapshot(
+                image for image in self._images.values()
+                if not image.problem and image.state == "active"
+                and not (image.origin and self._loops_back(image, self._images.get)))
+
+
+# -- ZFS streams -------------------------------------------------------------------------
+#
+# What import and check read of an image file in one pass: its size and hashes, how it is
+# compressed, and whether the ZFS send stream inside is one, and a whole one.
+
+DRR_LENGTH = 312                  # bytes of a record, without payload (zfs_ioctl.h)
+DRR_BEGIN, DRR_END = 0, 5         # drr_type
+DRR_MAGIC = 0x2F5bacbac
+COMPOUND = 2                      # stream type in drr_versioninfo: a package (zfs send -p, -R)
+STREAM_TYPES = {2: "zone-dataset", 3: "zvol"}     # drr_type of DRR_BEGIN: DMU_OST_*
+PROLOGUE = 1 << 20                # bytes kept until the BEGIN record of the data set has come
+
+
+class Stream:
+    """A ZFS send stream, fed piece by piece: what its BEGIN says and whether its END came.
+
+    type is None for what is no stream; guid and from_guid are numbers, from_guid 0 for a
+    full stream.
+    """
+
+    def __init__(self):
+        self.type = self.name = None
+        self.guid = self.from_guid = 0
+        self._order = None
+        self._compound = False
+        self._head = bytearray()
+        self._tail = b""
+
+    def feed(self, data):
+        self._tail = (self._tail + data[-DRR_LENGTH:])[-DRR_LENGTH:]
+        if self.type is None and len(self._head) < PROLOGUE:
+            self._head += data[:PROLOGUE]
+            self._read_begin()
+
+    def _read_begin(self):
+        """Find the BEGIN of the data set: the first record, or the first inside a package."""
+        at = 0
+        if len(self._head) < DRR_LENGTH:
+            return
+        for order in "<>":
+            if struct.unpack_from(order + "I4xQ", self._head) == (DRR_BEGIN, DRR_MAGIC):
+                self._order = order
+        if self._order is None:
+            return
+        version, = struct.unpack_from(self._order + "Q", self._head, 16)
+        if version & 3 == COMPOUND:
+            # BEGIN, a list of properties as its payload, END, and then the data set's own.
+            self._compound = True
+            payload, = struct.unpack_from(self._order + "I", self._head, 4)
+            at = 2 * DRR_LENGTH + payload
+            if len(self._head) < at + DRR_LENGTH:
+                return
+        kind, self.guid, self.from_guid = struct.unpack_from(self._order + "I4xQQ", self._head,
+                                                             at + 32)
+        self.type = STREAM_TYPES.get(kind)
+        name = bytes(self._head[at + 56:at + DRR_LENGTH]).split(b"\0")[0]
+        self.name = name.decode("utf-8", "replace")
+        self._head.clear()
+
+    def trouble(self):
+        """What is wrong with the stream, once all of it was fed; None where nothing is."""
+        if self.type is None:
+            return "it is no ZFS send stream"
+        # The record says which snapshot has ended; the one that ends a package says none.
+        kind, = struct.unpack_from(self._order + "I", self._tail.rjust(DRR_LENGTH, b"\xff"))
+        guid, = struct.unpack_from(self._order + "Q", self._tail.rjust(DRR_LENGTH, b"\xff"), 40)
+        if kind != DRR_END or guid != (0 if self._compound else self.guid):
+            return "the ZFS stream is cut short: its end record is missing"
+        return None
+
+
+class Decompressor:
+    """The bytes inside a gzip, bzip2 or xz file (of one member or several), in small pieces."""
+
+    def __init__(self, kind):
+        self.kind = kind
+        self._make = getattr(self, "_" + kind)
+        self._member = self._make()
+        self._fed = False
+
+    # Imported where they are needed: a server that only serves has no use for them.
+
+    def _gzip(self):
+        import zlib
+        self._errors = zlib.error
+        return zlib.decompressobj(wbits=31)
+
+    def _bzip2(self):
+        import bz2
+        self._errors = (OSError, ValueError)
+        return bz2.BZ2Decompressor()
+
+    def _xz(self):
+        import lzma
+        self._errors = lzma.LZMAError
+        return lzma.LZMADecompressor(memlimit=LZMA_MEMORY)
+
+    def feed(self, data):
+        """Yield what comes out for `data`, a CHUNK at the most at a time.  Raises Unsound."""
+        try:
+            while data or (self._member and not getattr(self._member, "needs_input", True)):
+                if self._member is None:
+                    data = data.lstrip(b"\0")        # xz may be padded, tapes pad gzip
+                    if not data:
+                        return
+                    self._member = self._make()
+                piece = self._member.decompress(data, CHUNK)
+                data = getattr(self._member, "unconsumed_tail", b"")
+                if self._member.eof:
+                    data = self._member.unused_data
+                    self._member = None
+                yield piece
+        except self._errors as error:
+            raise Unsound(f"the {self.kind} data is corrupt ({error})")
+
+    def close(self):
+        """Raise Unsound if the data ended within a member."""
+        if self._member is not None:
+            raise Unsound(f"the {self.kind} data is cut short")
+
+
+class Lane(threading.Thread):
+    """A thread that hands each chunk it is given to `work`, at most LANE chunks behind.
+
+    zlib and hashlib give up the interpreter's lock for chunks of this size, so that lanes
+    run side by side.
+    """
+
+    def __init__(self, work):
+        super().__init__(daemon=True)
+        self._work, self._error = work, None
+        self._chunks = queue.Queue(LANE)
+        self.start()
+
+    def run(self):
+        for chunk in iter(self._chunks.get, None):
+            try:
+                if self._error is None:
+                    self._work(chunk)
+            except Exception as error:    # told to whoever feeds the lane, at the next put
+                self._error = error
+
+    def put(self, chunk):
+        """Raises what work has raised since."""
+        if self._error is not None:
+            raise self._error
+        self._chunks.put(chunk)
+
+    def stop(self):
+        """End the thread; what it has not done yet stays undone."""
+        self._error = self._error or Unsound("stopped")
+        self._chunks.put(None)
+
+    def close(self):
+        """Wait until all is done.  Raises what work has raised."""
+        self._chunks.put(None)
+        self.join()
+        if self._error is not None:
+            raise self._error
+
+
+class Examination:
+    """What one pass over an image file finds: size, sha1, md5, compression, stream."""
+
+    def __init__(self, with_md5=True):
+        self.size = 0
+        self.compression = None
+        self.stream = Stream()
+        self._hashes = [hashlib.sha1()] + ([hashlib.md5()] if with_md5 else [])
+        self._decompressor = None
+
+    @property
+    def sha1(self) -> str:
+        return self._hashes[0].hexdigest()
+
+    @property
+    def md5(self) -> str:
+        return self._hashes[1].hexdigest()
+
+    def run(self, read, write=None, progress=None):
+        """Read to the end with read(CHUNK), handing each chunk to write as well.
+
+        Raises Unsound for data that does not decompress, OSError from read and write.
+        """
+        lanes = [Lane(hash.update) for hash in self._hashes] + [Lane(self._look_inside)]
+        try:
+            for chunk in iter(lambda: read(CHUNK), b""):
+                if self.compression is None:
+                    chunk = self._first(chunk, read)
+                for lane in lanes:
+                    lane.put(chunk)
+                if write is not None:
+                    write(chunk)
+                self.size += len(chunk)
+                if progress is not None:
+                    progress(self.size)
+        except BaseException:
+            for lane in lanes:
+                lane.stop()
+            raise
+        for lane in lanes:
+            lane.close()
+        if self._decompressor is not None:
+            self._decompressor.close()
+
+    def _first(self, chunk, read):
+        """The first chunk, long enough to tell how the file is compressed."""
+        while len(chunk) < 8:
+            more = read(CHUNK)
+            if not more:
+                break
+            chunk += more
+        self.compression = compression_of(chunk[:8], "")
+        if self.compression != "none":
+            self._decompressor = Decompressor(self.compression)
+        return chunk
+
+    def _look_inside(self, chunk):
+        if self._decompressor is None:
+            self.stream.feed(chunk)
+            return
+        for piece in self._decompressor.feed(chunk):
+            self.stream.feed(piece)
+
+
+# -- publishing --------------------------------------------------------------------------
+#
+# The only part that writes.  An image is made in .incoming-<uuid>, in serve_dir so that
+# one rename(2) shows it whole: its file first, flushed to disk, then the manifest, then
+# the rename.  Whatever ends a command before that leaves nothing on show.
+
+def sync_directory(path):
+    """Make a rename or a new name in the directory at `path` last; where it can be done."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(fd)
+
+
+def write_whole(path, data):
+    """Write a new file that the server's user can read, and flush it to disk."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    with open(fd, "wb") as file:
+        os.fchmod(fd, 0o644)              # whatever the umask of an ssh session is
+        file.write(data)
+        file.flush()
+        os.fsync(fd)
+
+
+def stage(serve_dir, uuid) -> str:
+    """Make the directory in which the image `uuid` is put together.  Raises Mistake."""
+    path = os.path.join(serve_dir, INCOMING + uuid)
+    if os.path.lexists(os.path.join(serve_dir, uuid)):
+        raise Mistake(f"image {uuid} is here already")
+    try:
+        os.mkdir(path, 0o755)
+    except FileExistsError:
+        raise Mistake(f"image {uuid} is being imported, or waits to be activated; "
+                      f"`imgserver.py discard {uuid}` throws it away")
+    except OSError as error:
+        raise Mistake(f"cannot write to {serve_dir}: {error.strerror}")
+    os.chmod(path, 0o755)
+    return path
+
+
+def activate(serve_dir, uuid):
+    """Put a whole image on show, by one rename.  Raises Mistake."""
+    path = os.path.join(serve_dir, INCOMING + uuid)
+    if os.path.lexists(os.path.join(serve_dir, uuid)):
+        raise Mistake(f"image {uuid} is active already")
+    if not os.path.exists(os.path.join(path, MANIFEST)):
+        raise Mistake(f"no whole image {uuid} waits to be activated")
+    try:
+        os.rename(path, os.path.join(serve_dir, uuid))
+        sync_directory(serve_dir)
+    except OSError as error:
+        raise Mistake(f"cannot activate image {uuid}: {error.strerror}")
+
+
+def discard(serve_dir, uuid):
+    """Throw away an image that is not active, whole or not.  Raises Mistake."""
+    path = os.path.join(serve_dir, INCOMING + uuid)
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        raise Mistake(f"no image {uuid} waits to be activated")
+    except OSError as error:
+        raise Mistake(f"cannot remove {path}: {error.strerror}")
+
+
+def new_manifest(config, uuid, fields) -> dict:
+    """A v1 manifest, as the original import-image wrote it, of the fields that were given.
+
+    v1, because every imgadm since 2012 takes it; imgadm 2 and later upgrade it themselves.
+    """
+    now = stamp(time.time())
+    given = {key: value for key, value in fields.items() if value is not None}
+    creator = config.image_creator_uuid or NOBODY
+    manifest = {
+        "uuid": uuid, "name": given.pop("name", ""), "version": given.pop("version", ""),
+        "description": given.pop("description", ""), "published_at": now, "created_at": now,
+        "type": "zone-dataset", "os": "smartos", "platform_type": "smartos",
+        "cloud_name": config.image_creator, "creator_name": config.image_creator,
+        "creator_uuid": creator, "vendor_uuid": config.image_vendor_uuid or creator,
+    }
+    manifest["urn"] = ":".join((config.image_creator, config.image_creator, manifest["name"],
+                                manifest["version"]))
+    manifest.update(given)
+    return manifest
+
+
+def check_fields(manifest):
+    """Raise Mistake where imgadm's rules refuse a field, before any byte is stored."""
+    v2 = complete({**manifest, "files": [{"sha1": "0" * 40, "size": 0, "compression": "none"}]},
+                  stamp(0))
+    rules = {
+        "name": 'takes letters, digits, ".", "_", "/", "-" and spaces, 1 to 1024 of them',
+        "version": 'takes letters, digits, ".", "_", "/", "+" and "-", 1 to 512 of them',
+        "description": "takes a text of at most 10240 characters",
+        "type": "must be one of " + ", ".join(TYPES),
+        "os": "must be one of " + ", ".join(SYSTEMS),
+        "origin": "must be the uuid of an image, in lower case",
+        "published_at": "must look like 2026-01-31T12:00:00Z",
+    }
+    bad = problems(v2)
+    for field in bad:
+        if field in ZVOL_FIELDS:
+            raise Mistake("a zvol needs nic_driver, disk_driver, cpu_type, and image_size in MiB"
+                          if v2.get("type") == "zvol" else f"{field} is for type zvol only")
+        raise Mistake(f"{field} {rules.get(field, 'is not what imgadm takes there')}")
+
+
+def file_name(manifest, compression) -> str:
+    """A name for the image file: NAME-VERSION.zfs.gz, fit for any URL and any shell."""
+    kind = ".zvol" if manifest["type"] == "zvol" else ".zfs"
+    name = re.sub("[^A-Za-z0-9._+-]+", "-", f"{manifest['name']}-{manifest['version']}")
+    return name.strip(".-")[:200] + kind + COMPRESSIONS[compression]
+
+
+class Import:
+    """One image on its way into serve_dir."""
+
+    def __init__(self, config, manifest, with_stream=True, progress=None):
+        self.config, self.manifest = config, manifest
+        self.with_stream, self.progress = with_stream, progress
+        self.uuid = manifest["uuid"]
+
+    def run(self, source, activated=True):
+        """Take the image from the binary file `source`; all of it or nothing.
+
+        Raises Mistake, in one sentence, for whatever is wrong with the data or the disk.
+        """
+        serve_dir = self.config.serve_dir
+        path = stage(serve_dir, self.uuid)
+        try:
+            found = self._receive(source, os.path.join(path, ".file"))
+            self._describe(found)
+            os.rename(os.path.join(path, ".file"),
+                      os.path.join(path, self.manifest["files"][0]["path"]))
+            write_whole(os.path.join(path, MANIFEST),
+                        (render_json(self.manifest) + "\n").encode())
+            sync_directory(path)
+            if activated:
+                activate(serve_dir, self.uuid)
+        except BaseException as error:
+            shutil.rmtree(path, ignore_errors=True)
+            if isinstance(error, Unsound):
+                raise Mistake(f"image refused: {error}")
+            if isinstance(error, OSError):
+                raise Mistake(f"the image cannot be stored: {error.strerror}")
+            raise
+
+    def _receive(self, source, path) -> Examination:
+        found = Examination()
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        with open(fd, "wb") as file:
+            os.fchmod(fd, 0o644)
+            found.run(source.read, file.write, self.progress)
+            file.flush()
+            os.fsync(fd)
+            if os.fstat(fd).st_size != found.size:
+                raise OSError(errno.EIO, "the disk has not kept all of it")
+        return found
+
+    def _describe(self, found):
+        """Hold what was found against the manifest, and complete it.  Raises Unsound."""
+        manifest = self.manifest
+        if found.size == 0:
+            raise Unsound("there is no data")
+        stored = (manifest.get("files") or [{}])[0]
+        for key in ("size", "sha1", "compression"):
+            if stored.get(key) not in (None, getattr(found, key)):
+                raise Unsound(f"its {key} is {getattr(found, key)}, "
+                              f"but the manifest says {stored[key]}")
+        if self.with_stream:
+            self._describe_stream(found.stream, manifest)
+        file = {"path": file_name(manifest, found.compression), **stored, "sha1": found.sha1,
+                "size": found.size, "md5": found.md5, "compression": found.compression}
+        if not is_file_name(file["path"]):
+            raise Unsound("files[0].path of the manifest is no plain file name")
+        if found.stream.guid:
+            file.setdefault("dataset_guid", str(found.stream.guid))
+        manifest["files"] = [file]
+
+    def _describe_stream(self, stream, manifest):
+        trouble = stream.trouble()
+        if trouble:
+            raise Unsound(trouble)
+        if (stream.type == "zvol") != (manifest["type"] == "zvol"):
+            raise Unsound(f"the stream is that of a {stream.type}, but the type is "
+                          f"{manifest['type']}")
+        origin = manifest.get("origin")
+        if stream.from_guid and not origin:
+            raise Unsound("the stream is incremental: --origin must name the image it builds on")
+        if not stream.from_guid and origin:
+            raise Unsound("the stream is not incremental, but an origin is given")
+        if origin:
+            guid = self._guid_of(origin)
+            if guid not in (None, str(stream.from_guid)):
+                raise Unsound(f"the stream does not build on image {origin}")
+
+    def _guid_of(self, origin):
+        """dataset_guid of an image on this server; None where its manifest has none."""
+        try:
+            manifest, _ = read_manifest(os.path.join(self.config.serve_dir, origin))
+            return manifest["files"][0].get("dataset_guid")
+        except (OSError, Unsound, LookupError, TypeError, AttributeError):
+            raise Unsound(f"its origin, image {origin}, is not on this server")
+
+
+# -- requests and responses --------------------------------------------------------------
+#
+# A request is parsed from bytes, a response is a value.  Nothing here knows a socket.
+
+_REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~\x80-\xff]+) "
+                           r"HTTP/([0-9])\.([0-9])\r?")
+_FIELD = re.compile(r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*"
+                    r"([^\x00-\x08\n-\x1f\x7f]*)\r?$", re.MULTILINE)
+_HOST = re.compile(r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?")
+_LENGTH = re.compile("[0-9]{1,19}")
+_RANGE = re.compile("bytes=([0-9]{0,19})-([0-9]{0,19})")
+_TARGET_HOST = re.compile("https?://[^/?]*", re.IGNORECASE)
+
+METHODS = frozenset(("GET", "HEAD", "OPTIONS", "POST", "PUT", "DELETE", "PATCH", "TRACE",
+                     "CONNECT"))
+
+
+def bad_request(message) -> Refusal:
+    return Refusal(400, "BadRequestError", message)
+
+
+class Request:
+    """One parsed request.
+
+    headers   lower-case name: value; values of a repeated field are joined by commas
+    segments  the path, split and percent-decoded: ["datasets", uuid]; [""] for /
+    query     the text after "?", undecoded
+    host      the Host header, checked; None on HTTP/1.0 without one
+    keep      whether the client wants to go on with this connection
+    may_wait  whether answering may take its time: True in a thread, False in the loop
+    """
+
+    __slots__ = ("method", "target", "minor", "headers", "segments", "query", "host", "keep",
+                 "may_wait")
+
+
+def parse_head(head: str) -> Request:
+    """Parse a request head, decoded as latin-1, without the blank line (RFC 9112 §3, §5).
+
+    Raises Refusal; whatever it says, the connection is of no further use then, since
+    nobody can tell where the next request begins.
+    """
+    line, _, block = head.partition("\n")
+    match = _REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise bad_request("the request line is not that of HTTP/1.1")
+    request = Request()
+    request.may_wait = False
+    request.method, request.target, major, minor = match.groups()
+    if major != "1":
+        raise Refusal(505, "HttpVersionNotSupported", "HTTP/1.0 and HTTP/1.1 are spoken here")
+    request.minor = minor
+    request.headers = headers = parse_fields(block) if block else {}
+    request.host = host = headers.get("host")
+    if host is not None:
+        match = _HOST.fullmatch(host)
+        if not match or match[2] and int(match[2]) > 65535:
+            raise bad_request("the Host header names no host")
+    elif minor != "0":
+        raise bad_request("the Host header is missing")
+    connection = headers.get("connection")
+    request.keep = minor != "0"
+    if connection is not None:
+        options = [option.strip().lower() for option in connection.split(",")]
+        request.keep = "close" not in options and (minor != "0" or "keep-alive" in options)
+    if "transfer-encoding" in headers or "content-length" in headers:
+        check_framing(headers)
+    if headers.get("expect", "100-continue").lower() != "100-continue":
+        raise Refusal(417, "ExpectationFailed", "only 100-continue can be expected")
+    request.segments, request.query = split_target(request.target)
+    return request
+
+
+def parse_fields(block: str) -> dict:
+    """The header lines as a dict (RFC 9112 §5): no folding, no space before the colon."""
+    fields = _FIELD.findall(block)
+    lines = block.count("\n") + 1
+    if lines > HEAD_FIELDS_LIMIT:
+        raise Refusal(431, "RequestHeaderFieldsTooLarge",
+                      f"more than {HEAD_FIELDS_LIMIT} header lines")
+    if len(fields) != lines:
+        raise bad_request("a header line is not well formed")
+    headers = {}
+    for name, value in fields:
+        name = name.lower()
+        value = value.rstrip(" \t")
+        if name in headers:
+            if name in ("host", "content-length", "transfer-encoding"):
+                raise bad_request(f"{name} is given twice")
+            value = headers[name] + ", " + value
+        headers[name] = value
+    return headers
+
+
+def check_framing(headers):
+    """Refuse a body that cannot be told from the next request (RFC 9112 §6.1, §6.3)."""
+    coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+    if coding is not None:
+        if length is None and coding.lower() == "chunked":
+            raise Refusal(411, "LengthRequired", "a body needs a Content-Length here")
+        raise bad_request("this Transfer-Encoding is not understood")
+    if not _LENGTH.fullmatch(length):
+        raise bad_request("Content-Length is not a number")
+
+
+def split_target(target):
+    """(segments, query) of a request target.  Raises Refusal.
+
+    imgadm asks for files in absolute-form, of whatever host the url names: only the path
+    counts (RFC 9112 §3.2.2; every request that arrives is for this server).
+    """
+    if target[0] != "/":
+        match = _TARGET_HOST.match(target)
+        if not match:
+            raise bad_request("the request target is neither a path nor a URL")
+        target = target[match.end():]
+        if target[:1] != "/":
+            target = "/" + target
+    path, _, query = target.partition("?")
+    segments = path[1:].split("/")
+    if len(segments) > 1 and not segments[-1]:
+        segments.pop()                    # /datasets/ is imgadm 1's default
+    if "%" in path or not path.isascii():
+        segments = [decode_segment(segment) for segment in segments]
+    return segments, query
+
+
+def decode_segment(segment):
+    if re.search("%(?![0-9A-Fa-f]{2})", segment):
+        raise bad_request("URI malformed")
+    try:
+        text = urllib.parse.unquote_to_bytes(segment.encode("latin-1")).decode("utf-8")
+    except UnicodeDecodeError:
+        raise bad_request("URI malformed")
+    if "\0" in text:
+        raise bad_request("URI malformed")
+    return text
+
+
+class Response:
+    """What a request is answered with: status, header lines, and bytes or a part of a file.
+
+    fields are header lines as bytes that end in CRLF; Server, Date, Content-Length and
+    Connection are added by whoever sends.  file is an open file descriptor, of which
+    `length` bytes from `offset` are the body; it is the sender's to close.
+    """
+
+    __slots__ = ("status", "fields", "body", "file", "offset", "length")
+
+    def __init__(self, status, fields=b"", body=b"", file=None, offset=0, length=None):
+        self.status, self.fields, self.body = status, fields, body
+        self.file, self.offset = file, offset
+        self.length = len(body) if length is None else length
+
+    def close(self):
+        if self.file is not None:
+            os.close(self.file)
+            self.file = None
+
+
+def field(name, value) -> bytes:
+    """One header line.  Raises ValueError for what would end it early."""
+    if not value.isprintable():
+        raise ValueError(f"{name} cannot hold {value!a}")
+    return f"{name}: {value}\r\n".encode("latin-1")
+
+
+JSON_TYPE = b"Content-Type: application/json\r\n"      # exactly: imgadm's dsapi ping compares it
+CORS = b"Access-Control-Allow-Origin: *\r\n"
+
+
+def json_response(value, status=200, fields=CORS) -> Response:
+    return Response(status, JSON_TYPE + fields, render_json(value).encode())
+
+
+def refusal_response(refusal) -> Response:
+    """The error answer that imgadm prints: {code, message}, and errors where IMGAPI has them."""
+    value = {"code": refusal.code, "message": refusal.message}
+    if refusal.errors is not None:
+        value["errors"] = refusal.errors
+    return json_response(value, refusal.status, CORS + refusal.fields)
+
+
+def etag_matches(header, etag) -> bool:
+    """Whether an If-None-Match or If-Match header names `etag` (RFC 9110 §13.1.1).
+
+    Unquoted ones count too: the official IMGAPI sends its ETags so.
+    """
+    if header == "*":
+        return True
+    for item in header.split(","):
+        item = item.strip(" \t")
+        if item.startswith("W/"):
+            item = item[2:]
+        if item.strip('"') == etag:
+            return True
+    return False
+
+
+def http_date(seconds) -> str:
+    return email.utils.formatdate(seconds, usegmt=True)
+
+
+def not_modified_since(header, seconds) -> bool:
+    """Whether If-Modified-Since is a date not before `seconds` (RFC 9110 §13.1.3)."""
+    try:
+        return email.utils.parsedate_to_datetime(header).timestamp() >= int(seconds)
+    except (ValueError, TypeError, IndexError, OverflowError, OSError):
+        return False
+
+
+def parse_range(header, size):
+    """(offset, length) of a Range header with one range; None where it is to be ignored.
+
+    Raises Refusal (416) where it begins behind the end (RFC 9110 §14.1.2, §15.5.17).
+    Several ranges are ignored too: no client of an image server sends them.
+    """
+    match = _RANGE.fullmatch(header)
+    if not match or match[1] == match[2] == "":
+        return None
+    if match[1] == "":
+        offset, last = max(0, size - int(match[2])), size - 1
+    else:
+        offset, last = int(match[1]), int(match[2] or size)
+        if match[2] and last < offset:
+            return None
+    if offset >= size:
+        raise Refusal(416, "RequestedRangeNotSatisfiable", f"the file has {size} bytes",
+                      fields=field("Content-Range", f"bytes */{size}"))
+    return offset, min(last, size - 1) - offset + 1
+
+
+def file_response(request, fd, status, etag, fields, md5=None) -> Response:
+    """The answer to a GET or HEAD of an open regular file: 200, 206, 304 or 416.
+
+    md5 is called for the digest as bytes, or None, if the whole file is the answer.
+    Closes fd unless the Response holds it.
+    """
+    headers, size = request.headers, status.st_size
+    try:
+        modified = http_date(int(status.st_mtime))
+        fields += b'ETag: "%b"\r\nLast-Modified: %b\r\nAccept-Ranges: bytes\r\n' % (
+            etag.encode(), modified.encode())
+        if "if-none-match" in headers:
+            unmodified = etag_matches(headers["if-none-match"], etag)
+        else:
+            unmodified = ("if-modified-since" in headers and
+                          not_modified_since(headers["if-modified-since"], status.st_mtime))
+        if unmodified:
+            return Response(304, fields)
+        part = None
+        if ("range" in headers and request.method == "GET"
+                and headers.get("if-range", modified) in (modified, f'"{etag}"')):
+            part = parse_range(headers["range"], size)
+        if part is not None:
+            offset, length = part
+            fields += field("Content-Range", f"bytes {offset}-{offset + length - 1}/{size}")
+            response = Response(206, fields, b"", fd, offset, length)
+        else:
+            digest = md5() if md5 is not None else None
+            if digest is not None:
+                fields += b"Content-MD5: " + base64.b64encode(digest) + b"\r\n"
+            response = Response(200, fields, b"", fd, 0, size)
+        fd = None
+        return response
+    finally:
+        if fd is not None:
+            os.close(fd)
+
+
+# -- routes ------------------------------------------------------------------------------
+#
+# From a Request to a Response.  A route may be called in the server's loop, where it
+# raises Cold rather than wait for a disk; it is then called again in a thread.
+
+# Samples of the errors that IMGAPI knows, for /ping?error=NAME (sdc-imgapi, GET /ping).
+PING_ERRORS = {
+    "ValidationFailed": Refusal(422, "ValidationFailed", "boom", []),
+    "InvalidParameter": Refusal(422, "InvalidParameter", 'invalid "foo"',
+                                [{"field": "foo", "code": "Invalid"}]),
+    "ImageFilesImmutable": Refusal(422, "ImageFilesImmutable",
+                                   "cannot modify files on activated image"),
+    "ImageAlreadyActivated": Refusal(422, "ImageAlreadyActivated", "image is already activated"),
+    "NoActivationNoFile": Refusal(422, "NoActivationNoFile",
+                                  "image cannot be activated: it has no file"),
+    "OperatorOnly": Refusal(403, "OperatorOnly",
+                            "this endpoint may only be called by an operator"),
+    "ImageUuidAlreadyExists": Refusal(409, "ImageUuidAlreadyExists",
+                                      "image uuid already exists"),
+    "StorageIsDown": Refusal(503, "StorageIsDown", "storage is down"),
+    "StorageUnsupported": Refusal(503, "StorageUnsupported", "storage is unsupported"),
+    "RemoteSource": Refusal(503, "RemoteSourceError", ""),
+    "Internal": Refusal(500, "InternalError", "boom"),
+}
+PING_ERRORS_WITHOUT_SAMPLE = frozenset((
+    "ResourceNotFound", "Upload", "Download", "OwnerDoesNotExist", "AccountDoesNotExist",
+    "NotImageOwner", "NotMantaPathOwner", "OriginDoesNotExist", "OriginIsNotActive",
+    "InsufficientServerVersion", "ImageHasDependentImages", "NotAvailable", "NotImplemented",
+    "InvalidHeader", "ServiceUnavailable", "Unauthorized", "BadRequest"))
+
+QUERY_FIELDS_LIMIT = 100          # parameters of one query: IMGAPI knows fifteen
+
+
+def parse_query(query) -> dict:
+    """The parameters of a query: name: [values].  Raises Refusal for too many."""
+    try:
+        return urllib.parse.parse_qs(query, keep_blank_values=True, errors="replace",
+                                     max_num_fields=QUERY_FIELDS_LIMIT)
+    except ValueError:
+        raise bad_request(f"more than {QUERY_FIELDS_LIMIT} query parameters")
+
+
+def one(query, name):
+    """The value of a parameter that may stand once; None where it is absent or empty."""
+    values = query.get(name, [""])
+    if len(values) > 1:
+        raise invalid(name, f'invalid "{name}": given {len(values)} times')
+    return values[0] or None
+
+
+def matches_text(value, wanted, prefix=False) -> bool:
+    """IMGAPI's filter for name and version: exact, or ~substring; DSAPI's is by prefix."""
+    if wanted.startswith("~"):
+        return wanted[1:] in value
+    return value.startswith(wanted) if prefix else value == wanted
+
+
+def as_text(value) -> str:
+    """A tag's value as filters compare it: numbers and booleans as JSON writes them."""
+    if isinstance(value, str):
+        return value if len(value) <= 100 else ""
+    if isinstance(value, (bool, int, float)):
+        return json.dumps(value)
+    return ""
+
+
+def filters_of(query, account):
+    """The filters of a GET /images, as functions of an Image, cheap ones first."""
+    filters = []
+
+    def single(name, check):
+        if name in query:
+            wanted = query[name][0] if len(query[name]) == 1 else ""
+            filters.append((lambda image: check(image, wanted)) if wanted
+                           else lambda image: False)
+
+    single("os", lambda image, wanted: image.os == wanted)
+    single("owner", lambda image, wanted: image.owner == wanted)
+    single("name", lambda image, wanted: matches_text(image.name, wanted))
+    single("version", lambda image, wanted: matches_text(image.version, wanted))
+    single("type", lambda image, wanted: (image.type != wanted[1:] if wanted[0] == "!"
+                                          else image.type == wanted))
+    single("public", lambda image, wanted: json.dumps(image.public) == wanted)
+    for tag in query.get("billing_tag", ()):
+        filters.append(lambda image, tag=tag: tag != "" and tag in image.billing_tags)
+    if account:
+        filters.append(lambda image: may_see(image, account))
+    for name, values in query.items():
+        if name.startswith("tag."):
+            filters.append(lambda image, key=name[4:], values=values: all(
+                value != "" and as_text(image.fields().get("tags", {}).get(key)) == value
+                for value in values))
+    return filters
+
+
+def may_see(image, account) -> bool:
+    return image.owner == account or image.public or account in image.acl
+
+
+def sort_direction(query) -> bool:
+    """Whether the list is to be newest first.  Raises Refusal."""
+    value = one(query, "sort") or "published_at"
+    attribute, _, direction = value.partition(".")
+    if attribute != "published_at":
+        raise invalid("sort", f"invalid 'sort': not a valid sorting attribute: '{attribute}'")
+    return direction.lower() not in ("", "asc")
+
+
+def limit_of(query):
+    """How many images to list; None for all.  Raises Refusal."""
+    value = one(query, "limit")
+    if value is None:
+        return None
+    if not re.fullmatch("-?[0-9]{1,15}", value):
+        raise invalid("limit", f'invalid limit: "{value}"')
+    return max(0, int(value)) if int(value) else None
+
+
+def parse_accept_version(headers, target) -> int:
+    """1 or 2: whether `channels` are shown is all that differs.  Raises Refusal."""
+    wanted = headers.get("accept-version", "~1").strip()
+    match = re.fullmatch(r"[~^=v]?\s*([0-9]{1,9})(\.(?:[0-9]{1,9}|[x*])){0,2}", wanted)
+    if not match:
+        return 2                  # "*", and whatever else cannot be told: any version will do
+    if match[1] not in ("1", "2") or re.search(r"\.0*[1-9]", wanted):
+        raise Refusal(400, "InvalidVersion", f"{wanted} is not supported by {target}")
+    return int(match[1])
+
+
+def accepts_gzip(header) -> bool:
+    """Whether Accept-Encoding names gzip, and not to say no (RFC 9110 §12.5.3)."""
+    for item in header.split(","):
+        coding, _, parameters = item.partition(";")
+        if coding.strip().lower() == "gzip":
+            return not re.fullmatch(r"\s*q=0(\.0*)?\s*", parameters)
+    return False
+
+
+class Site:
+    """Everything that can be asked for, over one store."""
+
+    def __init__(self, config, store, log):
+        self.config, self.store, self.log = config, store, log
+        self.channels = {channel["name"]: channel for channel in config.channels}
+        self.default_channel = next((channel["name"] for channel in config.channels
+                                     if channel.get("default")), None)
+        # The suffix was made to add a port: not to a Host header that has one.
+        self._plain_suffix = re.sub("^:[0-9]+", "", config.suffix)
+
+    def answer(self, request) -> Response:
+        """The Response to a Request.  Raises Cold; every fault is a Response."""
+        try:
+            return self._route(request)(self, request, *request.segments[1:2])
+        except Refusal as refusal:
+            return refusal_response(refusal)
+        except OSError as error:
+            self.log.error(f"cannot answer {printable(request.target)}: {error.strerror}")
+            return refusal_response(Refusal(503, "ServiceUnavailableError",
+                                            "the image directory cannot be read",
+                                            fields=b"Retry-After: 10\r\n"))
+
+    def _route(self, request):
+        """The route for a request's path and method.  Raises Refusal."""
+        segments = request.segments
+        if len(segments) == 1:
+            pattern = segments[0]
+        elif not is_uuid(segments[1]):
+            pattern = None
+        elif len(segments) == 2:
+            pattern = segments[0] + "/:uuid"
+        else:
+            last = "/".join(segments[2:])
+            pattern = segments[0] + "/:uuid/" + (":file" if segments[0] == "datasets"
+                                                 and len(segments) == 3 else last)
+        route = ROUTES.get(pattern)
+        if route is None:
+            raise not_found(f"{request.target} does not exist")
+        if request.method in ("GET", "HEAD"):
+            return route
+        if request.method == "OPTIONS":
+            return Site.options
+        if request.method not in METHODS:
+            raise Refusal(501, "NotImplemented", "the method is not known here")
+        raise Refusal(405, "MethodNotAllowedError", f"{request.method} is not allowed",
+                      fields=b"Allow: GET, HEAD, OPTIONS\r\n")
+
+    def options(self, request, *_):
+        headers = request.headers.get("access-control-request-headers", "")
+        allow = b"GET, HEAD, OPTIONS"
+        fields = b"Allow: %b\r\n%bAccess-Control-Allow-Methods: %b\r\n" % (allow, CORS, allow)
+        if re.fullmatch(r"[A-Za-z0-9, -]{1,500}", headers):
+            fields += field("Access-Control-Allow-Headers", headers)
+        return Response(204, fields)
+
+    # both
+
+    def root(self, request):
+        """index.html for a browser, index.json for the rest, as the original; else a hint."""
+        if not request.may_wait:
+            raise Cold
+        accept = request.headers.get("accept", "")
+        names = ["index.json"]
+        if "text/html" in accept or "application/xhtml+xml" in accept:
+            names.insert(0, "index.html")
+        for name in names:
+            try:
+                fd, status = open_regular(os.path.join(self.config.serve_dir, name))
+            except OSError:
+                continue
+            kind = "text/html; charset=utf-8" if name.endswith("html") else "application/json"
+            etag = hashlib.sha1(repr(key_of(status)).encode()).hexdigest()
+            return file_response(request, fd, status, etag,
+                                 field("Content-Type", kind) + b"Vary: Accept\r\n" + CORS)
+        return json_response({"server": f"imgserver/{__version__}", "datasets": "/datasets",
+                              "images": "/images", "ping": "/ping"})
+
+    def ping(self, request):
+        if request.query:
+            name = one(parse_query(request.query), "error")
+            if "error=" in request.query:
+                raise self._ping_error(name or "Internal")
+        return json_response({"ping": "pong", "version": __version__, "imgapi": True,
+                              "dsapi": True})
+
+    @staticmethod
+    def _ping_error(name):
+        name = name[:-len("Error")] if name.endswith("Error") else name
+        if name in PING_ERRORS:
+            sample = PING_ERRORS[name]
+            return Refusal(sample.status, sample.code, sample.message, sample.errors)
+        if name in PING_ERRORS_WITHOUT_SAMPLE:
+            return Refusal(500, "InternalError", f'do not have a sample "{name}Error" error')
+        return invalid("error", f"unknown error: {name}Error", "Missing")
+
+    def manifest_response(self, request, etag, *parts):
+        headers = request.headers
+        fields = b'%bETag: "%b"\r\n%b' % (JSON_TYPE, etag, CORS)
+        if "if-match" in headers and not etag_matches(headers["if-match"], etag.decode()):
+            raise Refusal(412, "PreconditionFailed",
+                          f"if-match '{headers['if-match']}' didn't match etag '{etag.decode()}'")
+        if "if-none-match" in headers and etag_matches(headers["if-none-match"], etag.decode()):
+            return Response(304, fields)
+        return Response(200, fields, b"".join(parts))
+
+    def list_response(self, request, listing):
+        """A whole list: with ETag, and as gzip for who asks (imgadm does not)."""
+        headers, etag = request.headers, listing.etag.decode()
+        zipped = "accept-encoding" in headers and accepts_gzip(headers["accept-encoding"])
+        shown_etag = etag + "-gzip" if zipped else etag
+        fields = JSON_TYPE + b'ETag: "%b"\r\nVary: Accept-Encoding\r\n%b' % (
+            shown_etag.encode(), CORS)
+        if "if-none-match" in headers and etag_matches(headers["if-none-match"], shown_etag):
+            return Response(304, fields)
+        if not zipped:
+            return Response(200, fields, listing.body)
+        if listing.gzip is None:
+            if not request.may_wait:
+                raise Cold
+            import gzip
+            listing.gzip = gzip.compress(listing.body, 6, mtime=0)
+        return Response(200, fields + b"Content-Encoding: gzip\r\n", listing.gzip)
+
+    def image_file(self, request, image):
+        """The file of an image, of which the manifest may have been true a moment ago only."""
+        if not request.may_wait:
+            raise Cold
+        try:
+            fd, status = open_regular(os.path.join(image.directory, image.file))
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
+            raise not_found(f'image "{image.uuid}" has no file')
+        if status.st_size != image.size:
+            os.close(fd)
+            raise not_found(f'image "{image.uuid}" has no file')
+
+        def md5():
+            if image.md5 is None and image.size <= MD5_LIMIT:
+                image.md5 = hashlib.md5(os.pread(fd, image.size, 0)).digest()
+            return image.md5
+
+        return file_response(request, fd, status, image.sha1,
+                             b"Content-Type: application/octet-stream\r\n", md5)
+
+    # DSAPI
+
+    def base(self, request) -> bytes:
+        """prefix + Host + suffix, as JSON: what files[].url begins with."""
+        suffix = self.config.suffix
+        if suffix and _HOST.fullmatch(request.host)[2]:
+            suffix = self._plain_suffix
+        return _quote(self.config.prefix + request.host + suffix)[1:-1].encode()
+
+    def datasets(self, request):
+        base = self.base(request)
+
+        def text(image):
+            before, after, _ = image.dsapi
+            return before + base + after
+
+        if request.query:
+            query = parse_query(request.query)
+            wanted = {name: one(query, name) for name in ("name", "version", "os", "type")}
+            if any(wanted.values()):
+                snapshot = self._thread_snapshot(request, DSAPI)
+                return self._plain_list(text(image) for image in snapshot.images
+                                        if all(value is None or matches_text(
+                                            getattr(image, name), value, name != "type")
+                                            for name, value in wanted.items()))
+        listing = self.store.listing(
+            DSAPI, (DSAPI, base), lambda snapshot: Listing(
+                join_list(map(text, snapshot.images)), snapshot.etag(DSAPI)),
+            request.may_wait)
+        return self.list_response(request, listing)
+
+    def _thread_snapshot(self, request, api):
+        """The snapshot for a filtered list, which is made anew each time: in a thread."""
+        if not request.may_wait:
+            raise Cold
+        return self.store.snapshot(api, True)
+
+    @staticmethod
+    def _plain_list(texts):
+        return Response(200, JSON_TYPE + CORS, join_list(texts))
+
+    def dataset(self, request, uuid):
+        before, after, etag = self.store.image(uuid, DSAPI, request.may_wait).dsapi
+        return self.manifest_response(request, etag, before, self.base(request), after)
+
+    def dataset_file(self, request, uuid):
+        image = self.store.image(uuid, DSAPI, request.may_wait)
+        if request.segments[2] != image.path:
+            raise not_found(f"{request.target} does not exist")
+        return self.image_file(request, image)
+
+    # IMGAPI
+
+    def channel_of(self, query, everything=True):
+        """The channel a request is about: None without channels, "*" for all.
+
+        Raises Refusal as sdc-imgapi does.
+        """
+        if not self.channels:
+            return None
+        name = one(query, "channel")
+        if name is None:
+            if self.default_channel is None:
+                raise Refusal(422, "ValidationFailed",
+                              "channel not specified and the server has no default channel",
+                              [{"field": "channel", "code": "MissingParameter"}])
+            return self.default_channel
+        if name not in self.channels and not (name == "*" and everything):
+            raise Refusal(422, "ValidationFailed", f"unknown channel: {name}",
+                          [{"field": "channel", "code": "Invalid"}])
+        return name
+
+    def in_channel(self, image, channel) -> bool:
+        """Whether an image is to be seen there; one without channels is not, where there are."""
+        return channel is None or any(name == channel or channel == "*"
+                                      for name in image.channels if name in self.channels)
+
+    def images(self, request):
+        version = parse_accept_version(request.headers, f"{request.method} /images")
+        query = parse_query(request.query) if request.query else {}
+        admin_fields(query)
+        channel = self.channel_of(query)
+
+        def text(image):
+            before, channels, _ = image.imgapi
+            return before + (channels if version == 2 else b"") + b"\n}"
+
+        def render(snapshot):
+            return Listing(join_list(text(image) for image in snapshot.images
+                                     if self.in_channel(image, channel)),
+                           etag_of(snapshot.etag(IMGAPI), repr((channel, version)).encode()))
+
+        if set(query) - {"channel", "inclAdminFields"}:
+            return self._plain_list(map(text, self._select(request, query, channel)))
+        view = (IMGAPI, channel, version if self.channels else None)
+        return self.list_response(request, self.store.listing(IMGAPI, view, render,
+                                                              request.may_wait))
+
+    def _select(self, request, query, channel):
+        """The images that a query asks for: filtered, sorted, from the marker on, limited."""
+        backwards, limit, account = sort_direction(query), limit_of(query), one(query, "account")
+        state = one(query, "state") or "active"
+        if state != "all" and state not in STATES:
+            raise invalid("state", f'invalid state: "{state}"')
+        if state not in ("active", "all"):
+            return []             # nobody here is known well enough to be shown those
+        images = [image for image in self._thread_snapshot(request, IMGAPI).images
+                  if self.in_channel(image, channel)]
+        for check in filters_of(query, account):
+            images = [image for image in images if check(image)]
+        if backwards:
+            images.reverse()
+        marker = one(query, "marker")
+        if marker is not None:
+            first = self._marker(marker, request)
+            images = [image for image in images
+                      if (image.order <= first if backwards else image.order >= first)]
+        return images[:limit]
+
+    def _marker(self, marker, request):
+        """The place in the order where a list is to begin.  Raises Refusal."""
+        if is_uuid(marker):
+            return self.store.image(marker, IMGAPI, request.may_wait).order
+        if re.fullmatch(r"\d{4}(-\d\d(-\d\d([T ]\d\d:\d\d(:\d\d(\.\d{1,3})?)?Z?)?)?)?", marker,
+                        re.ASCII):
+            backwards = sort_direction(parse_query(request.query))
+            marker = marker.replace(" ", "T").rstrip("Z")
+            return marker + "0000-01-01T00:00:00"[len(marker):], "~" if backwards else ""
+        raise invalid("marker", f'invalid value for "marker" param: "{marker}" is not a UUID '
+                                "or date string")
+
+    def one_image(self, request, uuid, everything=True):
+        """The image of an IMGAPI request, in any state, if its channel and account show it."""
+        query = parse_query(request.query) if request.query else {}
+        version = parse_accept_version(request.headers, f"{request.method} {request.target}")
+        admin_fields(query)
+        account = one(query, "account")
+        if account is not None and not is_uuid(account):
+            raise invalid("account", f'invalid "account": not a UUID: "{account}"')
+        channel = self.channel_of(query, everything)
+        try:
+            image = self.store.image(uuid, IMGAPI, request.may_wait)
+        except Refusal:
+            if not os.path.lexists(os.path.join(self.config.serve_dir, INCOMING + uuid)):
+                raise
+            if not request.may_wait:
+                raise Cold
+            image = self.store.unactivated(uuid)
+        if not self.in_channel(image, channel) or account and not may_see(image, account):
+            raise not_found("image not found")
+        return image, version, query
+
+    def image(self, request, uuid):
+        image, version, _ = self.one_image(request, uuid)
+        before, channels, etag = image.imgapi
+        if version == 1 and channels:
+            channels, etag = b"", etag + b"-1"
+        return self.manifest_response(request, etag, before, channels, b"\n}")
+
+    def image_only_file(self, request, uuid):
+        image, _, query = self.one_image(request, uuid)
+        index = one(query, "index") or "0"
+        if re.fullmatch("[0-9]{1,9}", index) and int(index):
+            raise not_found(f'image "{uuid}" has no file at index {int(index)}')
+        return self.image_file(request, image)
+
+    def image_icon(self, request, uuid):
+        image, _, _ = self.one_image(request, uuid)
+        if not request.may_wait:
+            raise Cold
+        try:
+            if image.icon is None:
+                raise FileNotFoundError
+            fd, status = open_regular(os.path.join(image.directory, image.icon))
+        except OSError:
+            raise not_found(f'image "{uuid}" has no icon')
+        if status.st_size > MD5_LIMIT:
+            os.close(fd)
+            raise not_found(f'image "{uuid}" has no icon')
+        data = os.pread(fd, status.st_size, 0)
+        return file_response(request, fd, status, hashlib.sha1(data).hexdigest(),
+                             field("Content-Type", ICONS[image.icon]) + CORS,
+                             hashlib.md5(data).digest)
+
+    def channel_list(self, request):
+        if not self.channels:
+            raise not_found(f"{request.target} does not exist")
+        return json_response(self.config.channels)
+
+    def state(self, request):
+        raise Refusal(401, "UnauthorizedError", "Unauthorized")
+
+
+def admin_fields(query):
+    """Refuse inclAdminFields, which is for operators of the official server."""
+    value = one(query, "inclAdminFields")
+    if value not in (None, "true", "false"):
+        raise invalid("inclAdminFields", f'invalid "inclAdminFields": "{value}"')
+    if value == "true":
+        raise Refusal(401, "UnauthorizedError", 'Unauthorized (auth required to use '
+                                                '"inclAdminFields" parameter)')
+
+
+ROUTES = {
+    "": Site.root,
+    "ping": Site.ping,
+    "datasets": Site.datasets,
+    "datasets/:uuid": Site.dataset,
+    "datasets/:uuid/:file": Site.dataset_file,
+    "images": Site.images,
+    "images/:uuid": Site.image,
+    "images/:uuid/file": Site.image_only_file,
+    "images/:uuid/icon": Site.image_icon,
+    "channels": Site.channel_list,
+    "state": Site.state,
+}
+
+
+# -- connections -------------------------------------------------------------------------
+#
+# A connection does not own a thread.  The loop holds it while it waits (READING), and
+# answers it from memory; a file, a large answer or a slow one is finished by a thread
+# (WORKING), which blocks as it likes and gives the connection back.
+#
+#            +--------------- answered, more to come ---------------+
+#            v                                                      |
+#   accept: READING --- whole request, answer in memory ------------+
+#            |  |                                                   |
+#            |  +-- file, large or slow answer --> WORKING -- done -+
+#            |                                        |
+#            +-- refused --> LINGERING <--------------+
+#            |                   |                    |
+#            +-------------------+--> CLOSED <--------+
+#
+# Sockets stay in blocking mode: the loop's own calls say MSG_DONTWAIT, the threads' do
+# not.  Only the loop changes a state, registers or closes a socket.  Every state has a
+# deadline, and the loop looks at all of them once a second.
+
+READING, WORKING, LINGERING, CLOSED = "reading", "working", "lingering", "closed"
+
+STATUS_LINES = {int(status): b"HTTP/1.1 %d %b\r\nServer: imgserver/%b\r\nDate: " % (
+    status, status.phrase.encode(), __version__.encode()) for status in http.HTTPStatus}
+
+_HEAD_END = re.compile(rb"\n\r?\n")
+
+# What sendfile says where it is of no use for a socket or file (illumos, old kernels).
+_NO_SENDFILE = frozenset((errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EAFNOSUPPORT,
+                          errno.ENOSYS, errno.ENOTSOCK))
+
+
+class Truncated(Exception):
+    """The file ended before the Content-Length that was announced."""
+
+
+def unsent(sock):
+    """Bytes in the socket's send queue: what the client has not taken yet; None: not known.
+
+    A slow reader takes bytes long before the queue has room for more.  illumos cannot tell.
+    """
+    try:
+        import fcntl
+        import termios
+        return fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0\0\0\0")
+    except (ImportError, AttributeError, OSError):
+        return None
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection: its buffer, its state, and the request that is being answered."""
+
+    def setup(self):
+        """Called once the connection is accepted, in place of http.server's files."""
+        self.connection = self.request
+        self.state = READING
+        self.deadline = self.server.now + self.server.config.header_timeout
+        self.buffer = b""
+        self.scanned = 0                  # bytes of the buffer in which no head ends
+        self.asked = None                 # the Request that is being answered
+        self.requestline = ""
+        self.started = 0.0                # when that began (monotonic)
+        self.answered = 0                 # requests so far
+        self.partial = False              # a request has begun, and is not whole yet
+        self.unread = False               # the client may still be sending what nobody reads
+        self.close_connection = False
+        self.unsent = None
+
+    def handle(self):
+        """Nothing yet: the loop calls readable() when there is something to read."""
+
+    def finish(self):
+        """Nothing: the connection lives until the loop closes it."""
+
+    # in the loop: reading
+
+    def readable(self):
+        """There are bytes, or the client has gone."""
+        try:
+            data = self.connection.recv(RECEIVE, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.server.drop(self)
+        elif self.state is READING:
+            self.buffer = self.buffer + data if self.buffer else data
+            self.advance()
+
+    def advance(self):
+        """Answer the whole requests in the buffer, until one needs a thread."""
+        while self.buffer and self.state is READING and self.handle_one_request():
+            pass
+
+    def handle_one_request(self):
+        """Answer one request.  Returns whether it was answered and the next may be."""
+        self.started = time.monotonic()
+        try:
+            if not self.parse_request():
+                return False
+            response = self.server.site.answer(self.asked)
+        except Cold:
+            self.server.work(self)
+            return False
+        except Refusal as refusal:
+            self.close_connection = self.unread = True
+            response = refusal_response(refusal)
+        except Exception:
+            response = self.fault()
+        return self.send_now(response)
+
+    def parse_request(self):
+        """Take one request off the buffer.  Returns whether it is all there.
+
+        Raises Refusal for what is no request; the connection is of no further use then.
+        """
+        self.asked = None
+        if self.buffer[0] in b"\r\n":
+            self.buffer = self.buffer.lstrip(b"\r\n")
+        end = _HEAD_END.search(self.buffer, self.scanned)
+        if end is None:
+            self.check_partial()
+            return False
+        head = self.buffer[:end.start()].decode("latin-1")
+        self.buffer = self.buffer[end.end():]
+        self.scanned, self.partial = 0, False
+        self.check_size(head)
+        self.asked = asked = parse_head(head)
+        if asked.host is None:
+            asked.host = self.server.own_host(self.connection)
+        if not asked.keep or self.server.draining:
+            self.close_connection = True
+        if asked.headers.get("content-length", "0").strip("0"):
+            # No route takes a body, and what follows is never read as a request.
+            self.close_connection = self.unread = True
+            if asked.method in ("GET", "HEAD", "OPTIONS"):
+                raise bad_request(f"a {asked.method} has no body here")
+        return True
+
+    def check_size(self, head):
+        """Refuse a head, whole or not, that is larger than any client of ours sends."""
+        line = head.partition("\n")[0]
+        self.requestline = line.rstrip("\r")
+        if len(line) > HEAD_LINE_LIMIT:
+            raise Refusal(414, "RequestURITooLong", f"a request line over {HEAD_LINE_LIMIT} bytes")
+        if len(head) > HEAD_LIMIT:
+            raise Refusal(431, "RequestHeaderFieldsTooLarge", f"a head over {HEAD_LIMIT} bytes")
+
+    def check_partial(self):
+        """Refuse at once the beginning of what can become no request (TLS, HTTP/0.9)."""
+        if not self.buffer:
+            return
+        start = self.buffer.decode("latin-1")
+        self.check_size(start)
+        line, end, _ = start.partition("\n")
+        if not start[0].isalpha() or end and not _REQUEST_LINE.fullmatch(line):
+            raise bad_request("the request line is not that of HTTP/1.1")
+        self.scanned = max(0, len(self.buffer) - 2)
+        if not self.partial:
+            self.partial = True
+            if self.answered:             # the first one's time began with the connection
+                self.deadline = self.server.now + self.server.config.header_timeout
+
+    def fault(self):
+        """The answer when our own code has failed."""
+        self.server.log.exception("internal error")
+        self.close_connection = True
+        return refusal_response(Refusal(500, "InternalError", "internal error"))
+
+    # in the loop: answering
+
+    def head(self, response) -> bytes:
+        """The head of a response as it is sent."""
+        status = response.status
+        length = b"" if status in (204, 304) else b"Content-Length: %d\r\n" % response.length
+        if self.close_connection:
+            length += b"Connection: close\r\n"
+        elif self.asked.minor == "0":
+            length += b"Connection: keep-alive\r\n"
+        return b"%b%b\r\n%b%b\r\n" % (STATUS_LINES[status], self.server.date(),
+                                       response.fields, length)
+
+    def has_body(self):
+        return self.asked is None or self.asked.method != "HEAD"
+
+    def send_now(self, response):
+        """Send a response from memory, or have a thread send what the socket does not take.
+
+        Returns whether the connection goes on in the loop.
+        """
+        data = self.head(response)
+        if self.has_body():
+            data += response.body
+        try:
+            sent = self.connection.send(data[:LOOP_SEND] if len(data) > LOOP_SEND else data,
+                                        socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.server.drop(self)
+            return False
+        if sent < len(data):
+            self.server.work(self, response, memoryview(data)[sent:])
+            return False
+        self.log_request(response.status, response.length if self.has_body() else 0)
+        return self.answered_one()
+
+    def answered_one(self):
+        """A request is done.  Returns whether the connection goes on."""
+        if self.close_connection:
+            self.server.part(self)
+            return False
+        self.answered += 1
+        self.deadline = self.server.now + self.server.config.idle_timeout
+        return True
+
+    # in a thread
+
+    def answer_slowly(self, response, rest):
+        """Answer the request, or send the `rest` of its answer; then give the connection back.
+
+        Whatever goes wrong here closes the connection, so that nobody takes a part for all.
+        """
+        sent = 0
+        try:
+            self.connection.setblocking(True)     # accept may have passed on the listener's mode
+            if response is None:
+                response = self.answer_waiting()
+                rest = memoryview(self.head(response) + (response.body if self.has_body()
+                                                         else b""))
+            self.moving()
+            self.send_bytes(rest, response)
+            sent = len(response.body)
+            if response.file is not None and self.has_body():
+                for sent in self.send_file(response):
+                    self.moving()
+        except Truncated as error:
+            self.close_connection = True
+            self.server.log.error(f"{printable(self.requestline)}: {error}")
+        except OSError as error:
+            self.close_connection = True
+            self.server.log.info(f"{self.address_string()} went away after {sent} bytes of "
+                                 f"\"{printable(self.requestline)}\": {error.strerror}")
+        except Exception:
+            self.close_connection = True
+            self.server.log.exception("internal error")
+        finally:
+            if response is not None:
+                response.close()
+                self.log_request(response.status, sent if self.has_body() else 0)
+            self.deadline = math.inf
+            self.server.give_back(self)
+
+    def answer_waiting(self):
+        self.asked.may_wait = True
+        try:
+            return self.server.site.answer(self.asked)
+        except Exception:
+            return self.fault()
+
+    def moving(self):
+        """Bytes have gone out: the client has stall_timeout to take more."""
+        self.deadline = time.monotonic() + self.server.config.stall_timeout
+
+    def send_bytes(self, data, response):
+        """Send bytes, in steps; raises OSError."""
+        more = getattr(socket, "MSG_MORE", 0) if response.file is not None else 0
+        while data:
+            data = data[self.connection.send(data[:STEP], more):]
+            self.moving()
+
+    def send_file(self, response):
+        """Send a part of a file; yields how many bytes have gone out so far.
+
+        Raises Truncated if the file ends early, OSError if the client goes away.
+        os.sendfile is for TCP only: illumos refuses AF_UNIX, and CPython up to 3.13 may
+        report a made-up count for that (gh-154324).  An error from it means that nothing
+        was sent by this call, so reading and sending goes on at the same place.
+        """
+        sock, fd = self.connection, response.file
+        offset, end = response.offset, response.offset + response.length
+        zero_copy = hasattr(os, "sendfile") and sock.family in (socket.AF_INET, socket.AF_INET6)
+        step = STEP
+        while offset < end:
+            want = min(step, end - offset)
+            began = time.monotonic()
+            if zero_copy:
+                try:
+                    count = os.sendfile(sock.fileno(), fd, offset, want)
+                except BlockingIOError:
+                    self.wait_writable()
+                    continue
+                except OSError as error:
+                    if error.errno not in _NO_SENDFILE:
+                        raise
+                    zero_copy = False
+                    continue
+            else:
+                data = os.pread(fd, min(want, COPY_STEP), offset)
+                sock.sendall(data)
+                count = len(data)
+            if not 0 < count <= want:
+                raise Truncated(f"truncated at {offset} of {end} bytes (sent {count})")
+            offset += count
+            step = SLOW_STEP if time.monotonic() - began > 1 else STEP
+            yield offset - response.offset
+
+    def wait_writable(self):
+        """Wait until the socket takes bytes again; the loop ends a wait that is too long."""
+        poll = select.poll()
+        poll.register(self.connection, select.POLLOUT)
+        poll.poll()
+
+    # time limits, called by the loop once a second
+
+    def check_time(self, now):
+        """Do what is due when a deadline has passed."""
+        if self.state is WORKING and self.deadline < math.inf:
+            left = unsent(self.connection)
+            if left != self.unsent:
+                self.unsent = left
+                self.moving()
+        if now < self.deadline:
+            return
+        if self.state is WORKING:
+            self.server.log.info(f"{self.address_string()} has taken nothing for "
+                                 f"{self.server.config.stall_timeout} s")
+            self.server.hang_up(self)     # which wakes the thread with an error
+        elif self.state is READING and self.partial:
+            self.partial = False
+            self.started = time.monotonic()
+            self.asked = None
+            self.close_connection = self.unread = True
+            self.send_now(refusal_response(Refusal(408, "RequestTimeout",
+                                                   "the request has not come to its end")))
+        else:
+            self.server.drop(self)
+
+    # log
+
+    def address_string(self):
+        """Who is asking: a number, never a name; behind a Unix socket, whom the proxy names."""
+        if self.connection.family != socket.AF_UNIX:
+            address = self.client_address[0]
+            return address[7:] if address.startswith("::ffff:") else address
+        headers = self.asked.headers if self.asked is not None else {}
+        address = headers.get("x-real-ip") or headers.get("x-forwarded-for", "").split(",")[-1]
+        return printable(address.strip(), 45) or "unix"
+
+    def log_request(self, code="-", size="-"):
+        if self.server.log.level <= LEVELS["info"]:
+            took = (time.monotonic() - self.started) * 1000
+            self.server.log.info(f'{self.address_string()} "{printable(self.requestline)}" '
+                                 f"{code} {size} {took:.1f}ms")
+
+
+# -- servers -----------------------------------------------------------------------------
+
+class Workers:
+    """Threads for what may wait: started when none is idle, ended when idle for long."""
+
+    def __init__(self):
+        self._jobs = queue.SimpleQueue()
+        self._idle = threading.Semaphore(0)
+
+    def submit(self, job):
+        """Have a thread call job().  Raises RuntimeError where none can be had."""
+        if not self._idle.acquire(blocking=False):
+            threading.Thread(target=self._run, args=(job,), daemon=True).start()
+        else:
+            self._jobs.put(job)
+
+    def _run(self, job):
+        while True:
+            job()
+            job = None                    # or the connection would stay until the next one
+            self._idle.release()
+            try:
+                job = self._jobs.get(timeout=THREAD_IDLE)
+            except queue.Empty:
+                if self._idle.acquire(blocking=False):
+                    return
+                job = self._jobs.get()    # one was put just now, and it counts on us
+
+
+class ImageServer(ThreadingHTTPServer):
+    """The server on TCP: accepts, holds every connection, and knows all the time limits.
+
+    config, log, site   what it was made with
+    now                 the time (monotonic) of this turn of the loop
+    draining            whether it is about to end, and only finishes what it has begun
+    """
+
+    request_queue_size = 1024             # a fleet that boots imports all at once
+    allow_reuse_port = False              # a second server must fail, not share the port
+
+    def __init__(self, config, log):
+        self.config, self.log = config, log
+        self.site = Site(config, Store(config, log), log)
+        self.now = time.monotonic()
+        self.draining = False
+        self._connections = set()
+        self._workers = Workers()
+        self._returned = collections.deque()
+        self._selector = selectors.DefaultSelector()
+        self._wakeup, self._waker = socket.socketpair()
+        self._waker.setblocking(False)
+        self._resume_accept = None        # when to accept again, after the files ran out
+        self._cut_at = None               # when draining ends (monotonic); -inf: at once
+        self._date = (0, b"")
+        self._ended = threading.Event()
+        host, port = self.place()
+        super().__init__((host, port), Handler)
+
+    def place(self):
+        """The address to bind, and address_family with it.  Raises Mistake."""
+        host, port = self.config.listen
+        if not host:
+            if socket.has_dualstack_ipv6():
+                self.address_family = socket.AF_INET6
+                return "::", port
+            return "0.0.0.0", port
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
+                                       flags=socket.AI_PASSIVE | socket.AI_NUMERICHOST)
+        except OSError:
+            raise Mistake(f"listen: {host!a} is no IP address", EXIT_CONFIG)
+        self.address_family = found[0][0]
+        return host, port
+
+    def server_bind(self):
+        """Bind without asking DNS for our name, as http.server does (it may hang there)."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if self.address_family == socket.AF_INET6 and self.server_address[0] == "::":
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        # Inherited by what is accepted, on Linux; answers are sent whole, so that it matters little.
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = self.server_address[:2]
+
+    def server_activate(self):
+        super().server_activate()
+        self.socket.setblocking(False)
+
+    def describe(self) -> str:
+        """Where it listens, for the log."""
+        host, port = self.server_address[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    @staticmethod
+    def own_host(connection) -> str:
+        """What stands for the Host header of a client of HTTP/1.0 that sends none."""
+        host, port = connection.getsockname()[:2]
+        host = host[7:] if host.startswith("::ffff:") else host
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    def date(self) -> bytes:
+        """The Date header's value, made once a second."""
+        now = int(time.time())
+        if self._date[0] != now:
+            self._date = (now, http_date(now).encode())
+        return self._date[1]
+
+    # the loop
+
+    def serve_forever(self, poll_interval=TICK):
+        """Serve until shutdown() or a signal; then finish what has begun, for drain_time."""
+        config = self.config
+        tick = min(poll_interval, config.header_timeout / 4, config.idle_timeout / 4,
+                   config.stall_timeout / 4)
+        looked = flushed = self.now = time.monotonic()
+        self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
+        self._selector.register(self._wakeup, selectors.EVENT_READ, self._take_back)
+        try:
+            while self._cut_at is None or self._connections and self.now < self._cut_at:
+                for key, _ in self._selector.select(LOG_DELAY if self.log.pending else tick):
+                    key.data()
+                self.now = now = time.monotonic()
+                if now - flushed >= LOG_DELAY:
+                    flushed = now
+                    self.log.flush()
+                if now - looked >= tick:
+                    looked = now
+                    self._look_at_clock(now)
+                if self._cut_at is not None and not self.draining:
+                    self._drain()
+        finally:
+            self._end()
+
+    def _accept(self):
+        for _ in range(ACCEPT_BATCH):
+            try:
+                request, address = self.get_request()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    self.log.error(f"cannot accept connections: {error.strerror}")
+                    self._selector.unregister(self.socket)
+                    self._resume_accept = self.now + ACCEPT_PAUSE
+                    return
+                continue                  # the client has gone before we came
+            self.process_request(request, address)
+
+    def process_request(self, request, client_address):
+        """Take up a connection; at the limit, tell it to come back, without a thread."""
+        if len(self._connections) >= self.config.max_connections + OVERFLOW:
+            request.close()
+            return
+        handler = self.RequestHandlerClass(request, client_address, self)
+        self._connections.add(handler)
+        self._selector.register(request, selectors.EVENT_READ, handler.readable)
+        if len(self._connections) > self.config.max_connections:
+            self.refuse(handler, "too many connections")
+
+    def refuse(self, handler, why):
+        """Answer 503 in place of whatever was asked."""
+        self.log.warn(f"{handler.address_string()} is told to come back: {why}")
+        handler.close_connection = handler.unread = True
+        handler.send_now(refusal_response(Refusal(503, "ServiceUnavailableError", why,
+                                                  fields=b"Retry-After: 5\r\n")))
+
+    def _look_at_clock(self, now):
+        for handler in list(self._connections):
+            if now >= handler.deadline or handler.state is WORKING:
+                handler.check_time(now)
+        if self._resume_accept is not None and now >= self._resume_accept and not self.draining:
+            self._resume_accept = None
+            self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
+
+    # states of a connection: each transition is one of these
+
+    def work(self, handler, response=None, rest=b""):
+        """READING to WORKING: have a thread answer, or send the rest of an answer."""
+        self._selector.unregister(handler.connection)
+        handler.state, handler.deadline = WORKING, math.inf
+        try:
+            self._workers.submit(lambda: handler.answer_slowly(response, rest))
+        except RuntimeError:              # can't start new thread
+            handler.state = READING
+            self._selector.register(handler.connection, selectors.EVENT_READ, handler.readable)
+            if response is None:
+                self.refuse(handler, "no thread to answer with")
+            else:
+                self.drop(handler)
+
+    def give_back(self, handler):
+        """Called by a thread that is done: the loop goes on with the connection."""
+        self._returned.append(handler)
+        self._wake()
+
+    def _take_back(self):
+        """WORKING to READING, or on to the end."""
+        self._wakeup.recv(4096)
+        while self._returned:
+            handler = self._returned.popleft()
+            handler.state = READING
+            self._selector.register(handler.connection, selectors.EVENT_READ, handler.readable)
+            if handler.answered_one():
+                handler.advance()
+
+    def part(self, handler):
+        """READING to CLOSED, by way of LINGERING where the client may still be sending.
+
+        Closing a socket that holds unread bytes resets it, and the client would lose the
+        answer that it was just sent (imgadm: "write EPIPE").
+        """
+        if not handler.unread and not handler.buffer:
+            self.drop(handler)
+            return
+        handler.state, handler.buffer = LINGERING, b""
+        handler.deadline = self.now + LINGER
+        try:
+            handler.connection.shutdown(socket.SHUT_WR)
+        except OSError:                   # it has gone already
+            self.drop(handler)
+
+    def drop(self, handler):
+        """READING or LINGERING to CLOSED."""
+        handler.state = CLOSED
+        self._selector.unregister(handler.connection)
+        handler.connection.close()
+        self._connections.discard(handler)
+
+    @staticmethod
+    def hang_up(handler):
+        """End a connection that a thread is working on: what it does next fails."""
+        try:
+            handler.connection.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass                          # the client was faster
+
+    # the end
+
+    def _wake(self):
+        try:
+            self._waker.send(b"\0")
+        except (BlockingIOError, OSError):
+            pass                          # full: it will wake; closed: it has ended
+
+    def stop(self, at_once=False):
+        """Have the loop end: now, or after drain_time.  Safe in a signal handler."""
+        self._cut_at = -math.inf if at_once else time.monotonic() + self.config.drain_time
+        self._wake()
+
+    def shutdown(self):
+        """Have the loop end, and wait until it has; from another thread."""
+        self.stop()
+        self._ended.wait()
+
+    def _drain(self):
+        """No new connections, no further requests; what has begun is finished."""
+        self.draining = True
+        if self._resume_accept is None:
+            self._selector.unregister(self.socket)
+        self.server_close()
+        working = 0
+        for handler in list(self._connections):
+            handler.close_connection = True
+            if handler.state is WORKING:
+                working += 1
+            elif not handler.partial and handler.state is READING:
+                self.drop(handler)
+        if working:
+            self.log.info(f"finishing {working} answers, for {self.config.drain_time} s at most")
+
+    def _end(self):
+        for handler in list(self._connections):
+            self.hang_up(handler)
+        self.server_close()
+        self.log.flush()
+        self._ended.set()
+
+
+class UnixImageServer(ImageServer):
+    """The same on a Unix socket, for nginx on the same machine."""
+
+    address_family = socket.AF_UNIX
+    allow_reuse_address = False
+
+    def place(self):
+        return self.config.listen, None
+
+    def server_bind(self):
+        """Bind, replacing the socket file that a dead server has left; never another's.
+
+        Raises Mistake where a server answers there, or what is there is no socket.
+        """
+        self.server_name, self.server_port = "localhost", 0
+        self.server_address = path = self.config.listen
+        self._take_over(path)
+        # illumos asks for read and write permission of who connects (so_ux_lookup).
+        mask = os.umask(0o777 & ~int(self.config.socket_mode, 8))
+        try:
+            self.socket.bind(path)
+        finally:
+            os.umask(mask)
+        status = os.stat(path)
+        self._identity = status.st_dev, status.st_ino
+
+    @staticmethod
+    def _take_over(path):
+        """Remove the socket file of a dead server, also when two start at the same moment."""
+        probe = socket.socket(socket.AF_UNIX)
+        try:
+            status = os.lstat(path)
+            if not stat.S_ISSOCK(status.st_mode):
+                raise Mistake(f"{path} is there already, and it is no socket", EXIT_CONFIG)
+            probe.connect(path)
+        except ConnectionRefusedError:
+            pass                          # nobody listens: a server died here
+        except FileNotFoundError:
+            return
+        else:
+            raise Mistake(f"another server listens on {path}")
+        finally:
+            probe.close()
+        aside = f"{path}.{os.getpid()}"
+        try:
+            os.rename(path, aside)
+        except FileNotFoundError:
+            return                        # somebody else has removed it; bind will tell
+        if os.path.samestat(os.lstat(aside), status):
+            os.unlink(aside)
+        else:
+            os.rename(aside, path)        # in between, somebody else has begun to serve
+            raise Mistake(f"another server listens on {path}")
+
+    def describe(self):
+        return self.server_address
+
+    @staticmethod
+    def own_host(connection):
+        return "localhost"
+
+    def server_close(self):
+        super().server_close()
+        try:
+            status = os.stat(self.server_address)
+            if (status.st_dev, status.st_ino) == self._identity:
+                os.unlink(self.server_address)
+        except (OSError, AttributeError):
+            pass                          # it is gone, or was never bound
+
+
+# -- commands ----------------------------------------------------------------------------
+
+def start(config, log) -> ImageServer:
+    """A server that listens.  Raises Mistake: status 96 where trying again will not help."""
+    kind = UnixImageServer if isinstance(config.listen, str) else ImageServer
+    try:
+        return kind(config, log)
+    except PermissionError as error:
+        hint = ("" if isinstance(config.listen, str) or config.listen[1] >= 1024 else
+                "; a port below 1024 needs the privilege net_privaddr, or choose --listen 8080")
+        raise Mistake(f"cannot listen on {config.listen_port}: {error.strerror}{hint}",
+                      EXIT_CONFIG)
+    except OSError as error:
+        transient = error.errno == errno.EADDRINUSE
+        raise Mistake(f"cannot listen on {config.listen_port}: {error.strerror}",
+                      1 if transient else EXIT_CONFIG)
+
+
+def raise_file_limit(config, log):
+    """Have as many file descriptors as connections and their files may need."""
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * config.max_connections + SPARE_FILES
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+        except (ValueError, OSError) as error:
+            log.warn(f"cannot raise the limit of open files: {error}")
+    if soft != resource.RLIM_INFINITY and soft - SPARE_FILES < config.max_connections:
+        config.max_connections = max(1, soft - SPARE_FILES)
+        log.warn(f"{soft} files may be open: max_connections is {config.max_connections}")
+
+
+def run_serve(config, _):
+    """Serve until SIGTERM or SIGINT; a second one ends it at once."""
+    log = Log(config.loglevel)
+    for warning in config.warnings:
+        log.warn(warning)
+    config.check_serve_dir()
+    raise_file_limit(config, log)
+    server = start(config, log)
+
+    def end(number, frame):
+        server.stop(at_once=server.draining)
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+    signal.signal(signal.SIGHUP, lambda number, frame: log.info(
+        "SIGHUP: nothing to read again, the directory is always read as it is"))
+    log.info(f"imgserver {__version__} serves {printable(config.serve_dir)} on "
+             f"{printable(server.describe())}")
+    log.flush()
+    server.serve_forever()
+    log.info("ended")
+    log.flush()
+    return 0
+
+
+class Progress:
+    """Bytes and rate on a terminal's stderr, some times a second; nothing anywhere else."""
+
+    def __init__(self, what, quiet=False):
+        self.what = what
+        self.shown = not quiet and sys.stderr.isatty()
+        self.began = self.last = time.monotonic()
+
+    def __call__(self, size):
+        now = time.monotonic()
+        if self.shown and now - self.last >= 0.25:
+            self.last = now
+            rate = size / (now - self.began) / 1e6
+            sys.stderr.write(f"\r{self.what}: {size / 1e6:.0f} MB, {rate:.0f} MB/s\033[K")
+            sys.stderr.flush()
+
+    def clear(self):
+        if self.shown:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
+
+
+def parse_field(text):
+    """FIELD=VALUE, the value JSON if it parses, else a text; as imgadm create takes them."""
+    name, sign, value = text.partition("=")
+    if not sign or not re.fullmatch("[a-z][a-z0-9_]*", name):
+        raise Mistake(f"{text!a} is not FIELD=VALUE")
+    if name in ("v", "uuid", "files", "state"):
+        raise Mistake(f"{name} cannot be set")
+    try:
+        return name, parse_json(os.fsencode(value))
+    except ValueError:
+        return name, value
+
+
+def new_uuid() -> str:
+    import uuid
+    return str(uuid.uuid4())
+
+
+def manifest_to_import(config, options) -> dict:
+    """The manifest that the options of `import` ask for.  Raises Mistake."""
+    texts = options.words
+    given = {"os": options.os, "type": options.type, "origin": options.origin}
+    if options.manifest:
+        try:
+            with open(options.manifest, "rb") as file:
+                manifest = parse_json(file.read(MANIFEST_LIMIT))
+        except OSError as error:
+            raise Mistake(f"cannot read {options.manifest}: {error.strerror}")
+        except ValueError as error:
+            raise Mistake(f"{options.manifest} is not JSON: {error}")
+        if not isinstance(manifest, dict):
+            raise Mistake(f"{options.manifest} is not a JSON object")
+        manifest = {key: value for key, value in manifest.items() if key not in ("state", "icon")}
+        if not is_v1(manifest):
+            manifest = {"v": 2, "uuid": None, "owner": NOBODY, "public": True, "disabled": False,
+                        "published_at": stamp(time.time()), **manifest}
+        manifest.update({key: value for key, value in given.items() if value is not None})
+        manifest.update(map(parse_field, texts))
+        manifest["uuid"] = options.uuid or manifest.get("uuid") or new_uuid()
+    else:
+        if len(texts) < 3:
+            raise Mistake("NAME VERSION DESCRIPTION are needed, or --manifest FILE", 2)
+        given.update(zip(("name", "version", "description"), texts))
+        given.update(map(parse_field, texts[3:]))
+        manifest = new_manifest(config, options.uuid or new_uuid(), given)
+    for text in ("name", "version", "description"):
+        if isinstance(manifest.get(text), str) and not is_utf8(manifest[text]):
+            raise Mistake(f"{text} is not UTF-8")
+    if not isinstance(manifest["uuid"], str) or not is_uuid(manifest["uuid"]):
+        raise Mistake(f"{manifest['uuid']!a} is not a UUID in lower case")
+    if not isinstance(manifest.get("files", []), list) \
+            or not all(isinstance(item, dict) for item in manifest.get("files", [])):
+        raise Mistake("files of the manifest must hold one file")
+    check_fields(manifest)
+    return manifest
+
+
+def is_utf8(text) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def run_import(config, options):
+    """Take an image from standard input or --file, and print its uuid."""
+    manifest = manifest_to_import(config, options)
+    if manifest.get("origin") and options.stream_check and not os.path.exists(
+            os.path.join(config.serve_dir, manifest["origin"], MANIFEST)):
+        raise Mistake(f"its origin, image {manifest['origin']}, is not on this server")
+    if options.file in (None, "-"):
+        source = sys.stdin.buffer
+        if source.isatty():
+            raise Mistake("the image is read from standard input: `... < FILE`", 2)
+    else:
+        try:
+            source = open(options.file, "rb")
+        except OSError as error:
+            raise Mistake(f"cannot read {options.file}: {error.strerror}")
+    progress = Progress("imported", options.quiet)
+    try:
+        Import(config, manifest, options.stream_check, progress).run(source, options.activate)
+    finally:
+        progress.clear()
+    print(manifest["uuid"])
+    return 0
+
+
+def run_activate(config, options):
+    """Put an image on show that `import -n` has left unactivated."""
+    activate(config.serve_dir, checked_uuid(options.uuid))
+    return 0
+
+
+def run_discard(config, options):
+    """Throw away an image that is not active."""
+    discard(config.serve_dir, checked_uuid(options.uuid))
+    return 0
+
+
+def checked_uuid(text) -> str:
+    if not is_uuid(text):
+        raise Mistake(f"{text!a} is not a UUID in lower case", 2)
+    return text
+
+
+def check_image(reader, config, uuid, quiet):
+    """What is wrong with one image, after reading all of it; None where nothing is.
+
+    Returns (trouble, Examination).
+    """
+    directory = os.path.join(config.serve_dir, uuid)
+    image = reader.read(uuid, directory, ())
+    if image is None:
+        return f"there is no {MANIFEST}", None
+    if image.problem:
+        return image.problem, None
+    found = Examination(with_md5=True)
+    progress = Progress(f"{uuid} {image.file}", quiet)
+    try:
+        fd, _ = open_regular(os.path.join(directory, image.file))
+        with open(fd, "rb", buffering=0) as file:
+            found.run(file.read, progress=progress)
+    except Unsound as error:
+        return f"{image.file}: {error}", found
+    except OSError as error:
+        return f"{image.file}: {error.strerror}", found
+    finally:
+        progress.clear()
+    if found.size != image.size:
+        return f"{image.file}: its size is {found.size}, not {image.size}", found
+    if found.sha1 != image.sha1:
+        return f"{image.file}: its sha1 is {found.sha1}, not {image.sha1}", found
+    if image.md5 is not None and found.md5 != image.md5.hex():
+        return f"{image.file}: its md5 is {found.md5}, not {image.md5.hex()}", found
+    if found.stream.type is not None or image.type in STREAM_TYPES.values():
+        trouble = found.stream.trouble()
+        if trouble:
+            return f"{image.file}: {trouble}", found
+    return None, found
+
+
+def record_md5(directory, found):
+    """Write the md5 of an image's file into its manifest, for Content-MD5; by rename."""
+    manifest, _ = read_manifest(directory)
+    if manifest["files"][0].get("md5") == found.md5:
+        return
+    manifest["files"][0]["md5"] = found.md5
+    path = os.path.join(directory, f".{MANIFEST}.{os.getpid()}")
+    try:
+        write_whole(path, (render_json(manifest) + "\n").encode())
+        os.rename(path, os.path.join(directory, MANIFEST))
+        sync_directory(directory)
+    except OSError as error:
+        if os.path.exists(path):
+            os.unlink(path)
+        raise Mistake(f"cannot write {os.path.join(directory, MANIFEST)}: {error.strerror}")
+
+
+def incoming(serve_dir):
+    """Yield (uuid, whether it is whole, seconds since its last change) of what is not active."""
+    for name in sorted(os.listdir(serve_dir)):
+        if name.startswith(INCOMING) and is_uuid(name[len(INCOMING):]):
+            path = os.path.join(serve_dir, name)
+            times = [os.stat(path).st_mtime]
+            times += [entry.stat(follow_symlinks=False).st_mtime for entry in os.scandir(path)]
+            yield (name[len(INCOMING):], os.path.exists(os.path.join(path, MANIFEST)),
+                   time.time() - max(times))
+
+
+def run_check(config, options):
+    """Read every image again, and say which are not what their manifests promise."""
+    config.check_serve_dir()
+    reader = Reader(config)
+    uuids = [checked_uuid(text) for text in options.uuid]
+    uuids = uuids or sorted(name for name in os.listdir(config.serve_dir) if is_uuid(name))
+    bad = 0
+    for uuid in uuids:
+        trouble, found = check_image(reader, config, uuid, options.quiet)
+        if trouble:
+            bad += 1
+            print(f"{uuid}: {printable(trouble)}", flush=True)
+        elif options.record:
+            record_md5(os.path.join(config.serve_dir, uuid), found)
+    for uuid, whole, age in [] if options.uuid else list(incoming(config.serve_dir)):
+        what = "waits to be activated" if whole else "was never finished, or is still coming"
+        if options.clean and not whole and age > ABANDONED:
+            discard(config.serve_dir, uuid)
+            what = "was never finished: removed"
+        print(f"{INCOMING}{uuid}: {what}; last change {age / 3600:.0f} hours ago")
+    print(f"{len(uuids) - bad} of {len(uuids)} images are sound")
+    return 1 if bad else 0
+
+
+def run_config(config, options):
+    """Write a creator's and a vendor's UUID into config.json, unless it has them."""
+    path = options.config or default_config()
+    try:
+        with open(path, "rb") as file:
+            values = parse_json(file.read())
+    except FileNotFoundError:
+        values = {}
+    changed = False
+    for key in ("image-creator-uuid", "image-vendor-uuid"):
+        if not values.get(key):
+            values[key] = new_uuid()
+            changed = True
+    if changed:
+        aside = f"{path}.{os.getpid()}"
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(aside, path)
+    print(f"creator {values['image-creator-uuid']}, vendor {values['image-vendor-uuid']}")
+    return 0
+
+
+SMF_MANIFEST = """\
+<?xml version="1.0"?>
+<!DOCTYPE service_bundle SYSTEM "/usr/share/lib/xml/dtd/service_bundle.dtd.1">
+<!-- Made by `imgserver.py smf`: svccfg import image-server.smf.xml -->
+<service_bundle type="manifest" name="image-server">
+  <service name="site/image-server" type="service" version="1">
+    <create_default_instance enabled="false"/>
+    <dependency name="network" grouping="require_all" restart_on="error" type="service">
+      <service_fmri value="svc:/milestone/network:default"/>
+    </dependency>
+    <dependency name="filesystem" grouping="require_all" restart_on="error" type="service">
+      <service_fmri value="svc:/system/filesystem/local:default"/>
+    </dependency>
+    <method_context working_directory="{directory}">
+      <method_credential user="{user}" group="{group}"
+        privileges="{privileges}"/>
+      <method_environment>
+        <envvar name="PATH" value="/usr/bin:/usr/sbin"/>
+        <envvar name="LC_ALL" value="C.UTF-8"/>
+      </method_environment>
+    </method_context>
+    <exec_method type="method" name="start" timeout_seconds="60"
+      exec="{command}"/>
+    <exec_method type="method" name="stop" timeout_seconds="{stop}" exec=":kill"/>
+    <property_group name="startd" type="framework">
+      <!-- It stays in the foreground, and is started again whenever it ends. -->
+      <propval name="duration" type="astring" value="child"/>
+      <propval name="ignore_error" type="astring" value="core,signal"/>
+    </property_group>
+    <stability value="Evolving"/>
+    <template>
+      <common_name><loctext xml:lang="C">image server for imgadm</loctext></common_name>
+    </template>
+  </service>
+</service_bundle>
+"""
+
+
+def run_smf(config, options):
+    """Print the SMF manifest for this directory, this user and this Python."""
+    directory = options.directory or os.path.dirname(os.path.abspath(__file__))
+    command = [options.python or sys.executable, os.path.join(directory, "imgserver.py")]
+    if options.config:
+        command += ["--config", os.path.abspath(options.config)]
+    privileges = "basic,!file_link_any,!proc_info,!proc_session"
+    if not isinstance(config.listen, str) and config.listen[1] < 1024:
+        privileges += ",net_privaddr"
+    user, group = options.user, options.group
+    if not user:
+        import grp
+        import pwd
+        user = pwd.getpwuid(os.getuid()).pw_name
+        group = group or grp.getgrgid(os.getgid()).gr_name
+    values = {"directory": directory, "user": user, "group": group or user,
+              "privileges": privileges, "command": shlex.join(command),
+              "stop": int(config.drain_time) + 30}
+    sys.stdout.write(SMF_MANIFEST.format(
+        **{key: html.escape(str(value)) for key, value in values.items()}))
+    return 0
+
+
+def default_config():
+    return os.path.join(os.path.dirname(os.path.abspath(__file__)), "config.json")
+
+
+def option_parser():
+    shared = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    shared.add_argument("--config", metavar="FILE",
+                        help="the configuration (default: config.json beside imgserver.py)")
+    shared.add_argument("--dir", metavar="DIR",
+                        help="the directory of images (default: serve_dir of the configuration)")
+    parser = argparse.ArgumentParser(
+        prog="imgserver.py", parents=[shared],
+        description="An image server for SmartOS: serves a directory of images to imgadm.",
+        epilog="Without a command it serves.  `imgserver.py COMMAND --help` tells more.")
+    parser.set_defaults(run=run_serve, config=None, dir=None, listen=None, loglevel=None)
+    parser.add_argument("--version", action="version", version=f"imgserver {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
+
+    def command(name, run, text):
+        sub = commands.add_parser(name, parents=[shared], help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    serve = command("serve", run_serve, "serve the images (the default)")
+    for each in (parser, serve):
+        each.add_argument("--listen", metavar="PORT|HOST:PORT|/PATH", default=argparse.SUPPRESS,
+                          help="where to listen: TCP, or a Unix socket; port 0 takes any "
+                               "(default: listen_port of the configuration, 80)")
+        each.add_argument("--loglevel", metavar="LEVEL", default=argparse.SUPPRESS,
+                          help="least level to log: " + ", ".join(LEVELS) + " (default: info)")
+    sub = command("import", run_import, "publish an image, read from standard input")
+    sub.add_argument("words", nargs="*", metavar="NAME VERSION DESCRIPTION [FIELD=VALUE ...]",
+                     help="what it is; any field of a manifest, as JSON or a text")
+    sub.add_argument("--manifest", metavar="FILE", help="take the fields from this manifest")
+    sub.add_argument("--file", metavar="FILE", help="read the image from FILE")
+    sub.add_argument("--uuid", help="its uuid (default: a new one)")
+    sub.add_argument("--origin", metavar="UUID", help="the image an incremental one builds on")
+    sub.add_argument("--os", help="its operating system (default: smartos)")
+    sub.add_argument("--type", help="its type (default: zone-dataset)")
+    sub.add_argument("-n", "--no-activate", dest="activate", action="store_false",
+                     help="leave it unactivated, for `activate` or `discard`")
+    sub.add_argument("--no-stream-check", dest="stream_check", action="store_false",
+                     help="it is no ZFS send stream")
+    sub.add_argument("-q", "--quiet", action="store_true", help="no progress on a terminal")
+    command("activate", run_activate, "put an unactivated image on show").add_argument("uuid")
+    command("discard", run_discard, "throw an unactivated image away").add_argument("uuid")
+    sub = command("check", run_check, "read every image again, and compare with its manifest")
+    sub.add_argument("uuid", nargs="*", help="only these images")
+    sub.add_argument("--record", action="store_true",
+                     help="write the md5 of sound images into their manifests")
+    sub.add_argument("--clean", action="store_true",
+                     help="remove what was never finished, a day after its last change")
+    sub.add_argument("-q", "--quiet", action="store_true", help="no progress on a terminal")
+    command("config", run_config, "write creator and vendor UUIDs into config.json, once")
+    sub = command("smf", run_smf, "print the SMF manifest for this directory and Python")
+    sub.add_argument("--directory", help="where imgserver.py is installed (default: here)")
+    sub.add_argument("--python", help="the interpreter (default: this one)")
+    sub.add_argument("--user", help="who runs it (default: you)")
+    sub.add_argument("--group", help="the group (default: yours)")
+    return parser
+
+
+def load_config(options) -> Config:
+    """The configuration file with the command line's options over it.  Raises Mistake."""
+    config = Config.load(options.config or default_config(), options.config is not None)
+    if options.dir is not None:
+        config.serve_dir = os.path.abspath(options.dir)
+    if options.listen is not None:
+        try:
+            config.listen_port = options.listen
+            config.listen = parse_listen(options.listen, any_port=True)
+        except ValueError as error:
+            raise Mistake(f"--listen {error}, not {options.listen!a}", EXIT_CONFIG)
+    if options.loglevel is not None:
+        if options.loglevel not in LEVELS:
+            raise Mistake(f"--loglevel must be one of {', '.join(LEVELS)}", EXIT_CONFIG)
+        config.loglevel = options.loglevel
+    return config
+
+
+def interrupted(number, frame):
+    raise Mistake(f"ended by {signal.Signals(number).name}", 128 + number)
+
+
+def main(arguments=None) -> int:
+    """Run a command.  Returns its exit status; user mistakes are one sentence on stderr."""
+    for fd in (0, 1, 2):                  # or the next socket would be taken for stderr
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    options = option_parser().parse_args(arguments)
+    try:
+        config = load_config(options)
+        if options.run is not run_serve:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
+                signal.signal(number, interrupted)
+        return options.run(config, options)
+    except Mistake as mistake:
+        try:
+            sys.stderr.write(f"imgserver: {printable(str(mistake))}\n")
+        except (OSError, AttributeError):
+            pass                          # nobody to tell; the exit status does
+        return mistake.status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
