@@ -1,0 +1,358 @@
+"""What the tests share: the real server in a process of its own, a raw HTTP client that
+hides nothing, and images to serve.
+
+    server = self.serve(images)                  in a test case of ServerCase
+    answer = server.get("/datasets")             answer.status, .headers, .body, .json()
+    data = server.raw(b"GET / HTTP/1.1\r\n...")   every byte that came back
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+IMGSERVER = os.path.join(ROOT, "imgserver.py")
+PATIENCE = 20         # seconds: a test that waits longer has failed; no test waits it out
+
+sys.path.insert(0, ROOT)
+
+NOBODY = "00000000-0000-0000-0000-000000000000"
+
+
+def uuid_of(number):
+    """A UUID that is easy to read in a failure."""
+    return f"{number:08x}-0000-4000-8000-{number:012x}"
+
+
+def need(*tools):
+    """Skip the test, with the reason, where a tool is missing."""
+    for tool in tools:
+        if not shutil.which(tool):
+            raise unittest.SkipTest(f"{tool} is not installed")
+
+
+def wait_for(condition, what="the condition", patience=PATIENCE):
+    """The first true value of condition(), looked at again and again; AssertionError if none."""
+    end = time.monotonic() + patience
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > end:
+            raise AssertionError(f"{what} did not come within {patience} s")
+        time.sleep(0.01)
+
+
+def strict_json(data):
+    """The value of JSON as a strict parser takes it."""
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+    return json.loads(data.decode("ascii"), parse_constant=refuse)
+
+
+# -- images ------------------------------------------------------------------------------
+
+def write_image(serve_dir, uuid, data=b"not a real stream", manifest=None, path="image.zfs.gz",
+                **fields):
+    """Make serve_dir/<uuid> with a v1 manifest as the original's import-image wrote it.
+
+    `fields` replace or add fields, None removes one; `manifest` replaces all of it.
+    Returns the manifest.
+    """
+    directory = os.path.join(serve_dir, uuid)
+    os.makedirs(directory, exist_ok=True)
+    with open(os.path.join(directory, path), "wb") as file:
+        file.write(data)
+    if manifest is None:
+        manifest = {
+            "name": "test", "version": "1.0.0", "type": "zone-dataset",
+            "description": "An image for a test", "published_at": "2013-04-05T06:07:08Z",
+            "created_at": "2013-04-05T06:07:08Z", "os": "smartos", "uuid": uuid,
+            "creator_uuid": "352971aa-31ba-496c-9ade-a379feaecd52", "creator_name": "internal",
+            "vendor_uuid": "352971aa-31ba-496c-9ade-a379feaecd52", "cloud_name": "sdc",
+            "platform_type": "smartos", "urn": "sdc:internal:test:1.0.0",
+            "requirements": {"networks": [{"name": "net0", "description": "public"}]},
+            "files": [{"path": path, "sha1": hashlib.sha1(data).hexdigest(), "size": len(data)}],
+        }
+        manifest.update(fields)
+        manifest = {key: value for key, value in manifest.items() if value is not None}
+    write_manifest(serve_dir, uuid, manifest)
+    return manifest
+
+
+def write_v2(serve_dir, uuid, data=b"not a real stream", path="image.zfs.gz", compression="gzip",
+             **fields):
+    """The same with a v2 manifest as imgadm create writes it: no path, state or owner."""
+    manifest = {
+        "v": 2, "uuid": uuid, "name": "test", "version": "2.0.0", "type": "zone-dataset",
+        "os": "smartos", "files": [{"size": len(data), "compression": compression,
+                                    "sha1": hashlib.sha1(data).hexdigest()}],
+    }
+    manifest.update(fields)
+    manifest = {key: value for key, value in manifest.items() if value is not None}
+    return write_image(serve_dir, uuid, data, manifest, path)
+
+
+def write_manifest(serve_dir, uuid, manifest):
+    """Put a manifest (a dict, or bytes as they are) into an image's directory, by rename."""
+    if not isinstance(manifest, bytes):
+        manifest = json.dumps(manifest, indent=2).encode()
+    path = os.path.join(serve_dir, uuid, "manifest.json")
+    with open(path + ".new", "wb") as file:
+        file.write(manifest)
+    os.rename(path + ".new", path)
+
+
+# -- the client --------------------------------------------------------------------------
+
+class Answer:
+    """One HTTP response: status, headers (lower-case names), body."""
+
+    def __init__(self, status, headers, body, head):
+        self.status, self.headers, self.body, self.head = status, headers, body, head
+
+    def json(self):
+        return strict_json(self.body)
+
+    def __repr__(self):
+        return f"<Answer {self.status} {self.headers} {self.body[:200]!r}>"
+
+
+class Connection:
+    """A socket to the server, on which nothing happens that a test did not ask for."""
+
+    def __init__(self, address, patience=PATIENCE):
+        family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+        self.sock = socket.socket(family)
+        self.sock.settimeout(patience)
+        self.sock.connect(address)
+        self.buffer = b""
+
+    def send(self, data):
+        self.sock.sendall(data)
+
+    def recv(self, size=65536):
+        """Some bytes; b"" at the end, also when the server reset the connection."""
+        try:
+            return self.sock.recv(size)
+        except (ConnectionResetError, BrokenPipeError):
+            return b""
+
+    def answer(self, method="GET"):
+        """The next response, read by its Content-Length; None where the connection ended."""
+        while b"\r\n\r\n" not in self.buffer:
+            data = self.recv()
+            if not data:
+                if self.buffer:
+                    raise AssertionError(f"the connection ended inside a head: {self.buffer!r}")
+                return None
+            self.buffer += data
+        head, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
+        line, *lines = head.decode("latin-1").split("\r\n")
+        match = re.fullmatch(r"HTTP/1\.1 ([0-9]{3}) .+", line)
+        assert match, f"not a status line: {line!r}"
+        status = int(match[1])
+        headers = {}
+        for each in lines:
+            name, _, value = each.partition(": ")
+            assert name.lower() not in headers, f"{name} is sent twice"
+            headers[name.lower()] = value
+        length = int(headers.get("content-length", 0))
+        if method == "HEAD" or status in (204, 304):
+            length = 0
+        while len(self.buffer) < length:
+            data = self.recv()
+            if not data:
+                raise AssertionError(f"the body ended after {len(self.buffer)} of {length} bytes")
+            self.buffer += data
+        body, self.buffer = self.buffer[:length], self.buffer[length:]
+        return Answer(status, headers, body, head)
+
+    def request(self, target, method="GET", headers=(), version="1.1"):
+        """Send a request and return its Answer.  headers: (name, value) pairs or a dict."""
+        headers = dict(headers)
+        headers.setdefault("Host", "images.example.com")
+        lines = [f"{method} {target} HTTP/{version}"]
+        lines += [f"{name}: {value}" for name, value in headers.items() if value is not None]
+        self.send(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
+        return self.answer(method)
+
+    def rest(self):
+        """All bytes until the server ends the connection."""
+        data, self.buffer = self.buffer, b""
+        while True:
+            more = self.recv()
+            if not more:
+                return data
+            data += more
+
+    def closed(self):
+        """Whether the server has ended the connection by now, waiting for it a while."""
+        return self.recv() == b""
+
+    def close(self):
+        self.sock.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+# -- the server --------------------------------------------------------------------------
+
+class Server:
+    """imgserver.py in a process of its own.
+
+    config    dict for its config.json; None: none is written, options alone decide
+    unix      listen on a Unix socket instead of TCP
+    prelude   Python that runs in the process before the server's main: to put a stand-in
+              in the place of a system call, with `imgserver` imported
+    """
+
+    def __init__(self, directory, serve_dir, config=None, unix=False, options=(), prelude=None,
+                 environment=None, python=sys.executable, wrapper=()):
+        self.directory, self.serve_dir = directory, serve_dir
+        number = len([name for name in os.listdir(directory) if name.startswith("log")])
+        self.log_path = os.path.join(directory, f"log{number}")
+        self.address = os.path.join(directory, f"s{number}.sock") if unix else None
+        arguments = ["--listen", self.address or "127.0.0.1:0", "--dir", serve_dir, *options]
+        config_path = os.path.join(directory, f"config{number}.json")
+        with open(config_path, "w") as file:
+            json.dump(config or {}, file)
+        arguments += ["--config", config_path]
+        if prelude is None:
+            command = [*wrapper, python, IMGSERVER]
+        else:
+            program = (f"import sys; sys.path.insert(0, {ROOT!r}); import imgserver\n"
+                       f"{prelude}\nsys.exit(imgserver.main())")
+            command = [*wrapper, python, "-c", program]
+        with open(self.log_path, "wb") as log:
+            self.process = subprocess.Popen(command + arguments, stderr=log,
+                                            stdin=subprocess.DEVNULL,
+                                            env={**os.environ, **(environment or {})})
+        try:
+            match = self.wait_log(r"imgserver \S+ serves .* on (\S+)")
+        except AssertionError:
+            self.kill()
+            raise AssertionError(f"the server did not start: {self.log()}")
+        if not unix:
+            host, port = re.fullmatch(r"http://(.*):(\d+)", match[1]).groups()
+            self.address = ("127.0.0.1", int(port))
+
+    # asking
+
+    def connect(self, patience=PATIENCE):
+        return Connection(self.address, patience)
+
+    def get(self, target, headers=(), method="GET", version="1.1"):
+        """One request on a connection of its own."""
+        with self.connect() as connection:
+            return connection.request(target, method, headers, version)
+
+    def head(self, target, headers=()):
+        return self.get(target, headers, "HEAD")
+
+    def raw(self, data, half_close=True):
+        """Send bytes, and return all bytes that came back until the server closed."""
+        with self.connect() as connection:
+            with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+                connection.send(data)
+                if half_close:
+                    connection.sock.shutdown(socket.SHUT_WR)
+            return connection.rest()
+
+    # looking
+
+    def log(self):
+        with open(self.log_path, encoding="ascii") as file:
+            return file.read()
+
+    def wait_log(self, pattern, patience=PATIENCE):
+        """The first match of a regular expression in the log, once it is there."""
+        def look():
+            if self.process.poll() is not None and not re.search(pattern, self.log()):
+                raise AssertionError(f"the server has ended: {self.log()}")
+            return re.search(pattern, self.log())
+        return wait_for(look, f"a log line {pattern!r}", patience)
+
+    def files(self):
+        """The number of its open file descriptors."""
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def threads(self):
+        return len(os.listdir(f"/proc/{self.process.pid}/task"))
+
+    def memory(self, key="VmRSS"):
+        """A figure of /proc/PID/status, in bytes: VmRSS, or VmHWM for the peak."""
+        with open(f"/proc/{self.process.pid}/status") as file:
+            return int(re.search(rf"^{key}:\s+(\d+) kB", file.read(), re.M)[1]) * 1024
+
+    # ending
+
+    def signal(self, number):
+        self.process.send_signal(number)
+
+    def stop(self, number=signal.SIGTERM):
+        """Ask it to end, and return its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(PATIENCE)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+
+class ServerCase(unittest.TestCase):
+    """A test with a directory of its own, and servers that end with it."""
+
+    def setUp(self):
+        self.directory = tempfile.mkdtemp(prefix="imgserver-test-")
+        self.addCleanup(shutil.rmtree, self.directory, ignore_errors=True)
+        self.serve_dir = os.path.join(self.directory, "images")
+        os.mkdir(self.serve_dir)
+
+    def serve(self, **options):
+        """Start a server on self.serve_dir; it must still be well when the test ends."""
+        server = Server(self.directory, options.pop("serve_dir", self.serve_dir), **options)
+        self.addCleanup(self.end, server)
+        return server
+
+    def end(self, server):
+        try:
+            if server.process.poll() is None:
+                status = server.stop()
+                self.assertEqual(status, 0, "the server did not end well: " + server.log())
+            self.assertNotIn("Traceback", server.log())
+        finally:
+            server.kill()
+
+    def assertError(self, answer, status, code=None):
+        """An error as every client needs it: JSON with code and message, and no secrets."""
+        self.assertEqual(answer.status, status, answer)
+        self.assertEqual(answer.headers["content-type"], "application/json")
+        error = answer.json()
+        self.assertEqual({"code", "message"} - set(error), set())
+        self.assertNotIn(self.directory, answer.body.decode())
+        if code is not None:
+            self.assertEqual(error["code"], code)
+        return error
+
+
+def readable(sock, seconds):
+    """Whether a socket has bytes (or its end) to read within some seconds."""
+    return bool(select.select([sock], [], [], seconds)[0])
