@@ -303,7 +303,7 @@ class Server:
 
     # ending
 
-    def signal(self, number):
+    def send_signal(self, number):
         self.process.send_signal(number)
 
     def stop(self, number=signal.SIGTERM):
