@@ -32,6 +32,7 @@ import base64
 import collections
 import email.utils
 import errno
+import functools
 import hashlib
 import html
 import http
@@ -97,6 +98,8 @@ LANE = 4                      # chunks a lane (hash, decompress) may lag behind
 LZMA_MEMORY = 256 << 20       # bytes; xz -9 needs 65 MiB to decompress, a bomb asks for more
 ABANDONED = 24 * 3600         # seconds without a change until --clean takes an incomplete image
 
+SHORTAGE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
+
 EXIT_CONFIG = 96              # SMF_EXIT_ERR_CONFIG: maintenance, not restart after restart
 
 
@@ -146,13 +149,17 @@ def invalid(field, message, code="Invalid") -> Refusal:
 # -- log ---------------------------------------------------------------------------------
 
 LEVELS = {"trace": 10, "debug": 20, "info": 30, "warn": 40, "error": 50, "fatal": 60}
+INFO, WARN = LEVELS["info"], LEVELS["warn"]
+
+
+_PLAIN = re.compile(r'[ !#-\[\]-~]*').fullmatch
 
 
 def printable(text, limit=LOG_TARGET_LIMIT) -> str:
     """A client's text as it may stand in a log line: printable ASCII, quotes escaped, cut."""
     if len(text) > limit:
         text = text[:limit] + "..."
-    if text.isascii() and text.isprintable() and '"' not in text and "\\" not in text:
+    if _PLAIN(text):
         return text
     return text.encode("unicode_escape").decode("ascii").replace('"', '\\"')
 
@@ -172,7 +179,7 @@ class Log:
         self._held = b""
         self._lost = 0
         self._flushing = threading.Lock()
-        self._stamp = (0, "")
+        self._second, self._stamp = 0, ""
         self._poll = select.poll()
         self._poll.register(fd, select.POLLOUT)
         mode = os.fstat(fd).st_mode
@@ -181,14 +188,18 @@ class Log:
 
     def line(self, level, text):
         """Write `text`, which must be printable, when `level` is to be logged."""
-        if LEVELS[level] < self.level:
-            return
+        if LEVELS[level] >= self.level:
+            self.add(f"{level} {text}")
+            if LEVELS[level] >= WARN:
+                self.flush()
+
+    def add(self, text):
+        """Have a line wait for the next flush, with the time before it."""
         now = int(time.time())
-        if self._stamp[0] != now:
-            self._stamp = (now, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now)))
-        self._lines.append(f"{self._stamp[1]} {level} {text}\n")
-        if LEVELS[level] >= LEVELS["warn"]:
-            self.flush()
+        if now != self._second:
+            self._second = now
+            self._stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime(now))
+        self._lines.append(self._stamp + text)
 
     def debug(self, text):
         self.line("debug", text)
@@ -216,9 +227,9 @@ class Log:
             return
         try:
             lines, self._lines = self._lines, []
-            data = self._held + "".join(lines).encode("ascii", "backslashreplace")
+            data = self._held + "\n".join(lines + [""]).encode("ascii", "backslashreplace")
             if self._lost:
-                data = f"({self._lost} bytes of log lost: nobody read them)\n".encode() + data
+                data = f"\n({self._lost} bytes of log lost: nobody read them)\n".encode() + data
             try:
                 while data and self._poll.poll(0):
                     data = data[os.write(self.fd, data[:self._piece]):]
@@ -321,7 +332,7 @@ def _uuid_or_empty(value):
 
 
 def _loglevel(value):
-    if value not in LEVELS:
+    if not isinstance(value, str) or value not in LEVELS:
         raise ValueError("must be one of " + ", ".join(LEVELS))
     return value
 
@@ -459,6 +470,8 @@ SYSTEMS = ("smartos", "linux", "windows", "bsd", "illumos", "other")
 V1_ONLY = frozenset(("creator_uuid", "vendor_uuid", "creator_name", "cloud_name",
                      "creator_admin", "restricted_to_uuid", "owner_uuid", "platform_type",
                      "created_at", "updated_at", "_url"))
+
+V1_TEXTS = ("creator_uuid", "creator_name", "cloud_name")   # what other fields are made of
 
 # The fields that IMGAPI shows, in its order (sdc-imgapi, Image.serialize, public mode).
 SHOWN = ("v", "uuid", "owner", "name", "version", "state", "disabled", "public",
@@ -652,16 +665,25 @@ def shown(v2: dict) -> dict:
     result = {key: v2[key] for key in SHOWN if v2.get(key) is not None}
     result["files"] = [{key: item[key] for key in SHOWN_OF_FILE if key in item}
                        for item in v2["files"]]
-    for key in ("acl", "icon", "generate_passwords"):
+    for key in ("acl", "icon"):
         if not result.get(key):
             result.pop(key, None)
     return result
 
 
+def order_of(published_at) -> str:
+    """A time as texts sort: with or without milliseconds, one form."""
+    text = published_at.rstrip("Z")
+    return text if "." in text else text + ".000"
+
+
 def is_file_name(name) -> bool:
     """Whether files[].path is a name for a file in the image's own directory, and no more."""
-    return (isinstance(name, str) and name.isprintable() and "/" not in name
-            and name not in ("", ".", "..", MANIFEST) and len(os.fsencode(name)) <= 255)
+    try:
+        return (isinstance(name, str) and name.isprintable() and "/" not in name
+                and name not in ("", ".", "..", MANIFEST) and len(os.fsencode(name)) <= 255)
+    except UnicodeEncodeError:            # the locale cannot spell it
+        return False
 
 
 def complete(manifest: dict, published_at: str) -> dict:
@@ -759,6 +781,7 @@ class Image:
     """One image directory as it was last read: what is shown of it, or why nothing is.
 
     problem     None, or one sentence for the log; then the fields below it are not set
+    try_again   the problem may be one of the moment, such as an error of the disk
     dsapi       (before, after, etag) of its v1 manifest as bytes: files[0].url stands between
                 the two, up to the part that the Host header decides; None when never asked for
     imgapi      (before, channels, etag) of its v2 manifest as bytes, without the last "}"
@@ -766,14 +789,14 @@ class Image:
     """
 
     __slots__ = ("uuid", "directory", "manifest_key", "file_key", "directory_key", "checked",
-                 "problem", "file", "path", "size", "sha1", "md5", "state", "order", "name",
-                 "version", "os", "type", "origin", "owner", "public", "acl", "billing_tags",
-                 "channels", "icon", "dsapi", "imgapi")
+                 "problem", "try_again", "file", "path", "size", "sha1", "md5", "state",
+                 "order", "name", "version", "os", "type", "origin", "owner", "public", "acl",
+                 "billing_tags", "channels", "icon", "dsapi", "imgapi")
 
     def __init__(self, uuid, directory):
         self.uuid, self.directory = uuid, directory
         self.manifest_key = self.file_key = self.directory_key = None
-        self.checked = 0.0
+        self.checked, self.try_again = 0.0, False
         self.problem = self.file = self.origin = self.icon = None
         self.dsapi = self.imgapi = None
 
@@ -788,7 +811,7 @@ class Image:
         if self.file is not None and key_at(f"{self.directory}/{self.file}") != self.file_key:
             return False
         if now - self.checked >= RECHECK:
-            if key_at(self.directory) != self.directory_key:
+            if self.try_again or key_at(self.directory) != self.directory_key:
                 return False
             self.checked = now
         return True
@@ -808,13 +831,8 @@ def sole_file(names):
 
 
 def read_manifest(directory):
-    """The manifest of an image directory, with its stat.  Raises Unsound, FileNotFoundError."""
-    try:
-        fd, status = open_regular(os.path.join(directory, MANIFEST))
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise Unsound(f"{MANIFEST}: {error.strerror}")
+    """The manifest of an image directory, with its stat.  Raises Unsound and OSError."""
+    fd, status = open_regular(os.path.join(directory, MANIFEST))
     with open(fd, "rb", buffering=0) as file:
         if status.st_size > MANIFEST_LIMIT:
             raise Unsound(f"{MANIFEST} is larger than {MANIFEST_LIMIT} bytes")
@@ -822,8 +840,6 @@ def read_manifest(directory):
             manifest = parse_json(file.read(MANIFEST_LIMIT))
         except ValueError as error:
             raise Unsound(f"{MANIFEST} is not JSON: {error}")
-        except OSError as error:
-            raise Unsound(f"{MANIFEST}: {error.strerror}")
     if not isinstance(manifest, dict):
         raise Unsound(f"{MANIFEST} is not a JSON object")
     return manifest, status
@@ -840,7 +856,11 @@ class Reader:
         self.mark = "http-" + os.urandom(16).hex()
 
     def read(self, uuid, directory, apis) -> Image | None:
-        """The image in `directory`, rendered for `apis`; None where there is no manifest."""
+        """The image in `directory`, rendered for `apis`; None where there is no manifest.
+
+        Raises OSError only where the system is short of something: that says nothing
+        about the image.
+        """
         image = Image(uuid, directory)
         image.checked = time.monotonic()
         try:
@@ -849,12 +869,19 @@ class Reader:
             manifest, status = read_manifest(directory)
             image.manifest_key = key_of(status)
             self._fill(image, manifest, os.listdir(directory), status.st_mtime, apis)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            image.problem = error.strerror
-        except (Unsound, RecursionError) as error:
+        except Unsound as error:
             image.problem = str(error)
+        except OSError as error:
+            if error.errno in SHORTAGE:
+                raise
+            if image.file is None and error.errno in (errno.ENOENT, errno.ENOTDIR):
+                return None
+            image.problem = f"{image.file or MANIFEST}: {error.strerror}"
+            image.try_again = True
+        except RecursionError:
+            image.problem = f"{MANIFEST}: nested too deep"
+        except Exception as error:        # whatever it is, the other images can be shown
+            image.problem = f"{MANIFEST}: {type(error).__name__}: {error}"
         return image
 
     def _fill(self, image, manifest, names, mtime, apis):
@@ -871,16 +898,19 @@ class Reader:
         image.file = name
         file = self._look_at_file(image, stored)
         v2 = complete({**manifest, "files": [file]}, stamp(mtime))
-        if os.path.basename(image.directory).startswith(INCOMING):
-            v2["state"] = "unactivated"
         image.icon = next((icon for icon in ICONS if icon in names), None)
         v2["icon"] = image.icon is not None
-        bad = problems(v2)
+        bad = problems(v2) + [key for key in V1_TEXTS
+                              if not isinstance(manifest.get(key) or "", str)]
         if bad:
             raise Unsound(f"{MANIFEST}: invalid " + ", ".join(bad))
         self._keep(image, v2, file)
         if "path" not in stored and not name.endswith(COMPRESSIONS[file["compression"]]):
             image.path += COMPRESSIONS[file["compression"]]   # all that imgadm 1 goes by
+        if os.path.basename(image.directory).startswith(INCOMING):
+            v2["state"] = image.state = "unactivated"
+            if not manifest.get("published_at"):
+                del v2["published_at"]    # that is when it is activated
         if IMGAPI in apis:
             image.imgapi = self._render_v2(v2)
         if DSAPI in apis:
@@ -892,15 +922,12 @@ class Reader:
     def _look_at_file(image, stored) -> dict:
         """files[0] as every client can take it, held against the file on disk."""
         path = os.path.join(image.directory, image.file)
-        try:
-            status = os.stat(path)
-            image.file_key = key_of(status)
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError(errno.EINVAL, "not a regular file")
-            if not os.access(path, os.R_OK):
-                raise OSError(errno.EACCES, os.strerror(errno.EACCES))
-        except OSError as error:
-            raise Unsound(f"{image.file}: {error.strerror}")
+        status = os.stat(path)
+        image.file_key = key_of(status)
+        if not stat.S_ISREG(status.st_mode):
+            raise Unsound(f"{image.file}: not a regular file")
+        if not os.access(path, os.R_OK):
+            raise Unsound(f"{image.file}: {os.strerror(errno.EACCES)}")
         file = {key: value for key, value in stored.items() if key not in ("path", "url")}
         if isinstance(file.get("size"), str) and re.fullmatch("[0-9]{1,19}", file["size"]):
             file["size"] = int(file["size"])
@@ -923,7 +950,7 @@ class Reader:
             "[0-9a-f]{32}", md5) else None
         image.path = image.file
         image.name, image.version, image.state = v2["name"], v2["version"], v2["state"]
-        image.order = (v2["published_at"].rstrip("Z"), image.uuid)
+        image.order = (order_of(v2["published_at"]), image.uuid)
         image.type, image.os = sys.intern(v2["type"]), sys.intern(v2["os"])
         image.owner = sys.intern(v2["owner"])
         image.origin, image.public = v2.get("origin"), v2["public"]
@@ -1013,14 +1040,17 @@ class Store:
                 os.stat(self.directory)
                 raise not_found(f"image {uuid} not found")
             image = self._read(uuid, api, may_wait)
-        def find(origin):
-            link = self._images.get(origin)
-            if link is None and os.path.lexists(f"{self.directory}/{origin}"):
-                link = self._read(origin, api, may_wait)
-            return link
-
-        if image is None or image.problem or image.origin and self._loops_back(image, find):
+        if image is None or image.problem or image.origin and self._loops_back(
+                image, lambda origin: self._origin(origin, api, may_wait)):
             raise not_found(f"image {uuid} not found")
+        return image
+
+    def _origin(self, uuid, api, may_wait) -> Image | None:
+        """An image as a link in a chain of origins, as it is on disk now; None: not here."""
+        image = self._images.get(uuid)
+        if image is None and os.path.lexists(f"{self.directory}/{uuid}") \
+                or image is not None and not self._current(image, api):
+            image = self._read(uuid, api, may_wait)
         return image
 
     def unactivated(self, uuid) -> Image:
@@ -1382,6 +1412,15 @@ class Examination:
 # one rename(2) shows it whole: its file first, flushed to disk, then the manifest, then
 # the rename.  Whatever ends a command before that leaves nothing on show.
 
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE)
+
+
+def ignore_signals():
+    """Let nothing interrupt what a command does last."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def sync_directory(path):
     """Make a rename or a new name in the directory at `path` last; where it can be done."""
     fd = os.open(path, os.O_RDONLY)
@@ -1402,6 +1441,24 @@ def write_whole(path, data):
         file.write(data)
         file.flush()
         os.fsync(fd)
+
+
+def replace_file(path, data):
+    """Put `data` in the place of a file, by rename; its mode stays.  Raises Mistake."""
+    aside = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.getpid()}")
+    try:
+        write_whole(aside, data)
+        if os.path.exists(path):
+            os.chmod(aside, stat.S_IMODE(os.stat(path).st_mode))
+        os.rename(aside, path)
+        sync_directory(os.path.dirname(path))
+    except BaseException as error:
+        ignore_signals()
+        if os.path.exists(aside):
+            os.unlink(aside)
+        if isinstance(error, OSError):
+            raise Mistake(f"cannot write {path}: {error.strerror}")
+        raise
 
 
 def stage(serve_dir, uuid) -> str:
@@ -1508,10 +1565,13 @@ class Import:
         Raises Mistake, in one sentence, for whatever is wrong with the data or the disk.
         """
         serve_dir = self.config.serve_dir
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         path = stage(serve_dir, self.uuid)
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
             found = self._receive(source, os.path.join(path, ".file"))
             self._describe(found)
+            ignore_signals()              # from here on it is a matter of a moment
             os.rename(os.path.join(path, ".file"),
                       os.path.join(path, self.manifest["files"][0]["path"]))
             write_whole(os.path.join(path, MANIFEST),
@@ -1520,6 +1580,7 @@ class Import:
             if activated:
                 activate(serve_dir, self.uuid)
         except BaseException as error:
+            ignore_signals()
             shutil.rmtree(path, ignore_errors=True)
             if isinstance(error, Unsound):
                 raise Mistake(f"image refused: {error}")
@@ -1590,7 +1651,7 @@ class Import:
 # A request is parsed from bytes, a response is a value.  Nothing here knows a socket.
 
 _REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~\x80-\xff]+) "
-                           r"HTTP/([0-9])\.([0-9])\r?")
+                           r"HTTP/([0-9])\.([0-9])")
 _FIELD = re.compile(r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*"
                     r"([^\x00-\x08\n-\x1f\x7f]*)\r?$", re.MULTILINE)
 _HOST = re.compile(r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?")
@@ -1621,13 +1682,13 @@ class Request:
                  "may_wait")
 
 
-def parse_head(head: str) -> Request:
-    """Parse a request head, decoded as latin-1, without the blank line (RFC 9112 §3, §5).
+def parse_head(line: str, block: str) -> Request:
+    """Parse a request line and the block of header lines below it, both decoded as latin-1
+    and without their last line end (RFC 9112 §3, §5).
 
     Raises Refusal; whatever it says, the connection is of no further use then, since
     nobody can tell where the next request begins.
     """
-    line, _, block = head.partition("\n")
     match = _REQUEST_LINE.fullmatch(line)
     if not match:
         raise bad_request("the request line is not that of HTTP/1.1")
@@ -1640,22 +1701,27 @@ def parse_head(head: str) -> Request:
     request.headers = headers = parse_fields(block) if block else {}
     request.host = host = headers.get("host")
     if host is not None:
-        match = _HOST.fullmatch(host)
-        if not match or match[2] and int(match[2]) > 65535:
+        if not names_host(host):
             raise bad_request("the Host header names no host")
     elif minor != "0":
         raise bad_request("the Host header is missing")
-    connection = headers.get("connection")
     request.keep = minor != "0"
-    if connection is not None:
-        options = [option.strip().lower() for option in connection.split(",")]
+    if "connection" in headers:
+        options = [option.strip().lower() for option in headers["connection"].split(",")]
         request.keep = "close" not in options and (minor != "0" or "keep-alive" in options)
     if "transfer-encoding" in headers or "content-length" in headers:
         check_framing(headers)
-    if headers.get("expect", "100-continue").lower() != "100-continue":
+    if "expect" in headers and headers["expect"].lower() != "100-continue":
         raise Refusal(417, "ExpectationFailed", "only 100-continue can be expected")
     request.segments, request.query = split_target(request.target)
     return request
+
+
+@functools.lru_cache(maxsize=256)
+def names_host(host) -> bool:
+    """Whether a Host header is a name or address, with a port or without (RFC 9112 §3.2)."""
+    match = _HOST.fullmatch(host)
+    return match is not None and int(match[2] or 0) <= 65535
 
 
 def parse_fields(block: str) -> dict:
@@ -1968,9 +2034,11 @@ def limit_of(query):
     value = one(query, "limit")
     if value is None:
         return None
-    if not re.fullmatch("-?[0-9]{1,15}", value):
+    if not re.fullmatch("-?[0-9]+", value):
         raise invalid("limit", f'invalid limit: "{value}"')
-    return max(0, int(value)) if int(value) else None
+    if not value.strip("-0"):
+        return None
+    return 0 if value[0] == "-" else int(value.lstrip("0")[:9])
 
 
 def parse_accept_version(headers, target) -> int:
@@ -2020,7 +2088,7 @@ class Site:
         """The route for a request's path and method.  Raises Refusal."""
         segments = request.segments
         if len(segments) == 1:
-            pattern = segments[0]
+            pattern = segments[0] if "/" not in segments[0] else None     # /images%2F:uuid
         elif not is_uuid(segments[1]):
             pattern = None
         elif len(segments) == 2:
@@ -2073,9 +2141,9 @@ class Site:
 
     def ping(self, request):
         if request.query:
-            name = one(parse_query(request.query), "error")
-            if "error=" in request.query:
-                raise self._ping_error(name or "Internal")
+            query = parse_query(request.query)
+            if "error" in query:
+                raise self._ping_error(one(query, "error") or "Internal")
         return json_response({"ping": "pong", "version": __version__, "imgapi": True,
                               "dsapi": True})
 
@@ -2253,22 +2321,25 @@ class Site:
             images.reverse()
         marker = one(query, "marker")
         if marker is not None:
-            first = self._marker(marker, request)
+            first = self._marker(marker, backwards, request)
             images = [image for image in images
                       if (image.order <= first if backwards else image.order >= first)]
         return images[:limit]
 
-    def _marker(self, marker, request):
+    def _marker(self, marker, backwards, request):
         """The place in the order where a list is to begin.  Raises Refusal."""
         if is_uuid(marker):
             return self.store.image(marker, IMGAPI, request.may_wait).order
-        if re.fullmatch(r"\d{4}(-\d\d(-\d\d([T ]\d\d:\d\d(:\d\d(\.\d{1,3})?)?Z?)?)?)?", marker,
-                        re.ASCII):
-            backwards = sort_direction(parse_query(request.query))
-            marker = marker.replace(" ", "T").rstrip("Z")
-            return marker + "0000-01-01T00:00:00"[len(marker):], "~" if backwards else ""
-        raise invalid("marker", f'invalid value for "marker" param: "{marker}" is not a UUID '
-                                "or date string")
+        text = marker.replace(" ", "T").rstrip("Z")
+        text += "0000-01-01T00:00:00.000"[len(text):]
+        try:
+            time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S")
+            if not re.fullmatch(r"\.[0-9]{3}", text[19:]):
+                raise ValueError
+        except ValueError:
+            raise invalid("marker", f'invalid value for "marker" param: "{marker}" is not a '
+                                    "UUID or date string")
+        return text, "~" if backwards else ""
 
     def one_image(self, request, uuid, everything=True):
         """The image of an IMGAPI request, in any state, if its channel and account show it."""
@@ -2301,8 +2372,8 @@ class Site:
     def image_only_file(self, request, uuid):
         image, _, query = self.one_image(request, uuid)
         index = one(query, "index") or "0"
-        if re.fullmatch("[0-9]{1,9}", index) and int(index):
-            raise not_found(f'image "{uuid}" has no file at index {int(index)}')
+        if re.fullmatch("[0-9]+", index) and index.strip("0"):
+            raise not_found(f'image "{uuid}" has no file at index {index.lstrip("0")}')
         return self.image_file(request, image)
 
     def image_icon(self, request, uuid):
@@ -2389,6 +2460,9 @@ _NO_SENDFILE = frozenset((errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
                           errno.ENOSYS, errno.ENOTSOCK))
 
 
+DONTWAIT = int(socket.MSG_DONTWAIT)
+
+
 class Truncated(Exception):
     """The file ended before the Content-Length that was announced."""
 
@@ -2412,18 +2486,19 @@ class Handler(BaseHTTPRequestHandler):
     def setup(self):
         """Called once the connection is accepted, in place of http.server's files."""
         self.connection = self.request
+        self.requestline = ""
         self.state = READING
         self.deadline = self.server.now + self.server.config.header_timeout
         self.buffer = b""
         self.scanned = 0                  # bytes of the buffer in which no head ends
         self.asked = None                 # the Request that is being answered
-        self.requestline = ""
         self.started = 0.0                # when that began (monotonic)
         self.answered = 0                 # requests so far
         self.partial = False              # a request has begun, and is not whole yet
         self.unread = False               # the client may still be sending what nobody reads
         self.close_connection = False
-        self.unsent = None
+        self.unsent = None                # bytes, at the last look of the clock
+        self.note = ""                    # what the log says of a request that went wrong
 
     def handle(self):
         """Nothing yet: the loop calls readable() when there is something to read."""
@@ -2436,7 +2511,7 @@ class Handler(BaseHTTPRequestHandler):
     def readable(self):
         """There are bytes, or the client has gone."""
         try:
-            data = self.connection.recv(RECEIVE, socket.MSG_DONTWAIT)
+            data = self.connection.recv(RECEIVE, DONTWAIT)
         except BlockingIOError:
             return
         except OSError:
@@ -2481,26 +2556,29 @@ class Handler(BaseHTTPRequestHandler):
         if end is None:
             self.check_partial()
             return False
-        head = self.buffer[:end.start()].decode("latin-1")
-        self.buffer = self.buffer[end.end():]
+        start, stop = end.span()
+        head = self.buffer[:start].decode("latin-1")
+        self.buffer = self.buffer[stop:]
         self.scanned, self.partial = 0, False
-        self.check_size(head)
-        self.asked = asked = parse_head(head)
+        line, _, block = head.partition("\n")
+        self.requestline = line = line.rstrip("\r")
+        if len(head) > HEAD_LINE_LIMIT:
+            self.check_size(line, head)
+        self.asked = asked = parse_head(line, block)
         if asked.host is None:
             asked.host = self.server.own_host(self.connection)
         if not asked.keep or self.server.draining:
             self.close_connection = True
-        if asked.headers.get("content-length", "0").strip("0"):
+        if "content-length" in asked.headers and asked.headers["content-length"].strip("0"):
             # No route takes a body, and what follows is never read as a request.
             self.close_connection = self.unread = True
             if asked.method in ("GET", "HEAD", "OPTIONS"):
                 raise bad_request(f"a {asked.method} has no body here")
         return True
 
-    def check_size(self, head):
+    @staticmethod
+    def check_size(line, head):
         """Refuse a head, whole or not, that is larger than any client of ours sends."""
-        line = head.partition("\n")[0]
-        self.requestline = line.rstrip("\r")
         if len(line) > HEAD_LINE_LIMIT:
             raise Refusal(414, "RequestURITooLong", f"a request line over {HEAD_LINE_LIMIT} bytes")
         if len(head) > HEAD_LIMIT:
@@ -2510,10 +2588,11 @@ class Handler(BaseHTTPRequestHandler):
         """Refuse at once the beginning of what can become no request (TLS, HTTP/0.9)."""
         if not self.buffer:
             return
-        start = self.buffer.decode("latin-1")
-        self.check_size(start)
-        line, end, _ = start.partition("\n")
-        if not start[0].isalpha() or end and not _REQUEST_LINE.fullmatch(line):
+        head = self.buffer.decode("latin-1")
+        line, end, _ = head.partition("\n")
+        self.requestline = line = line.rstrip("\r")
+        self.check_size(line, head)
+        if not head[0].isalpha() or end and not _REQUEST_LINE.fullmatch(line):
             raise bad_request("the request line is not that of HTTP/1.1")
         self.scanned = max(0, len(self.buffer) - 2)
         if not self.partial:
@@ -2541,7 +2620,7 @@ class Handler(BaseHTTPRequestHandler):
                                        response.fields, length)
 
     def has_body(self):
-        return self.asked is None or self.asked.method != "HEAD"
+        return not self.requestline.startswith("HEAD ")
 
     def send_now(self, response):
         """Send a response from memory, or have a thread send what the socket does not take.
@@ -2553,7 +2632,7 @@ class Handler(BaseHTTPRequestHandler):
             data += response.body
         try:
             sent = self.connection.send(data[:LOOP_SEND] if len(data) > LOOP_SEND else data,
-                                        socket.MSG_DONTWAIT)
+                                        DONTWAIT)
         except BlockingIOError:
             sent = 0
         except OSError:
@@ -2599,8 +2678,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.log.error(f"{printable(self.requestline)}: {error}")
         except OSError as error:
             self.close_connection = True
-            self.server.log.info(f"{self.address_string()} went away after {sent} bytes of "
-                                 f"\"{printable(self.requestline)}\": {error.strerror}")
+            self.note = self.note or f" (the client went away: {error.strerror})"
         except Exception:
             self.close_connection = True
             self.server.log.exception("internal error")
@@ -2683,8 +2761,7 @@ class Handler(BaseHTTPRequestHandler):
         if now < self.deadline:
             return
         if self.state is WORKING:
-            self.server.log.info(f"{self.address_string()} has taken nothing for "
-                                 f"{self.server.config.stall_timeout} s")
+            self.note = f" (cut: nothing taken for {self.server.config.stall_timeout} s)"
             self.server.hang_up(self)     # which wakes the thread with an error
         elif self.state is READING and self.partial:
             self.partial = False
@@ -2700,7 +2777,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def address_string(self):
         """Who is asking: a number, never a name; behind a Unix socket, whom the proxy names."""
-        if self.connection.family != socket.AF_UNIX:
+        if self.client_address:
             address = self.client_address[0]
             return address[7:] if address.startswith("::ffff:") else address
         headers = self.asked.headers if self.asked is not None else {}
@@ -2708,10 +2785,12 @@ class Handler(BaseHTTPRequestHandler):
         return printable(address.strip(), 45) or "unix"
 
     def log_request(self, code="-", size="-"):
-        if self.server.log.level <= LEVELS["info"]:
+        """The line of a request: who, what, status, bytes of the body, time taken."""
+        log = self.server.log
+        if log.level <= INFO:
             took = (time.monotonic() - self.started) * 1000
-            self.server.log.info(f'{self.address_string()} "{printable(self.requestline)}" '
-                                 f"{code} {size} {took:.1f}ms")
+            log.add(f'info {self.address_string()} "{printable(self.requestline)}" '
+                    f"{code} {size} {took:.1f}ms{self.note}")
 
 
 # -- servers -----------------------------------------------------------------------------
@@ -2765,6 +2844,7 @@ class ImageServer(ThreadingHTTPServer):
         self._selector = selectors.DefaultSelector()
         self._wakeup, self._waker = socket.socketpair()
         self._waker.setblocking(False)
+        self._short = False               # accept has failed, and the log says so
         self._resume_accept = None        # when to accept again, after the files ran out
         self._cut_at = None               # when draining ends (monotonic); -inf: at once
         self._date = (0, b"")
@@ -2783,7 +2863,7 @@ class ImageServer(ThreadingHTTPServer):
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
                                        flags=socket.AI_PASSIVE | socket.AI_NUMERICHOST)
-        except OSError:
+        except (OSError, UnicodeError):
             raise Mistake(f"listen: {host!a} is no IP address", EXIT_CONFIG)
         self.address_family = found[0][0]
         return host, port
@@ -2793,7 +2873,7 @@ class ImageServer(ThreadingHTTPServer):
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if self.address_family == socket.AF_INET6 and self.server_address[0] == "::":
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        # Inherited by what is accepted, on Linux; answers are sent whole, so that it matters little.
+        # What is accepted inherits it, on Linux; answers are sent whole, so it matters little.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
@@ -2835,7 +2915,10 @@ class ImageServer(ThreadingHTTPServer):
         try:
             while self._cut_at is None or self._connections and self.now < self._cut_at:
                 for key, _ in self._selector.select(LOG_DELAY if self.log.pending else tick):
-                    key.data()
+                    try:
+                        key.data()
+                    except Exception:
+                        self.handle_error(key.data.__self__, None)
                 self.now = now = time.monotonic()
                 if now - flushed >= LOG_DELAY:
                     flushed = now
@@ -2853,10 +2936,13 @@ class ImageServer(ThreadingHTTPServer):
             try:
                 request, address = self.get_request()
             except BlockingIOError:
+                self._short = False       # the queue is empty: whatever was short, is not
                 return
             except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    self.log.error(f"cannot accept connections: {error.strerror}")
+                if error.errno in SHORTAGE:
+                    if not self._short:
+                        self._short = True
+                        self.log.error(f"cannot accept connections: {error.strerror}")
                     self._selector.unregister(self.socket)
                     self._resume_accept = self.now + ACCEPT_PAUSE
                     return
@@ -2880,6 +2966,12 @@ class ImageServer(ThreadingHTTPServer):
         handler.close_connection = handler.unread = True
         handler.send_now(refusal_response(Refusal(503, "ServiceUnavailableError", why,
                                                   fields=b"Retry-After: 5\r\n")))
+
+    def handle_error(self, request, client_address):
+        """A fault of our own that nothing has caught: only this connection has to go."""
+        self.log.exception("internal error")
+        if isinstance(request, Handler) and request in self._connections:
+            self.drop(request)
 
     def _look_at_clock(self, now):
         for handler in list(self._connections):
@@ -3005,18 +3097,28 @@ class UnixImageServer(ImageServer):
     def server_bind(self):
         """Bind, replacing the socket file that a dead server has left; never another's.
 
-        Raises Mistake where a server answers there, or what is there is no socket.
+        The name appears when the socket listens, by link(2), which fails where there is
+        one: so a name without a listener is always that of a dead server.  Raises Mistake
+        where a server answers there, or what is there is no socket.
         """
         self.server_name, self.server_port = "localhost", 0
         self.server_address = path = self.config.listen
-        self._take_over(path)
+        aside = os.path.join(os.path.dirname(path), f".{os.getpid()}")
         # illumos asks for read and write permission of who connects (so_ux_lookup).
         mask = os.umask(0o777 & ~int(self.config.socket_mode, 8))
         try:
-            self.socket.bind(path)
+            self.socket.bind(aside)
         finally:
             os.umask(mask)
-        status = os.stat(path)
+        try:
+            self.socket.listen(self.request_queue_size)
+            status = os.stat(aside)
+            self._take_over(path)
+            os.link(aside, path)
+        except FileExistsError:
+            raise Mistake(f"another server listens on {path}")
+        finally:
+            os.unlink(aside)
         self._identity = status.st_dev, status.st_ino
 
     @staticmethod
@@ -3040,7 +3142,7 @@ class UnixImageServer(ImageServer):
         try:
             os.rename(path, aside)
         except FileNotFoundError:
-            return                        # somebody else has removed it; bind will tell
+            return                        # somebody else has removed it; link will tell
         if os.path.samestat(os.lstat(aside), status):
             os.unlink(aside)
         else:
@@ -3154,6 +3256,8 @@ def parse_field(text):
         raise Mistake(f"{text!a} is not FIELD=VALUE")
     if name in ("v", "uuid", "files", "state"):
         raise Mistake(f"{name} cannot be set")
+    if not is_utf8(value):
+        raise Mistake(f"{name} is not UTF-8")
     try:
         return name, parse_json(os.fsencode(value))
     except ValueError:
@@ -3219,7 +3323,7 @@ def run_import(config, options):
             os.path.join(config.serve_dir, manifest["origin"], MANIFEST)):
         raise Mistake(f"its origin, image {manifest['origin']}, is not on this server")
     if options.file in (None, "-"):
-        source = sys.stdin.buffer
+        source = open(0, "rb", closefd=False)
         if source.isatty():
             raise Mistake("the image is read from standard input: `... < FILE`", 2)
     else:
@@ -3296,15 +3400,7 @@ def record_md5(directory, found):
     if manifest["files"][0].get("md5") == found.md5:
         return
     manifest["files"][0]["md5"] = found.md5
-    path = os.path.join(directory, f".{MANIFEST}.{os.getpid()}")
-    try:
-        write_whole(path, (render_json(manifest) + "\n").encode())
-        os.rename(path, os.path.join(directory, MANIFEST))
-        sync_directory(directory)
-    except OSError as error:
-        if os.path.exists(path):
-            os.unlink(path)
-        raise Mistake(f"cannot write {os.path.join(directory, MANIFEST)}: {error.strerror}")
+    replace_file(os.path.join(directory, MANIFEST), (render_json(manifest) + "\n").encode())
 
 
 def incoming(serve_dir):
@@ -3312,8 +3408,12 @@ def incoming(serve_dir):
     for name in sorted(os.listdir(serve_dir)):
         if name.startswith(INCOMING) and is_uuid(name[len(INCOMING):]):
             path = os.path.join(serve_dir, name)
-            times = [os.stat(path).st_mtime]
-            times += [entry.stat(follow_symlinks=False).st_mtime for entry in os.scandir(path)]
+            try:
+                times = [os.stat(path).st_mtime]
+                times += [entry.stat(follow_symlinks=False).st_mtime
+                          for entry in os.scandir(path)]
+            except OSError:
+                continue                  # it has just been activated, or is no directory
             yield (name[len(INCOMING):], os.path.exists(os.path.join(path, MANIFEST)),
                    time.time() - max(times))
 
@@ -3344,24 +3444,16 @@ def run_check(config, options):
 
 def run_config(config, options):
     """Write a creator's and a vendor's UUID into config.json, unless it has them."""
-    path = options.config or default_config()
-    try:
-        with open(path, "rb") as file:
+    path = os.path.abspath(options.config or default_config())
+    values = {}
+    if os.path.exists(path):
+        with open(path, "rb") as file:    # main has read it, so that it is sound
             values = parse_json(file.read())
-    except FileNotFoundError:
-        values = {}
-    changed = False
+    before = dict(values)
     for key in ("image-creator-uuid", "image-vendor-uuid"):
-        if not values.get(key):
-            values[key] = new_uuid()
-            changed = True
-    if changed:
-        aside = f"{path}.{os.getpid()}"
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(aside, path)
+        values[key] = values.get(key) or new_uuid()
+    if values != before:
+        replace_file(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
     print(f"creator {values['image-creator-uuid']}, vendor {values['image-vendor-uuid']}")
     return 0
 
@@ -3406,7 +3498,7 @@ SMF_MANIFEST = """\
 
 def run_smf(config, options):
     """Print the SMF manifest for this directory, this user and this Python."""
-    directory = options.directory or os.path.dirname(os.path.abspath(__file__))
+    directory = os.path.abspath(options.directory or os.path.dirname(__file__))
     command = [options.python or sys.executable, os.path.join(directory, "imgserver.py")]
     if options.config:
         command += ["--config", os.path.abspath(options.config)]
@@ -3420,7 +3512,7 @@ def run_smf(config, options):
         user = pwd.getpwuid(os.getuid()).pw_name
         group = group or grp.getgrgid(os.getgid()).gr_name
     values = {"directory": directory, "user": user, "group": group or user,
-              "privileges": privileges, "command": shlex.join(command),
+              "privileges": privileges, "command": shlex.join(command).replace("%", "%%"),
               "stop": int(config.drain_time) + 30}
     sys.stdout.write(SMF_MANIFEST.format(
         **{key: html.escape(str(value)) for key, value in values.items()}))
@@ -3441,7 +3533,7 @@ def option_parser():
         prog="imgserver.py", parents=[shared],
         description="An image server for SmartOS: serves a directory of images to imgadm.",
         epilog="Without a command it serves.  `imgserver.py COMMAND --help` tells more.")
-    parser.set_defaults(run=run_serve, config=None, dir=None, listen=None, loglevel=None)
+    parser.set_defaults(run=run_serve)
     parser.add_argument("--version", action="version", version=f"imgserver {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
 
@@ -3518,16 +3610,24 @@ def main(arguments=None) -> int:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    options = option_parser().parse_args(arguments)
+    # Given here and not as defaults of the parser, where a command would set them once more.
+    options = option_parser().parse_args(arguments, argparse.Namespace(
+        config=None, dir=None, listen=None, loglevel=None))
     try:
         config = load_config(options)
         if options.run is not run_serve:
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
+            for number in ENDING:
                 signal.signal(number, interrupted)
-        return options.run(config, options)
+        status = options.run(config, options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)     # nobody reads what we print
+        return 1
     except Mistake as mistake:
         try:
-            sys.stderr.write(f"imgserver: {printable(str(mistake))}\n")
+            text = printable(str(mistake)).replace('\\"', '"')
+            sys.stderr.write(f"imgserver: {text}\n")
         except (OSError, AttributeError):
             pass                          # nobody to tell; the exit status does
         return mistake.status

@@ -137,8 +137,12 @@ class Connection:
         family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
         self.sock = socket.socket(family)
         self.sock.settimeout(patience)
-        self.sock.connect(address)
         self.buffer = b""
+        try:
+            self.sock.connect(address)
+        except OSError:
+            self.sock.close()
+            raise
 
     def send(self, data):
         self.sock.sendall(data)

@@ -1,0 +1,124 @@
+"""Real nginx in front of the Unix socket, with the snippet of the README as it stands."""
+
+import hashlib
+import os
+import re
+import shutil
+import socket
+import subprocess
+import unittest
+
+from tests.support import (PATIENCE, ROOT, Connection, ServerCase, need, uuid_of, wait_for,
+                           write_image)
+
+U = uuid_of(1)
+FILE = f"/datasets/{U}/image.zfs.gz"
+
+
+def snippet():
+    """The nginx configuration that the README shows."""
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        return re.search(r"```nginx\n(.*?)```", file.read(), re.DOTALL)[1]
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+class Nginx(ServerCase):
+
+    def setUp(self):
+        super().setUp()
+        need("nginx")
+        self.data = os.urandom(3 << 20)
+        write_image(self.serve_dir, U, self.data)
+        self.server = self.serve(unix=True)
+        self.port = free_port()
+        self.start_nginx()
+
+    def start_nginx(self):
+        text = snippet()
+        self.assertEqual(text.count("/var/run/imgserver/imgserver.sock"), 1)
+        text = text.replace("/var/run/imgserver/imgserver.sock", self.server.address)
+        text = text.replace("listen 80;", f"listen 127.0.0.1:{self.port};")
+        directory = os.path.join(self.directory, "nginx")
+        os.mkdir(directory)
+        if os.getuid() == 0:              # its workers run as another user
+            os.chmod(self.directory, 0o755)
+            os.chmod(directory, 0o777)
+        names = ("client_body", "proxy", "fastcgi", "scgi", "uwsgi")
+        paths = "".join(f"{name}_temp_path {directory}/{name};\n" for name in names)
+        path = os.path.join(directory, "nginx.conf")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(f"daemon off; pid {directory}/pid; error_log {directory}/error;\n"
+                       "events {}\nhttp {\naccess_log off;\n" + paths + text + "}\n")
+        process = subprocess.Popen([shutil.which("nginx"), "-p", directory, "-c", path],
+                                   stderr=subprocess.DEVNULL)
+        self.addCleanup(process.wait, PATIENCE)
+        self.addCleanup(process.terminate)
+        wait_for(self.answers, "nginx")
+
+    def answers(self):
+        try:
+            with Connection(("127.0.0.1", self.port)):
+                return True
+        except ConnectionRefusedError:
+            return False
+
+    def connect(self):
+        return Connection(("127.0.0.1", self.port))
+
+    def get(self, target, headers=()):
+        with self.connect() as connection:
+            return connection.request(target, headers={"Host": f"127.0.0.1:{self.port}",
+                                                       **dict(headers)})
+
+    def test_lists_and_manifests_name_the_proxy(self):
+        for path in ("/datasets", "/images"):
+            self.assertEqual([image["uuid"] for image in self.get(path).json()], [U])
+        url = self.get(f"/datasets/{U}").json()["files"][0]["url"]
+        self.assertEqual(url, f"http://127.0.0.1:{self.port}{FILE}")
+
+    def test_a_file_comes_whole(self):
+        for target in (FILE, f"http://127.0.0.1:{self.port}{FILE}", f"/images/{U}/file"):
+            with self.subTest(target):
+                answer = self.get(target)
+                self.assertEqual(answer.status, 200)
+                self.assertEqual(answer.headers["content-length"], str(len(self.data)))
+                self.assertEqual(hashlib.sha1(answer.body).digest(),
+                                 hashlib.sha1(self.data).digest())
+
+    def test_a_file_is_resumed(self):
+        etag = self.get(FILE).headers["etag"]
+        answer = self.get(FILE, {"Range": "bytes=1000000-", "If-Range": etag})
+        self.assertEqual(answer.status, 206)
+        self.assertEqual(answer.body, self.data[1000000:])
+
+    def test_one_connection_to_the_server_serves_many_requests(self):
+        with self.connect() as connection:
+            for _ in range(20):
+                self.assertEqual(connection.request("/ping").status, 200)
+        self.assertLess(self.server.files(), 20)
+
+    def test_errors_come_through(self):
+        self.assertError(self.get("/datasets/" + uuid_of(2)), 404, "ResourceNotFound")
+
+    def test_the_log_names_the_client_of_the_proxy(self):
+        self.get("/ping?through-nginx")
+        self.server.wait_log(r'info 127\.0\.0\.1 "GET /ping\?through-nginx HTTP/1\.1" 200')
+
+    def test_curl_resumes_a_download(self):
+        need("curl")
+        path = os.path.join(self.directory, "download")
+        with open(path, "wb") as file:
+            file.write(self.data[:1234567])
+        subprocess.run(["curl", "-sSf", "-C", "-", "-o", path,
+                        f"http://127.0.0.1:{self.port}{FILE}"], check=True, timeout=PATIENCE)
+        with open(path, "rb") as file:
+            self.assertEqual(file.read(), self.data)
+
+
+if __name__ == "__main__":
+    unittest.main()
