@@ -78,7 +78,8 @@ HEAD_LINE_LIMIT = 8 << 10     # bytes of a request line; nginx and node allow 8 
 HEAD_LIMIT = 32 << 10         # bytes of a whole request head: imgadm sends less than 1 KiB
 HEAD_FIELDS_LIMIT = 100       # header lines of one request
 RECEIVE = 16 << 10            # bytes asked of a socket at once: many whole requests
-LOOP_SEND = 1 << 20           # bytes; what is larger goes straight to a thread, it fits no socket
+ONE_PIECE = 64 << 10          # bytes; a body up to this size is copied behind its head
+LOOP_SEND = 1 << 20           # bytes the loop tries to send at once; a thread sends the rest
 STEP = 1 << 20                # bytes given to one sendfile: signals, limits and logs stay live
 SLOW_STEP = 64 << 10          # bytes, once a step took over a second: progress shows earlier
 COPY_STEP = 256 << 10         # bytes read and sent at once where sendfile is of no use
@@ -989,12 +990,16 @@ class Listing:
 
 
 def join_list(texts) -> bytes:
-    """A JSON array of rendered objects."""
-    inner = b",\n".join(texts)
-    if not inner:
-        return b"[]"
-    # No string holds a raw line end, so each of them is indentation.
-    return b"[\n  " + inner.replace(b"\n", b"\n  ") + b"\n]"
+    """A JSON array of rendered objects.
+
+    Grown in place: ten thousand manifests are 13 MB, of which no second copy is wanted.
+    """
+    body = bytearray()
+    for text in texts:
+        body += b",\n  " if body else b"[\n  "
+        body += text.replace(b"\n", b"\n  ")       # no string in JSON holds a raw line end
+    body += b"\n]" if body else b"[]"
+    return body
 
 
 class Snapshot:
@@ -1124,15 +1129,15 @@ class Store:
         """All active images, rendered for api.  Raises Cold, and OSError from serve_dir."""
         now = time.monotonic()
         if self._fresh(api, now, RECHECK):
-            if now - self._checked < RECHECK / 2 or self._rechecking:
+            if now - self._checked < RECHECK * 3 / 4 or self._rechecking:
                 return self._snapshot
-            # The first to come after half the time does the look; the others are still served.
+            # The first to come after most of the time does it; the others are still served.
             self._rechecking = True
         if not may_wait:
             raise Cold
         with self._lock:
             try:
-                if not self._fresh(api, time.monotonic(), RECHECK / 2):
+                if not self._fresh(api, time.monotonic(), RECHECK * 3 / 4):
                     self._look(api)
             finally:
                 self._rechecking = False
@@ -1161,7 +1166,7 @@ class Store:
     def _look(self, api):
         """Look at every name, and at every image if that is due; the lock is held."""
         now = time.monotonic()
-        everything = now - self._checked >= RECHECK / 2 or api not in self._apis
+        everything = now - self._checked >= RECHECK * 3 / 4 or api not in self._apis
         seen = os.stat(self.directory).st_mtime_ns
         names = {name for name in os.listdir(self.directory) if is_uuid(name)}
         for uuid in sorted(names | set(self._images)):
@@ -1333,6 +1338,7 @@ class Lane(threading.Thread):
         """End the thread; what it has not done yet stays undone."""
         self._error = self._error or Unsound("stopped")
         self._chunks.put(None)
+        self.join()
 
     def close(self):
         """Wait until all is done.  Raises what work has raised."""
@@ -1365,8 +1371,9 @@ class Examination:
 
         Raises Unsound for data that does not decompress, OSError from read and write.
         """
-        lanes = [Lane(hash.update) for hash in self._hashes] + [Lane(self._look_inside)]
+        lanes = []
         try:
+            lanes += [Lane(hash.update) for hash in self._hashes] + [Lane(self._look_inside)]
             for chunk in iter(lambda: read(CHUNK), b""):
                 if self.compression is None:
                     chunk = self._first(chunk, read)
@@ -2467,6 +2474,24 @@ class Truncated(Exception):
     """The file ended before the Content-Length that was announced."""
 
 
+class Copier:
+    """Sends parts of a file through a buffer of its own, where sendfile is of no use."""
+
+    def __init__(self, sock, fd):
+        self._sock = sock
+        self._file = open(fd, "rb", buffering=0, closefd=False)
+        self._buffer = None
+
+    def __call__(self, offset, want) -> int:
+        """Send up to `want` bytes from `offset`; returns how many, 0 at the end of the file."""
+        if self._buffer is None:
+            self._buffer = memoryview(bytearray(COPY_STEP))
+        self._file.seek(offset)
+        count = self._file.readinto(self._buffer[:want])
+        self._sock.sendall(self._buffer[:count])
+        return count
+
+
 def unsent(sock):
     """Bytes in the socket's send queue: what the client has not taken yet; None: not known.
 
@@ -2627,19 +2652,21 @@ class Handler(BaseHTTPRequestHandler):
 
         Returns whether the connection goes on in the loop.
         """
-        data = self.head(response)
-        if self.has_body():
-            data += response.body
+        head = self.head(response)
+        body = response.body if self.has_body() else b""
         try:
-            sent = self.connection.send(data[:LOOP_SEND] if len(data) > LOOP_SEND else data,
-                                        DONTWAIT)
+            if len(body) <= ONE_PIECE:
+                sent = self.connection.send(head + body, DONTWAIT)
+            else:
+                sent = self.connection.sendmsg([head, memoryview(body)[:LOOP_SEND]], (), DONTWAIT)
         except BlockingIOError:
             sent = 0
         except OSError:
             self.server.drop(self)
             return False
-        if sent < len(data):
-            self.server.work(self, response, memoryview(data)[sent:])
+        if sent < len(head) + len(body):
+            self.server.work(self, response, [memoryview(head)[sent:],
+                                              memoryview(body)[max(0, sent - len(head)):]])
             return False
         self.log_request(response.status, response.length if self.has_body() else 0)
         return self.answered_one()
@@ -2665,10 +2692,8 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.setblocking(True)     # accept may have passed on the listener's mode
             if response is None:
                 response = self.answer_waiting()
-                rest = memoryview(self.head(response) + (response.body if self.has_body()
-                                                         else b""))
-            self.moving()
-            self.send_bytes(rest, response)
+                rest = [self.head(response), response.body if self.has_body() else b""]
+            self.send_parts(rest, response.file is not None)
             sent = len(response.body)
             if response.file is not None and self.has_body():
                 for sent in self.send_file(response):
@@ -2700,12 +2725,16 @@ class Handler(BaseHTTPRequestHandler):
         """Bytes have gone out: the client has stall_timeout to take more."""
         self.deadline = time.monotonic() + self.server.config.stall_timeout
 
-    def send_bytes(self, data, response):
-        """Send bytes, in steps; raises OSError."""
-        more = getattr(socket, "MSG_MORE", 0) if response.file is not None else 0
-        while data:
-            data = data[self.connection.send(data[:STEP], more):]
-            self.moving()
+    def send_parts(self, parts, more_follows):
+        """Send bytes, one part after the other, in steps; raises OSError."""
+        self.moving()
+        more = getattr(socket, "MSG_MORE", 0)     # Linux: do not send half a packet yet
+        for part in parts:
+            flags = more if more_follows or part is not parts[-1] else 0
+            data = memoryview(part)
+            while data:
+                data = data[self.connection.send(data[:STEP], flags):]
+                self.moving()
 
     def send_file(self, response):
         """Send a part of a file; yields how many bytes have gone out so far.
@@ -2713,30 +2742,28 @@ class Handler(BaseHTTPRequestHandler):
         Raises Truncated if the file ends early, OSError if the client goes away.
         os.sendfile is for TCP only: illumos refuses AF_UNIX, and CPython up to 3.13 may
         report a made-up count for that (gh-154324).  An error from it means that nothing
-        was sent by this call, so reading and sending goes on at the same place.
+        was sent by this call, so that copying goes on at the same place.
         """
-        sock, fd = self.connection, response.file
-        offset, end = response.offset, response.offset + response.length
-        zero_copy = hasattr(os, "sendfile") and sock.family in (socket.AF_INET, socket.AF_INET6)
-        step = STEP
+        copy = Copier(self.connection, response.file)
+        by_kernel = (hasattr(os, "sendfile")
+                     and self.connection.family in (socket.AF_INET, socket.AF_INET6))
+        offset, end, step = response.offset, response.offset + response.length, STEP
         while offset < end:
             want = min(step, end - offset)
             began = time.monotonic()
-            if zero_copy:
-                try:
-                    count = os.sendfile(sock.fileno(), fd, offset, want)
-                except BlockingIOError:
-                    self.wait_writable()
-                    continue
-                except OSError as error:
-                    if error.errno not in _NO_SENDFILE:
-                        raise
-                    zero_copy = False
-                    continue
-            else:
-                data = os.pread(fd, min(want, COPY_STEP), offset)
-                sock.sendall(data)
-                count = len(data)
+            try:
+                if by_kernel:
+                    count = os.sendfile(self.connection.fileno(), response.file, offset, want)
+                else:
+                    count = copy(offset, want)
+            except BlockingIOError:
+                self.wait_writable()
+                continue
+            except OSError as error:
+                if not by_kernel or error.errno not in _NO_SENDFILE:
+                    raise
+                by_kernel = False
+                continue
             if not 0 < count <= want:
                 raise Truncated(f"truncated at {offset} of {end} bytes (sent {count})")
             offset += count
@@ -2761,7 +2788,8 @@ class Handler(BaseHTTPRequestHandler):
         if now < self.deadline:
             return
         if self.state is WORKING:
-            self.note = f" (cut: nothing taken for {self.server.config.stall_timeout} s)"
+            self.note = (f" (cut: the client has taken nothing for "
+                         f"{self.server.config.stall_timeout} s)")
             self.server.hang_up(self)     # which wakes the thread with an error
         elif self.state is READING and self.partial:
             self.partial = False
@@ -2983,7 +3011,7 @@ class ImageServer(ThreadingHTTPServer):
 
     # states of a connection: each transition is one of these
 
-    def work(self, handler, response=None, rest=b""):
+    def work(self, handler, response=None, rest=()):
         """READING to WORKING: have a thread answer, or send the rest of an answer."""
         self._selector.unregister(handler.connection)
         handler.state, handler.deadline = WORKING, math.inf
@@ -3107,6 +3135,8 @@ class UnixImageServer(ImageServer):
         # illumos asks for read and write permission of who connects (so_ux_lookup).
         mask = os.umask(0o777 & ~int(self.config.socket_mode, 8))
         try:
+            if os.path.lexists(aside):
+                os.unlink(aside)          # of one that had our pid, and was killed just here
             self.socket.bind(aside)
         finally:
             os.umask(mask)
@@ -3180,7 +3210,7 @@ def start(config, log) -> ImageServer:
                       EXIT_CONFIG)
     except OSError as error:
         transient = error.errno == errno.EADDRINUSE
-        raise Mistake(f"cannot listen on {config.listen_port}: {error.strerror}",
+        raise Mistake(f"cannot listen on {config.listen_port}: {error.strerror or error}",
                       1 if transient else EXIT_CONFIG)
 
 
@@ -3621,8 +3651,9 @@ def main(arguments=None) -> int:
         status = options.run(config, options)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)     # nobody reads what we print
+    except OSError as error:              # commands turn theirs into a Mistake, but for print
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.stderr.write(f"imgserver: {error.strerror}\n")
         return 1
     except Mistake as mistake:
         try:

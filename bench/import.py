@@ -1,0 +1,172 @@
+#!/usr/bin/env python3
+"""import.py - how fast `imgserver.py import` and `check` read an image.
+
+    python3 bench/import.py [--quick] [--rounds N] [--python PYTHON] [--dir DIR]
+
+Beside them: `gzip -dc < FILE | sha1sum` on the same file, which must be decompressed and
+hashed too.  The file is a made-up ZFS send stream that compresses about as real ones do.
+"""
+
+import argparse
+import hashlib
+import itertools
+import os
+import random
+import shutil
+import signal
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+
+from bench import GIB, IMGSERVER, MIB, Failure, find_tool, print_table, reached, say, short
+
+DRR_BEGIN, DRR_WRITE, DRR_END = 0, 3, 5
+DRR_LENGTH = 312              # bytes of a record, without its payload
+DRR_MAGIC = 0x2F5bacbac
+GUID = 0x1234567890ABCDEF
+BLOCK = 128 << 10             # bytes of payload after a record: the usual recordsize of ZFS
+POOL = 256                    # different blocks: far more than the 32 KiB that gzip looks back
+GOAL = ">= 0.9 x"
+
+BASELINE, IMPORT, CHECK = "gzip -dc < FILE | sha1sum", "imgserver.py import", "imgserver.py check"
+
+
+# -- the stream --------------------------------------------------------------------------
+
+def record(layout, *values):
+    return struct.pack("<" + layout, *values).ljust(DRR_LENGTH, b"\0")
+
+
+def pieces_of(kinds, total, rng):
+    """`total` bytes of random pieces, the first kinds far more often than the last."""
+    weights = list(itertools.accumulate(1 / (1 + number) for number in range(len(kinds))))
+    data = b"".join(rng.choices(kinds, cum_weights=weights, k=total // 4))
+    return (data * (total // len(data) + 1))[:total]
+
+
+def blocks():
+    """Payload as a zone has it: texts, programs, what is compressed already, and nothing."""
+    rng = random.Random(7)
+    words = [bytes(rng.choices(b"etaoinshrdlucmfw", k=rng.randint(1, 9))) + b" "
+             for _ in range(4000)]
+    code = [rng.randbytes(rng.randint(2, 7)) for _ in range(4000)]
+    makers = [(40, lambda: pieces_of(words, BLOCK, rng)),
+              (35, lambda: pieces_of(code, BLOCK, rng)),
+              (15, lambda: rng.randbytes(BLOCK)),
+              (10, lambda: bytes(BLOCK))]
+    weights = [weight for weight, _ in makers]
+    return [rng.choices(makers, weights)[0][1]() for _ in range(POOL)]
+
+
+def stream(size):
+    """Yield a ZFS send stream of `size` bytes or a little more: BEGIN, data, END."""
+    yield record("IIQQQIIQQ256s", DRR_BEGIN, 0, DRR_MAGIC, 1, int(time.time()), 2, 0, GUID, 0,
+                 b"zones/bench@final")
+    sent = 2 * DRR_LENGTH
+    for number, block in enumerate(itertools.cycle(blocks())):
+        if sent >= size:
+            break
+        yield record("IIQIIQQQ", DRR_WRITE, 0, 1, 19, 0, number * BLOCK, BLOCK, GUID)
+        yield block
+        sent += DRR_LENGTH + BLOCK
+    yield record("II4QQ", DRR_END, 0, 0, 0, 0, 0, GUID)
+
+
+def make_file(path, size):
+    """Write the compressed stream to path; returns (its size, sha1) before compression."""
+    compressor = shutil.which("pigz") or find_tool("gzip")
+    digest, total = hashlib.sha1(), 0
+    with open(path, "wb") as file:
+        process = subprocess.Popen([compressor, "-1", "-c"], stdin=subprocess.PIPE, stdout=file)
+        with process.stdin as pipe:
+            for data in stream(size):
+                digest.update(data)
+                total += len(data)
+                pipe.write(data)
+        if process.wait():
+            raise Failure(f"{compressor} failed")
+        os.fsync(file.fileno())
+    return total, digest.hexdigest()
+
+
+# -- measurements ------------------------------------------------------------------------
+
+def timed(command, path=None):
+    """(seconds, standard output) of a command that reads the file at path."""
+    with open(path or os.devnull, "rb") as file:
+        began = time.monotonic()
+        done = subprocess.run(command, stdin=file, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise Failure(f"{command} ended with status {done.returncode}: {done.stdout.strip()}")
+    return time.monotonic() - began, done.stdout.strip()
+
+
+def one_round(python, directory, path, sha1):
+    """Seconds of each of the three, one after the other."""
+    serve_dir = os.path.join(directory, "images")
+    ours = [python, IMGSERVER, "--config", os.path.join(directory, "config.json"),
+            "--dir", serve_dir]
+    os.mkdir(serve_dir)
+    baseline, output = timed(["sh", "-c", "gzip -dc | sha1sum"], path)
+    if output.split()[0] != sha1:
+        raise Failure("gzip -dc | sha1sum gave another sha1")
+    imported, uuid = timed([*ours, "import", "-q", "bench", "1.0.0", "A benchmark"], path)
+    checked, _ = timed([*ours, "check", "-q", uuid])
+    shutil.rmtree(serve_dir)
+    return {BASELINE: baseline, IMPORT: imported, CHECK: checked}
+
+
+def report(rounds, size, stored):
+    print(f"A ZFS stream of {size / MIB:,.0f} MiB, {stored / MIB:,.0f} MiB as gzip; medians of "
+          f"{len(rounds)} round{'s' * (len(rounds) > 1)}; MB of the stream, not of the file; "
+          f"{os.cpu_count()} cores.\n")
+    rows = []
+    for name in (BASELINE, IMPORT, CHECK):
+        seconds = statistics.median(each[name] for each in rounds)
+        ratios = [each[BASELINE] / each[name] for each in rounds]
+        ratio = statistics.median(ratios)
+        goal = "" if name == BASELINE else GOAL
+        spread = f"{short(min(ratios))} - {short(max(ratios))}" if len(ratios) > 1 else ""
+        rows.append([name, short(seconds), short(size / seconds / 1e6), short(ratio), spread,
+                     goal, reached(goal, None, ratio)])
+    print_table(["work", "s", "MB/s", "ratio", "of rounds", "goal", "reached"], rows, {1, 2, 3})
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Measure imgserver.py import and check.")
+    parser.add_argument("--quick", action="store_true", help="one round on 256 MiB")
+    parser.add_argument("--rounds", type=int, metavar="N", help="default: 5; quick: 1")
+    parser.add_argument("--python", default=sys.executable,
+                        help="the Python that runs imgserver (default: this one)")
+    parser.add_argument("--dir", metavar="DIR", default=None,
+                        help="where it works: 2 GiB (default: a temporary directory)")
+    options = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    directory = tempfile.mkdtemp(prefix="imgbench-", dir=options.dir)
+    try:
+        path = os.path.join(directory, "stream.gz")
+        with open(os.path.join(directory, "config.json"), "w") as file:
+            file.write("{}\n")
+        say("making the stream")
+        size, sha1 = make_file(path, 256 * MIB if options.quick else 2 * GIB)
+        rounds = []
+        count = options.rounds or (1 if options.quick else 5)
+        for number in range(1, count + 1):
+            rounds.append(one_round(options.python, directory, path, sha1))
+            say(f"round {number}/{count}  " + ", ".join(
+                f"{name}: {short(seconds)} s" for name, seconds in rounds[-1].items()))
+        report(rounds, size, os.path.getsize(path))
+    except Failure as failure:
+        sys.exit(f"import: {failure}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
