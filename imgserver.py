@@ -2693,9 +2693,10 @@ class Handler(BaseHTTPRequestHandler):
             if response is None:
                 response = self.answer_waiting()
                 rest = [self.head(response), response.body if self.has_body() else b""]
-            self.send_parts(rest, response.file is not None)
+            file_follows = response.file is not None and self.has_body() and response.length
+            self.send_parts([part for part in rest if part], file_follows)
             sent = len(response.body)
-            if response.file is not None and self.has_body():
+            if file_follows:
                 for sent in self.send_file(response):
                     self.moving()
         except Truncated as error:
