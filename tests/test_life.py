@@ -1,0 +1,476 @@
+"""Signals, draining, dead DNS, addresses, hostile logs, and clocks that jump."""
+
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+import unittest
+
+from tests.support import (IMGSERVER, PATIENCE, Connection, ServerCase, readable, uuid_of,
+                           wait_for, write_image)
+
+U = uuid_of(1)
+FILE = f"/datasets/{U}/image.zfs.gz"
+BIG = 12 << 20        # bytes: more than any socket's buffers take at once
+PING = b"GET /ping HTTP/1.1\r\nHost: a\r\n\r\n"
+PROMPT_LOG = "imgserver.LOG_DELAY = 0.01"
+DEAD_DNS = """
+import socket, time
+def hang(*_, **__):
+    time.sleep(3600)
+socket.getfqdn = socket.gethostbyaddr = socket.gethostbyname = socket.getnameinfo = hang
+look_up = socket.getaddrinfo
+def getaddrinfo(host, port, family=0, type=0, proto=0, flags=0):
+    if not flags & socket.AI_NUMERICHOST:
+        hang()
+    return look_up(host, port, family, type, proto, flags)
+socket.getaddrinfo = getaddrinfo
+"""
+JUMPING_CLOCK = """
+import os, time
+real, real_ns = time.time, time.time_ns
+def jump():
+    try:
+        with open({flag!r}) as file:
+            return int(file.read() or 0)
+    except OSError:
+        return 0
+time.time = lambda: real() + jump()
+time.time_ns = lambda: real_ns() + jump() * 10**9
+"""
+
+
+class Signals:
+    """How it ends; each case is run once on TCP and once on a Unix socket."""
+
+    unix = False
+
+    def download(self, server):
+        """A connection on which a big file is on its way, and stands."""
+        connection = server.connect()
+        self.addCleanup(connection.close)
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        connection.send(f"GET {FILE} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+        self.assertTrue(readable(connection.sock, PATIENCE))
+        return connection
+
+    def test_ends_at_once_with_0_when_idle(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with self.subTest(number):
+                server = self.serve(unix=self.unix)
+                self.assertEqual(server.get("/ping").status, 200)
+                began = time.monotonic()
+                self.assertEqual(server.stop(number), 0)
+                self.assertLess(time.monotonic() - began, 1)
+                self.assertRegex(server.log(), r"info ended\n$")
+                with self.assertRaises(OSError):
+                    server.connect()
+                if self.unix:
+                    self.assertFalse(os.path.exists(server.address))
+
+    def test_idle_connections_do_not_hold_up_the_end(self):
+        server = self.serve(unix=self.unix)
+        with server.connect() as silent, server.connect() as kept:
+            self.assertEqual(kept.request("/ping").status, 200)
+            began = time.monotonic()
+            self.assertEqual(server.stop(), 0)
+            self.assertLess(time.monotonic() - began, 1)
+            self.assertEqual(silent.rest(), b"")
+            self.assertEqual(kept.rest(), b"")
+
+    def test_download_is_finished_after_sigterm(self):
+        write_image(self.serve_dir, U, bytes(BIG))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with self.subTest(number):
+                server = self.serve(unix=self.unix)
+                connection = self.download(server)
+                server.send_signal(number)
+                server.wait_log("finishing 1 answers")
+                with self.assertRaises(OSError, msg="it takes new connections while it drains"):
+                    server.connect()
+                self.assertEqual(len(connection.answer().body), BIG)
+                self.assertTrue(connection.closed())
+                self.assertEqual(server.process.wait(PATIENCE), 0)
+
+    def test_download_is_cut_after_drain_time(self):
+        write_image(self.serve_dir, U, bytes(BIG))
+        server = self.serve(unix=self.unix, config={"drain_time": 0.5})
+        connection = self.download(server)
+        began = time.monotonic()
+        self.assertEqual(server.stop(), 0)
+        self.assertTrue(0.4 < time.monotonic() - began < 10)
+        self.assertLess(len(connection.rest()), BIG)
+
+    def test_second_sigterm_ends_it_at_once(self):
+        write_image(self.serve_dir, U, bytes(BIG))
+        for first, second in ((signal.SIGTERM, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)):
+            with self.subTest(first, second=second):
+                server = self.serve(unix=self.unix, config={"drain_time": 600})
+                self.download(server)
+                server.send_signal(first)
+                server.wait_log("finishing 1 answers, for 600 s at most")
+                self.assertIsNone(server.process.poll())
+                began = time.monotonic()
+                self.assertEqual(server.stop(second), 0)
+                self.assertLess(time.monotonic() - began, 2)
+                if self.unix:
+                    self.assertFalse(os.path.exists(server.address))
+
+    def test_request_that_has_begun_is_answered_while_it_drains(self):
+        server = self.serve(unix=self.unix)
+        with server.connect() as begun:
+            begun.send(PING[:20])
+            self.assertEqual(server.get("/ping").status, 200)     # the loop has read it by now
+            server.send_signal(signal.SIGTERM)
+
+            def refuses():
+                try:
+                    server.connect().close()
+                except OSError:
+                    return True
+            wait_for(refuses, "draining")
+            begun.send(PING[20:] + PING)
+            answer = begun.answer()
+            self.assertEqual(answer.status, 200)
+            self.assertEqual(answer.headers.get("connection"), "close")
+            self.assertEqual(begun.rest(), b"", "a further request was answered")
+        self.assertEqual(server.process.wait(PATIENCE), 0)
+
+    def test_sighup_changes_nothing(self):
+        write_image(self.serve_dir, U, bytes(BIG))
+        server = self.serve(unix=self.unix)
+        connection = self.download(server)
+        for _ in range(3):
+            server.send_signal(signal.SIGHUP)
+        server.wait_log("SIGHUP")
+        self.assertEqual(server.get("/ping").status, 200)
+        self.assertEqual(connection.answer().body, bytes(BIG))
+        self.assertEqual(connection.request("/ping").status, 200)
+
+    def test_many_signals_during_a_download_lose_no_byte(self):
+        data = os.urandom(1 << 20) * 12
+        write_image(self.serve_dir, U, data)
+        server = self.serve(unix=self.unix)
+        connection = self.download(server)
+        for _ in range(50):
+            server.send_signal(signal.SIGHUP)
+            connection.buffer += connection.recv(1 << 18)
+        self.assertEqual(connection.answer().body, data)
+
+
+class SignalsOverTcp(Signals, ServerCase):
+    unix = False
+
+
+class SignalsOverUnix(Signals, ServerCase):
+    unix = True
+
+
+class Addresses(ServerCase):
+
+    def test_dead_dns(self):
+        for options in ((), ("--listen", "0"), ("--listen", "0.0.0.0:0")):
+            with self.subTest(options):
+                began = time.monotonic()
+                server = self.serve(prelude=DEAD_DNS, options=options)
+                self.assertEqual(server.get("/ping").status, 200)
+                self.assertLess(time.monotonic() - began, 10)
+                server.wait_log(r'info 127\.0\.0\.1 "GET /ping HTTP/1\.1" 200')
+
+    def test_dead_dns_on_a_unix_socket(self):
+        server = self.serve(unix=True, prelude=DEAD_DNS)
+        self.assertEqual(server.get("/ping").status, 200)
+        server.wait_log(r'info unix "GET /ping HTTP/1\.1" 200')
+
+    def connect6(self, port):
+        connection = Connection.__new__(Connection)
+        connection.sock, connection.buffer = socket.socket(socket.AF_INET6), b""
+        self.addCleanup(connection.close)
+        connection.sock.settimeout(PATIENCE)
+        connection.sock.connect(("::1", port))
+        return connection
+
+    @unittest.skipUnless(socket.has_dualstack_ipv6(), "this machine has no IPv6")
+    def test_port_alone_is_every_address_of_both_kinds(self):
+        write_image(self.serve_dir, U)
+        server = self.serve(options=("--listen", "0"))
+        self.assertIn(" on http://[::]:", server.log())
+        self.assertEqual(server.get("/ping").status, 200)
+        server.wait_log(r'info 127\.0\.0\.1 "GET /ping HTTP/1\.1" 200')
+        port = server.address[1]
+        connection = self.connect6(port)
+        self.assertEqual(connection.request("/ping").status, 200)
+        server.wait_log(r'info ::1 "GET /ping HTTP/1\.1" 200')
+        self.assertEqual(connection.request(FILE).body, b"not a real stream")
+        for host, connect in ((f"127.0.0.1:{port}", server.connect),
+                              (f"[::1]:{port}", lambda: self.connect6(port))):
+            with self.subTest(host), connect() as connection:
+                connection.send(f"GET /datasets/{U} HTTP/1.0\r\n\r\n".encode())
+                self.assertEqual(connection.answer().json()["files"][0]["url"],
+                                 f"http://{host}{FILE}")
+
+    @unittest.skipUnless(socket.has_dualstack_ipv6(), "this machine has no IPv6")
+    def test_one_ipv6_address(self):
+        server = self.serve(options=("--listen", "[::1]:0"))
+        self.assertIn(" on http://[::1]:", server.log())
+        connection = self.connect6(server.address[1])
+        self.assertEqual(connection.request("/ping").status, 200)
+        with self.assertRaises(ConnectionRefusedError):
+            server.connect()
+
+    def test_without_ipv6_a_port_alone_is_every_ipv4_address(self):
+        server = self.serve(options=("--listen", "0"), prelude=(
+            "import socket; socket.has_dualstack_ipv6 = lambda: False"))
+        self.assertIn(" on http://0.0.0.0:", server.log())
+        self.assertEqual(server.get("/ping").status, 200)
+
+
+# What a client sends in its request line, and how the log shows it.
+HOSTILE = {
+    "ESC": (b"GET /\x1b[2J\x1b]0;title\x07 HTTP/1.1", r"GET /\x1b[2J\x1b]0;title\x07 HTTP/1.1"),
+    "CR": (b"GET /a\rinfo forged HTTP/1.1", r"GET /a\rinfo forged HTTP/1.1"),
+    "bare LF": (b"GET /a\ninfo forged HTTP/1.1", "GET /a"),
+    "quote": (b'GET /a" 200 0 HTTP/1.1', r"GET /a\" 200 0 HTTP/1.1"),
+    "quote in a good line": (b'GET /a"b HTTP/1.1', r"GET /a\"b HTTP/1.1"),
+    "backslash": (b"GET /a\\b HTTP/1.1", r"GET /a\\b HTTP/1.1"),
+    "backslash before a quote": (b'GET /a\\"b HTTP/1.1', r"GET /a\\\"b HTTP/1.1"),
+    "0x9b, a terminal's CSI": (b"GET /\x9b31m HTTP/1.1", r"GET /\x9b31m HTTP/1.1"),
+    "0xff": (b"GET /\xff HTTP/1.1", r"GET /\xff HTTP/1.1"),
+    "UTF-8": (b"GET /\xc3\xa9 HTTP/1.1", r"GET /\xc3\xa9 HTTP/1.1"),
+    "line separator": (b"GET /\xe2\x80\xa8x HTTP/1.1", r"GET /\xe2\x80\xa8x HTTP/1.1"),
+    "NUL": (b"GET /\0 HTTP/1.1", r"GET /\x00 HTTP/1.1"),
+    "DEL": (b"GET /\x7f HTTP/1.1", r"GET /\x7f HTTP/1.1"),
+    "tab": (b"GET /a\tb HTTP/1.1", r"GET /a\tb HTTP/1.1"),
+    "vertical tab": (b"GET /a\x0bb HTTP/1.1", r"GET /a\x0bb HTTP/1.1"),
+    "percent": (b"GET /%s%d%n HTTP/1.1", "GET /%s%d%n HTTP/1.1"),
+    "braces": (b"GET /{0}{x!r} HTTP/1.1", "GET /{0}{x!r} HTTP/1.1"),
+}
+
+
+class Logs(ServerCase):
+
+    def test_hostile_request_lines(self):
+        for unix in (False, True):
+            server = self.serve(unix=unix, prelude=PROMPT_LOG)
+            for name, (line, shown) in HOSTILE.items():
+                with self.subTest(name, unix=unix):
+                    before = server.log().count("\n")
+                    server.raw(line + b"\r\nHost: a\r\n\r\n")
+                    wait_for(lambda: server.log().count("\n") > before, "a log line")
+                    [logged] = server.log().splitlines()[before:]
+                    self.assertRegex(logged, r"^[ -~]*$")
+                    self.assertIn(f' "{shown}" 40', logged)
+
+    def test_long_request_line_is_one_line_and_cut(self):
+        server = self.serve(prelude=PROMPT_LOG)
+        for length in (8000, 60_000):
+            with self.subTest(length):
+                before = server.log().count("\n")
+                server.raw(b"GET /" + b"\x1b" * length + b" HTTP/1.1\r\nHost: a\r\n\r\n")
+                wait_for(lambda: server.log().count("\n") > before, "a log line")
+                [logged] = server.log().splitlines()[before:]
+                self.assertIn('..." 4', logged)
+                self.assertLess(len(logged), 5000)
+
+    def test_hostile_address_from_a_proxy(self):
+        server = self.serve(unix=True, prelude=PROMPT_LOG)
+        for header, value, shown in (("X-Real-IP", "192.0.2.7", "192.0.2.7"),
+                                     ("X-Real-IP", "2001:db8::7", "2001:db8::7"),
+                                     ("X-Forwarded-For", "evil, 192.0.2.7", "192.0.2.7"),
+                                     ("X-Real-IP", "\xe9\x9b2J", r"\xe9\x9b2J"),
+                                     ("X-Real-IP", "y" * 5000, "y" * 45 + "..."),
+                                     ("X-Real-IP", "", "unix")):
+            with self.subTest(value[:50]):
+                before = server.log().count("\n")
+                server.get("/ping", {header: value})
+                wait_for(lambda: server.log().count("\n") > before, "a log line")
+                self.assertIn(f' info {shown} "GET /ping ', server.log().splitlines()[before])
+
+    def test_client_on_tcp_cannot_name_its_own_address(self):
+        server = self.serve()
+        server.get("/ping", {"X-Real-IP": "192.0.2.7", "X-Forwarded-For": "192.0.2.7"})
+        server.wait_log(r'info 127\.0\.0\.1 "GET /ping ')
+        self.assertNotIn("192.0.2.7", server.log())
+
+    def test_hostile_names_on_disk(self):
+        for number, path in enumerate(("\x1b[2J", "a\nb", 'a"b', "é")):
+            uuid = uuid_of(number + 1)
+            manifest = write_image(self.serve_dir, uuid)
+            manifest["files"][0]["path"] = path
+            os.unlink(os.path.join(self.serve_dir, uuid, "image.zfs.gz"))
+            write_image(self.serve_dir, uuid, manifest=manifest)
+        server = self.serve()
+        self.assertEqual(server.get("/datasets").body, b"[]")
+        wait_for(lambda: server.log().count("is left out") == 4, "4 lines")
+        self.assertRegex(server.log(), r"^[ -~\n]*$")
+
+    # a stderr that is of no use
+
+    def start(self, stderr, *wrapper, options=()):
+        """A server on a Unix socket, whose log nobody needs to read to find it."""
+        path = os.path.join(self.directory, f"s{len(os.listdir(self.directory))}.sock")
+        process = subprocess.Popen(
+            [*wrapper, sys.executable, IMGSERVER, "--listen", path, "--dir", self.serve_dir,
+             *options], stdin=subprocess.DEVNULL, stderr=stderr)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        wait_for(lambda: os.path.exists(path) or process.poll() is not None, "the socket")
+        self.assertIsNone(process.poll(), "it has ended")
+        return process, path
+
+    def ask_much(self, path, count=2500):
+        """More lines than a pipe and the log's own buffer hold, each with its answer."""
+        target = "/" + "x" * 1000
+        request = f"GET {target} HTTP/1.1\r\nHost: a\r\n\r\n".encode() * 50
+        with Connection(path) as connection:
+            for _ in range(count // 50):
+                connection.send(request)
+                for _ in range(50):
+                    self.assertEqual(connection.answer().status, 404)
+
+    def test_stderr_closed(self):
+        write_image(self.serve_dir, U)
+        process, path = self.start(None, "/bin/sh", "-c", 'exec "$@" 2>&-', "sh")
+        self.ask_much(path, 100)
+        for target in (FILE, "/datasets", "/ping"):
+            with Connection(path) as connection:
+                answer = connection.request(target)
+                self.assertEqual(answer.status, 200)
+                self.assertNotIn(b" info ", answer.body)
+        process.terminate()
+        self.assertEqual(process.wait(PATIENCE), 0)
+
+    def test_stderr_a_pipe_whose_reader_has_gone(self):
+        reader, writer = os.pipe()
+        process, path = self.start(writer)
+        os.close(writer)
+        os.close(reader)
+        self.ask_much(path, 100)
+        process.terminate()
+        self.assertEqual(process.wait(PATIENCE), 0)
+
+    def test_stderr_that_is_full(self):
+        if not os.path.exists("/dev/full"):
+            self.skipTest("there is no /dev/full")
+        with open("/dev/full", "wb") as full:
+            process, path = self.start(full)
+        self.ask_much(path, 100)
+        process.terminate()
+        self.assertEqual(process.wait(PATIENCE), 0)
+
+    def test_stderr_a_pipe_or_socket_that_nobody_reads(self):
+        for kind, make in (("pipe", os.pipe), ("socket", self.socket_pair)):
+            with self.subTest(kind):
+                reader, writer = make()
+                self.addCleanup(os.close, reader)
+                process, path = self.start(writer)
+                os.close(writer)
+                self.ask_much(path)
+                with open(f"/proc/{process.pid}/status") as file:
+                    size = int(re.search(r"VmRSS:\s+(\d+)", file.read())[1])
+                self.assertLess(size, 80_000)
+                text = self.read_on(reader, path)
+                self.assertRegex(text, rb"\n\([0-9]+ bytes of log lost")
+                self.assertRegex(text, rb'"GET /read-again HTTP/1\.1" 404 ')
+                process.terminate()
+                self.assertEqual(process.wait(PATIENCE), 0)
+
+    @staticmethod
+    def socket_pair():
+        reader, writer = socket.socketpair()
+        return reader.detach(), writer.detach()
+
+    def read_on(self, reader, path):
+        """What the log says once somebody reads it again, up to a request made then."""
+        text, end = b"", time.monotonic() + PATIENCE
+        asked = False
+        while b"/read-again" not in text and time.monotonic() < end:
+            if select.select([reader], [], [], 0.5)[0]:
+                text += os.read(reader, 1 << 16)
+            elif not asked:
+                asked = True
+                with Connection(path) as connection:
+                    self.assertEqual(connection.request("/read-again").status, 404)
+        return text
+
+    def test_nothing_is_printed_on_stdout(self):
+        write_image(self.serve_dir, U)
+        path = os.path.join(self.directory, "s.sock")
+        process = subprocess.Popen([sys.executable, IMGSERVER, "--listen", path, "--dir",
+                                    self.serve_dir], stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        wait_for(lambda: os.path.exists(path), "the socket")
+        self.ask_much(path, 50)
+        process.terminate()
+        self.assertEqual(process.stdout.read(), b"")
+
+
+class Clock(ServerCase):
+
+    def jumping(self, **config):
+        """A server whose clock the returned function sets, in seconds from the true time."""
+        flag = os.path.join(self.directory, "clock")
+
+        def jump(seconds):
+            with open(flag + ".new", "w") as file:
+                file.write(str(seconds))
+            os.rename(flag + ".new", flag)
+        return self.serve(prelude=JUMPING_CLOCK.format(flag=flag), config=config), jump
+
+    def test_clock_that_jumps_cuts_nobody(self):
+        write_image(self.serve_dir, U, bytes(BIG))
+        server, jump = self.jumping()
+        with server.connect() as kept, server.connect() as begun, server.connect() as busy:
+            busy.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+            self.assertEqual(kept.request("/ping").status, 200)
+            begun.send(PING[:20])
+            busy.send(f"GET {FILE} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+            for seconds in (10**8, -10**8):
+                jump(seconds)
+                answer = server.get("/ping")
+                self.assertEqual(answer.status, 200)
+                year = time.gmtime(time.time() + seconds).tm_year
+                wait_for(lambda: f" {year} " in server.get("/ping").headers["date"], "the year")
+                time.sleep(1.1)                  # a look at the time limits
+            begun.send(PING[20:])
+            self.assertEqual(begun.answer().status, 200)
+            self.assertEqual(kept.request("/ping").status, 200)
+            self.assertEqual(len(busy.answer().body), BIG)
+
+    def test_clock_that_goes_back_ends_no_time_limit(self):
+        server, jump = self.jumping(header_timeout=0.5, idle_timeout=0.5)
+        with server.connect() as begun, server.connect() as kept:
+            begun.send(PING[:20])
+            self.assertEqual(kept.request("/ping").status, 200)
+            jump(-10**8)
+            self.assertError(begun.answer(), 408)
+            self.assertEqual(kept.rest(), b"")
+
+    def test_clock_that_jumps_hides_no_change_of_the_directory(self):
+        server, jump = self.jumping()
+        for number, seconds in enumerate((10**8, -10**8, 0), 1):
+            jump(seconds)
+            write_image(self.serve_dir, uuid_of(number))
+            self.assertEqual(len(server.get("/datasets").json()), number)
+
+    def test_drain_time_is_not_the_clock_s(self):
+        write_image(self.serve_dir, U, bytes(BIG))
+        server, jump = self.jumping(drain_time=0.5)
+        with server.connect() as busy:
+            busy.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+            busy.send(f"GET {FILE} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+            self.assertTrue(readable(busy.sock, PATIENCE))
+            server.send_signal(signal.SIGTERM)
+            jump(-10**8)
+            self.assertEqual(server.process.wait(PATIENCE), 0)
+
+
+if __name__ == "__main__":
+    unittest.main()
