@@ -1,0 +1,78 @@
+# Makefile for imgserver; any make will do: illumos', bmake, GNU make.
+#
+#     make            config, smf and info: ready to run where it is
+#     make test       the tests, which need nothing but Python
+#     make check      the tests, and shellcheck where it is installed
+#     make install    copy it to PREFIX, with a configuration and a service of its own
+#
+# PYTHON=... chooses another Python; SMF_FLAGS='--user U --group G' who runs the service.
+
+PREFIX = /opt/imgserver
+DESTDIR =
+SMF_FLAGS =
+
+MANIFEST = image-server.smf.xml
+PROGRAMS = imgserver.py import-image mkimg
+TEXTS = README.md LICENSE
+FIND_PYTHON = python=`PYTHON='$(PYTHON)' ./import-image -p` || exit 1
+
+all: config smf info
+
+.PHONY: all config smf info test check bench install uninstall clean FORCE
+
+FORCE:
+
+# The creator's and the vendor's UUID, once; everything else in config.json stays.
+config:
+	@$(FIND_PYTHON); "$$python" imgserver.py config
+
+# The service for this directory, user and Python; written only if that changes it.
+smf:
+	@$(FIND_PYTHON); \
+	trap 'rm -f $(MANIFEST).new' 0; trap 'exit 1' 1 2 15; \
+	"$$python" imgserver.py smf $(SMF_FLAGS) > $(MANIFEST).new || exit 1; \
+	if cmp -s $(MANIFEST).new $(MANIFEST); then :; \
+	else mv -f $(MANIFEST).new $(MANIFEST) && echo 'wrote $(MANIFEST)'; fi
+
+info:
+	@echo 'Run it as a service, or by hand:'
+	@echo '    svccfg import $(MANIFEST) && svcadm enable image-server'
+	@echo '    ./imgserver.py --listen 8080'
+	@echo 'and on each machine that wants its images:'
+	@echo '    imgadm sources -a http://HOST/datasets -t dsapi'
+
+test:
+	@$(FIND_PYTHON); "$$python" -m unittest discover -s tests -t .
+
+check: test
+	@for file in import-image mkimg; do \
+	    sh -n $$file || exit 1; \
+	    if command -v shellcheck >/dev/null; then shellcheck $$file || exit 1; fi; \
+	done
+
+bench: FORCE
+	@$(FIND_PYTHON); "$$python" bench/bench.py
+
+# A config.json that is there already stays; so do the images.
+install:
+	@$(FIND_PYTHON); directory='$(DESTDIR)$(PREFIX)'; \
+	trap 'rm -f "$$directory/.new"' 0; trap 'exit 1' 1 2 15; \
+	mkdir -p "$$directory" || exit 1; \
+	put() { cp "$$1" "$$directory/.new" && chmod "$$2" "$$directory/.new" && \
+	        mv -f "$$directory/.new" "$$directory/$$1" || exit 1; }; \
+	for file in $(PROGRAMS); do put $$file 755; done; \
+	for file in $(TEXTS); do put $$file 644; done; \
+	if [ ! -f "$$directory/config.json" ]; then put config.json 644; fi; \
+	"$$python" "$$directory/imgserver.py" config && \
+	"$$python" "$$directory/imgserver.py" smf --directory '$(PREFIX)' $(SMF_FLAGS) \
+	    > "$$directory/.new" && chmod 644 "$$directory/.new" && \
+	mv -f "$$directory/.new" "$$directory/$(MANIFEST)" && \
+	echo "installed in $$directory; its service: svccfg import '$(PREFIX)/$(MANIFEST)'"
+
+uninstall:
+	@directory='$(DESTDIR)$(PREFIX)'; \
+	for file in $(PROGRAMS) $(TEXTS) $(MANIFEST); do rm -f "$$directory/$$file" || exit 1; done; \
+	echo "config.json and the images in $$directory are left"
+
+clean:
+	rm -rf __pycache__ tests/__pycache__ bench/__pycache__ $(MANIFEST).new config.json.[0-9]*

@@ -1,0 +1,191 @@
+"""imgserver.py check: sound images are counted, each bad one is told, what is abandoned goes."""
+
+import base64
+import gzip
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+
+from tests import streams
+from tests.support import IMGSERVER, PATIENCE, ServerCase, uuid_of, write_image, write_v2
+
+IMAGE = gzip.compress(streams.stream())
+DAY = 24 * 3600
+
+
+class CheckCase(ServerCase):
+
+    def check(self, *words, before=()):
+        """Run it; returns (exit status, lines)."""
+        result = subprocess.run(
+            [sys.executable, IMGSERVER, *before, "check", "--dir", self.serve_dir, *words],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", timeout=PATIENCE)
+        self.assertEqual(result.stderr, "")
+        return result.returncode, result.stdout.splitlines()
+
+    def path(self, uuid, name):
+        return os.path.join(self.serve_dir, uuid, name)
+
+
+class TestCheck(CheckCase):
+
+    def test_sound_images_are_counted(self):
+        write_image(self.serve_dir, uuid_of(1), IMAGE)
+        write_v2(self.serve_dir, uuid_of(2), IMAGE)
+        write_image(self.serve_dir, uuid_of(3), b"a tarball", type="lx-dataset")
+        self.assertEqual(self.check(), (0, ["3 of 3 images are sound"]))
+        self.assertEqual(self.check(uuid_of(2)), (0, ["1 of 1 images are sound"]))
+
+    def test_an_empty_directory(self):
+        self.assertEqual(self.check(), (0, ["0 of 0 images are sound"]))
+
+    def test_options_before_the_command(self):
+        write_image(self.serve_dir, uuid_of(1), IMAGE)
+        result = subprocess.run([sys.executable, IMGSERVER, "--dir", self.serve_dir, "check"],
+                                stdout=subprocess.PIPE, encoding="utf-8", timeout=PATIENCE)
+        self.assertEqual(result.stdout, "1 of 1 images are sound\n")
+
+    def test_each_fault_is_a_line(self):
+        other = gzip.compress(streams.stream(b"other bytes"))
+        cut = gzip.compress(streams.stream()[:-312])
+        wrong = {"path": "image.zfs.gz", "size": len(IMAGE), "sha1": "0" * 40}
+        md5 = {**wrong, "sha1": hashlib.sha1(IMAGE).hexdigest(), "md5": "0" * 32}
+        size = {**wrong, "size": 5}
+        broken = IMAGE[:-20] + bytes(20)
+        cases = (
+            (IMAGE, {"files": [wrong]}, "its sha1 is"),
+            (IMAGE, {"files": [md5]}, "its md5 is"),
+            (IMAGE, {"files": [size]}, "size|5"),
+            (IMAGE, {"files": []}, "files"),
+            (IMAGE, {"name": "a+b"}, "name"),
+            (cut, {}, "end record is missing"),
+            (other[:-9], {}, "cut short"),
+            (broken, {}, "corrupt"),
+            (b"a text", {}, "no ZFS send stream"),
+        )
+        write_image(self.serve_dir, uuid_of(99), IMAGE)
+        for number, (data, fields, _) in enumerate(cases):
+            write_image(self.serve_dir, uuid_of(number), data, **fields)
+        status, lines = self.check()
+        self.assertEqual(status, 1)
+        self.assertEqual(lines[-1], f"1 of {len(cases) + 1} images are sound")
+        self.assertEqual(len(lines), len(cases) + 1)
+        for number, (_, _, pattern) in enumerate(cases):
+            with self.subTest(pattern=pattern):
+                self.assertRegex(lines[number], f"^{uuid_of(number)}: .*({pattern})")
+
+    def test_one_flipped_bit(self):
+        write_image(self.serve_dir, uuid_of(1), IMAGE)
+        with open(self.path(uuid_of(1), "image.zfs.gz"), "r+b") as file:
+            file.seek(4)                          # the time stamp of gzip: nothing else sees it
+            file.write(b"\1")
+        status, lines = self.check()
+        self.assertEqual(status, 1)
+        self.assertIn("its sha1 is", lines[0])
+
+    def test_an_image_that_is_not_there(self):
+        status, lines = self.check(uuid_of(1))
+        self.assertEqual((status, lines[1]), (1, "0 of 1 images are sound"))
+        self.assertIn("there is no manifest.json", lines[0])
+
+    def test_what_is_no_uuid(self):
+        result = subprocess.run(
+            [sys.executable, IMGSERVER, "check", "--dir", self.serve_dir, "../x"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", timeout=PATIENCE)
+        self.assertEqual((result.returncode, result.stdout), (2, ""))
+        self.assertRegex(result.stderr, r"\A[^\n]+is not a UUID[^\n]+\n\Z")
+
+    def test_a_terminal_escape_in_a_manifest_is_not_passed_on(self):
+        write_image(self.serve_dir, uuid_of(1), IMAGE, name="\x1b[2J")
+        _, lines = self.check()
+        self.assertTrue(all(line.isprintable() for line in lines))
+
+
+class TestIncoming(CheckCase):
+
+    def incoming(self, number, age, whole=False):
+        """An image that is not active, last changed `age` seconds ago."""
+        path = os.path.join(self.serve_dir, ".incoming-" + uuid_of(number))
+        os.mkdir(path)
+        for name in [".file"] + ["manifest.json"] * whole:
+            with open(os.path.join(path, name), "wb") as file:
+                file.write(b"{}")
+        then = time.time() - age
+        for name in [*os.listdir(path), ""]:
+            os.utime(os.path.join(path, name), (then, then))
+        return path
+
+    def test_what_is_not_active_is_listed(self):
+        self.incoming(1, 0)
+        self.incoming(2, 3 * DAY)
+        self.incoming(3, 3 * DAY, whole=True)
+        status, lines = self.check()
+        self.assertEqual(status, 0)
+        for number, text in ((1, "never finished"), (2, "never finished"), (3, "waits to be")):
+            self.assertRegex(lines[number - 1], f"^.incoming-{uuid_of(number)}: .*{text}")
+        self.assertEqual(len(os.listdir(self.serve_dir)), 3)
+
+    def test_clean_takes_the_abandoned_alone(self):
+        young = self.incoming(1, DAY - 600)
+        old = self.incoming(2, DAY + 600)
+        waiting = self.incoming(3, 9 * DAY, whole=True)
+        growing = self.incoming(4, 2 * DAY)
+        os.utime(os.path.join(growing, ".file"))  # only its file changes while one is written
+        os.mkdir(os.path.join(self.serve_dir, ".incoming-notes"))
+        write_image(self.serve_dir, uuid_of(5), IMAGE)
+        status, lines = self.check("--clean")
+        self.assertEqual(status, 0)
+        self.assertFalse(os.path.exists(old))
+        for path in (young, waiting, growing):
+            self.assertTrue(os.path.exists(path), path)
+        self.assertEqual(sorted(os.listdir(self.serve_dir)), sorted(
+            [".incoming-" + uuid_of(n) for n in (1, 3, 4)] + [".incoming-notes", uuid_of(5)]))
+        self.assertIn("1 of 1 images are sound", lines)
+
+    def test_odd_things_in_its_place(self):
+        os.symlink("nowhere", os.path.join(self.serve_dir, ".incoming-" + uuid_of(1)))
+        with open(os.path.join(self.serve_dir, ".incoming-" + uuid_of(2)), "wb"):
+            pass
+        status, lines = self.check("--clean")
+        self.assertEqual((status, lines[-1]), (0, "0 of 0 images are sound"))
+
+
+class TestRecord(CheckCase):
+
+    def manifest(self, uuid):
+        with open(self.path(uuid, "manifest.json"), encoding="utf-8") as file:
+            return json.load(file)
+
+    def test_md5_is_written_once_and_served(self):
+        before = write_image(self.serve_dir, uuid_of(1), IMAGE, note="\u00e9")
+        write_v2(self.serve_dir, uuid_of(2), IMAGE)
+        self.assertEqual(self.check("--record")[0], 0)
+        md5 = hashlib.md5(IMAGE)
+        for number in (1, 2):
+            self.assertEqual(self.manifest(uuid_of(number))["files"][0]["md5"], md5.hexdigest())
+        after = self.manifest(uuid_of(1))
+        del after["files"][0]["md5"]
+        self.assertEqual(after, before)
+        status = os.stat(self.path(uuid_of(1), "manifest.json"))
+        self.assertEqual(status.st_mode & 0o777, 0o644)
+        self.assertEqual(self.check("--record")[0], 0)
+        again = os.stat(self.path(uuid_of(1), "manifest.json"))
+        self.assertEqual((status.st_ino, status.st_mtime_ns), (again.st_ino, again.st_mtime_ns))
+        self.assertEqual(sorted(os.listdir(os.path.join(self.serve_dir, uuid_of(1)))),
+                         ["image.zfs.gz", "manifest.json"])
+        answer = self.serve().head(f"/images/{uuid_of(2)}/file")
+        self.assertEqual(answer.headers["content-md5"], base64.b64encode(md5.digest()).decode())
+
+    def test_a_bad_image_gets_none(self):
+        write_image(self.serve_dir, uuid_of(1), IMAGE[:-9])
+        self.assertEqual(self.check("--record")[0], 1)
+        self.assertNotIn("md5", self.manifest(uuid_of(1))["files"][0])
+
+    def test_without_it_nothing_is_written(self):
+        write_image(self.serve_dir, uuid_of(1), IMAGE)
+        before = os.stat(self.path(uuid_of(1), "manifest.json")).st_mtime_ns
+        self.check()
+        self.assertEqual(os.stat(self.path(uuid_of(1), "manifest.json")).st_mtime_ns, before)

@@ -1,0 +1,717 @@
+"""import-image and imgserver.py import: what is published, what is refused, what is left."""
+
+import concurrent.futures
+import contextlib
+import gzip
+import hashlib
+import json
+import os
+import pty
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+from tests import streams
+from tests.support import (IMGSERVER, NOBODY, PATIENCE, ROOT, ServerCase, need, uuid_of,
+                           wait_for, write_image)
+
+IMPORT = os.path.join(ROOT, "import-image")
+SHELLS = {"dash": ["dash"], "ksh93": ["ksh93"], "bash": ["bash"], "busybox": ["busybox", "sh"]}
+STREAM = streams.stream()
+IMAGE = gzip.compress(STREAM)
+WORDS = ("web", "1.0.0", "A web server")
+
+# Texts that a shell, a printf or a path might make something of.
+HOSTILE = ("two  spaces", "$(touch hacked)", "`touch hacked`", "; touch hacked", "it's", '"', "\\",
+           "\\n", "a\nb", "trailing\n", "\u00e9", "-n", "--", "-a", "--uuid=x", "../x", "*",
+           "%s%n", "a=b", "", "x" * 2000, "&& touch hacked", "\x01\x7f")
+FEW = ("$(touch hacked)", "it's \" `touch hacked`", "\\n%s*", "a\nb\n", "--", "")
+
+
+class ImportCase(ServerCase):
+
+    def command(self, *words, shell=()):
+        return [*shell, IMPORT, "--dir", self.serve_dir, *words]
+
+    def environment(self):
+        return {**os.environ, "PYTHON": sys.executable}
+
+    def run_import(self, *words, data=IMAGE, shell=(), command=None, **options):
+        """Run import-image to its end with `data` as its standard input."""
+        options.setdefault("env", self.environment())
+        return subprocess.run(command or self.command(*words, shell=shell), input=data,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              timeout=PATIENCE * 3, **options)
+
+    def start(self, *words, **options):
+        """Start import-image with a pipe as its standard input, and nothing in it."""
+        process = subprocess.Popen(self.command(*words), stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   env=self.environment(), **options)
+        self.addCleanup(self.end_import, process)
+        return process
+
+    @staticmethod
+    def end_import(process):
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+
+    def assertPublished(self, result):
+        """The import went well and said nothing but a uuid, which is returned."""
+        self.assertEqual((result.returncode, result.stderr), (0, b""))
+        uuid = result.stdout.decode().rstrip("\n")
+        self.assertRegex(uuid, r"\A[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
+        return uuid
+
+    def assertRefused(self, result, pattern=".", left=()):
+        """The import failed in one sentence that matches, and left nothing behind."""
+        self.assertNotEqual(result.returncode, 0)
+        self.assertEqual(result.stdout, b"")
+        message = result.stderr.decode()
+        self.assertRegex(message, r"\A[^\n]+\n\Z")
+        self.assertRegex(message, pattern)
+        self.assertEqual(sorted(os.listdir(self.serve_dir)), sorted(left))
+
+    def manifest(self, uuid):
+        with open(os.path.join(self.serve_dir, uuid, "manifest.json"), "rb") as file:
+            return json.loads(file.read().decode("ascii"))
+
+    def publish(self, *words, **options):
+        """Import, and return (uuid, manifest)."""
+        uuid = self.assertPublished(self.run_import(*words, **options))
+        return uuid, self.manifest(uuid)
+
+
+class TestWords(ImportCase):
+
+    def one_word(self, shell, place, text):
+        """Publish with `text` for NAME, VERSION or DESCRIPTION, in a directory of its own."""
+        words = list(WORDS)
+        words[place] = text
+        return self.run_import("--", *words, shell=SHELLS[shell], cwd=self.directory)
+
+    def check_word(self, shell, place, text):
+        field = ("name", "version", "description")[place]
+        rule = (r"[A-Za-z0-9._/ -]{1,1024}", r"[A-Za-z0-9._/+-]{1,512}", r"(?s).*")[place]
+        result = self.one_word(shell, place, text)
+        if not re.fullmatch(rule, text):
+            self.assertNotEqual(result.returncode, 0)
+            self.assertRegex(result.stderr.decode(), rf"\Aimgserver: {field} takes [^\n]+\n\Z")
+            return
+        manifest = self.manifest(self.assertPublished(result))
+        self.assertEqual(manifest[field], text)
+        self.assertNotIn("/", manifest["files"][0]["path"])
+
+    def check_shell(self, shell, places, texts=HOSTILE):
+        need(SHELLS[shell][0])
+        cases = [(place, text) for place in places for text in texts]
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            runs = [pool.submit(self.check_word, shell, *case) for case in cases]
+        for case, run in zip(cases, runs):
+            with self.subTest(shell=shell, case=case):
+                run.result()
+        self.assertEqual(sorted(os.listdir(self.directory)), ["images"])
+        for name in os.listdir(self.serve_dir):
+            self.assertEqual(len(os.listdir(os.path.join(self.serve_dir, name))), 2)
+
+    def test_hostile_descriptions(self):
+        self.check_shell("dash", (2,))
+
+    def test_hostile_names_and_versions(self):
+        self.check_shell("dash", (0, 1), ("two  spaces", "$(touch hacked)", "it's", "a\nb",
+                                          "trailing\n", "\u00e9", "-n", "--", "../x", "*", "",
+                                          "x" * 2000))
+
+    def test_hostile_words_under_ksh93(self):
+        self.check_shell("ksh93", (2,), FEW)
+
+    def test_hostile_words_under_bash(self):
+        self.check_shell("bash", (2,), FEW)
+
+    def test_hostile_words_under_busybox(self):
+        self.check_shell("busybox", (2,), FEW)
+
+    def test_words_that_are_refused_before_any_byte_is_read(self):
+        write_image(self.serve_dir, uuid_of(1))
+        zvol = ("--type", "zvol", *WORDS, "disk_driver=virtio", "nic_driver=virtio")
+        cases = (
+            (("web", "1.0"), "NAME VERSION DESCRIPTION are needed"),
+            ((*WORDS, "homepage"), "is not FIELD=VALUE"),
+            ((*WORDS, "=x"), "is not FIELD=VALUE"),
+            ((*WORDS, "-n"), "is not FIELD=VALUE"),
+            ((*WORDS, "uuid=x"), "uuid cannot be set"),
+            ((*WORDS, "files=[]"), "files cannot be set"),
+            ((*WORDS, "homepage=ftp://x"), "homepage"),
+            ((*WORDS, "requirements={\"brands\": 1}"), "requirements"),
+            ((*WORDS, "tags=[1]"), "tags"),
+            ((*WORDS, "published_at=today"), "published_at must look like"),
+            ((*WORDS, "image_size=10"), "image_size is for type zvol only"),
+            (zvol, "a zvol needs"),
+            (("--os", "beos", *WORDS), "os must be one of"),
+            (("--type", "tape", *WORDS), "type must be one of"),
+            (("--uuid", uuid_of(10).upper(), *WORDS), "not a UUID in lower case"),
+            (("--uuid", "../x", *WORDS), "not a UUID in lower case"),
+            (("--uuid", uuid_of(1), *WORDS), "is here already"),
+            (("--origin", "x", *WORDS), "origin must be the uuid"),
+            (("--origin", uuid_of(9), *WORDS), "its origin, image .* is not on this server"),
+            (("--manifest", "/nowhere"), "cannot read /nowhere"),
+            (("--file", "/nowhere", *WORDS), "cannot read /nowhere"),
+            (("web", "1.0", b"\xff\xfe"), "description is not UTF-8"),
+            ((*WORDS, b"vendor=\xff\xfe"), "vendor is not UTF-8"),
+        )
+        for words, pattern in cases:
+            with self.subTest(words=words):
+                process = self.start(*words)
+                # Nothing is ever written to the pipe, nor is it closed.
+                process.wait(PATIENCE)
+                result = subprocess.CompletedProcess(
+                    words, process.returncode, process.stdout.read(), process.stderr.read())
+                self.assertRefused(result, pattern, left=[uuid_of(1)])
+
+    def test_fields_are_json_or_a_text(self):
+        cases = (
+            ("homepage=https://example.com/?a=b", "homepage", "https://example.com/?a=b"),
+            ('requirements={"min_ram": 512}', "requirements", {"min_ram": 512}),
+            ('tags={"a": "\u00e9", "b": 1}', "tags", {"a": "\u00e9", "b": 1}),
+            ("generate_passwords=true", "generate_passwords", True),
+            ('users=[{"name": "root"}]', "users", [{"name": "root"}]),
+            ("eula=http://example.com/", "eula", "http://example.com/"),
+            ("note={not json", "note", "{not json"),
+            ("creator_name=$(id)", "creator_name", "$(id)"),
+            ("published_at=2020-01-02T03:04:05Z", "published_at", "2020-01-02T03:04:05Z"),
+        )
+        _, manifest = self.publish(*WORDS, *[case[0] for case in cases])
+        for _, field, value in cases:
+            with self.subTest(field=field):
+                self.assertEqual(manifest[field], value)
+
+    def test_options_and_their_ends(self):
+        for words in (("--", *WORDS), ("--os", "linux", *WORDS), ("--os=linux", "-q", *WORDS),
+                      ("--uuid", uuid_of(7), "--", *WORDS)):
+            with self.subTest(words=words):
+                _, manifest = self.publish(*words)
+                self.assertEqual((manifest["name"], manifest["description"]),
+                                 (WORDS[0], WORDS[2]))
+        self.assertIn(uuid_of(7), os.listdir(self.serve_dir))
+
+    def test_help_and_usage(self):
+        for shell in ([], *SHELLS.values()):
+            if shell and not shutil.which(shell[0]):
+                continue
+            result = self.run_import(command=[*shell, IMPORT, "-h"])
+            self.assertEqual((result.returncode, result.stderr), (0, b""))
+            self.assertIn(b"NAME VERSION DESCRIPTION", result.stdout)
+            result = self.run_import(command=[*shell, IMPORT])
+            self.assertEqual((result.returncode, result.stdout), (2, b""))
+            self.assertTrue(result.stderr.startswith(b"usage:"))
+
+
+class TestManifest(ImportCase):
+
+    def test_every_field_of_a_new_manifest(self):
+        config = os.path.join(self.directory, "config.json")
+        with open(config, "w") as file:
+            json.dump({"image-creator": "acme", "image-creator-uuid": uuid_of(5),
+                       "image-vendor-uuid": uuid_of(6)}, file)
+        uuid, manifest = self.publish("--config", config, *WORDS)
+        self.assertRegex(manifest["published_at"], r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\Z")
+        self.assertEqual(manifest, {
+            "uuid": uuid, "name": "web", "version": "1.0.0", "description": "A web server",
+            "published_at": manifest["published_at"], "created_at": manifest["published_at"],
+            "type": "zone-dataset", "os": "smartos", "platform_type": "smartos",
+            "cloud_name": "acme", "creator_name": "acme", "urn": "acme:acme:web:1.0.0",
+            "creator_uuid": uuid_of(5), "vendor_uuid": uuid_of(6),
+            "files": [{"path": "web-1.0.0.zfs.gz", "sha1": hashlib.sha1(IMAGE).hexdigest(),
+                       "size": len(IMAGE), "md5": hashlib.md5(IMAGE).hexdigest(),
+                       "compression": "gzip", "dataset_guid": str(streams.GUID)}]})
+
+    def test_without_a_creator_it_is_nobodys(self):
+        config = os.path.join(self.directory, "config.json")
+        with open(config, "w") as file:
+            file.write("{}")
+        _, manifest = self.publish("--config", config, *WORDS)
+        self.assertEqual((manifest["creator_uuid"], manifest["vendor_uuid"]), (NOBODY, NOBODY))
+
+    def test_both_apis_serve_it(self):
+        uuid, _ = self.publish(*WORDS)
+        server = self.serve()
+        [v1], [v2] = server.get("/datasets").json(), server.get("/images").json()
+        self.assertEqual((v1["uuid"], v1["urn"]), (uuid, "internal:internal:web:1.0.0"))
+        self.assertEqual((v2["v"], v2["uuid"], v2["state"]), (2, uuid, "active"))
+        path = v1["files"][0]["url"].partition("images.example.com")[2]
+        answer = server.get(path)
+        self.assertEqual((answer.status, answer.body), (200, IMAGE))
+        self.assertIn("content-md5", answer.headers)
+
+    def test_modes_whatever_the_umask_is(self):
+        uuid = self.assertPublished(self.run_import(
+            command=["sh", "-c", 'umask 077; exec "$@"', "sh", *self.command(*WORDS)]))
+        directory = os.path.join(self.serve_dir, uuid)
+        self.assertEqual(os.stat(directory).st_mode & 0o777, 0o755)
+        for name in os.listdir(directory):
+            self.assertEqual(os.stat(os.path.join(directory, name)).st_mode & 0o777, 0o644)
+
+    def pair(self, **changes):
+        """A manifest and a file as imgadm create writes them; their paths."""
+        manifest = {"v": 2, "uuid": uuid_of(8), "name": "pair", "version": "2.0", "os": "smartos",
+                    "type": "zone-dataset", "requirements": {"min_ram": 64},
+                    "files": [{"size": len(IMAGE), "compression": "gzip",
+                               "sha1": hashlib.sha1(IMAGE).hexdigest()}]}
+        manifest["files"][0].update(changes.pop("file", {}))
+        manifest.update(changes)
+        paths = [os.path.join(self.directory, name) for name in ("x.imgmanifest", "x.zfs.gz")]
+        for path, data in zip(paths, (json.dumps(manifest).encode(), IMAGE)):
+            with open(path, "wb") as file:
+                file.write(data)
+        return ("--manifest", paths[0], "--file", paths[1])
+
+    def test_a_pair_of_manifest_and_file_keeps_its_manifest(self):
+        uuid, manifest = self.publish(*self.pair(state="unactivated"), "homepage=http://a/")
+        self.assertEqual(uuid, uuid_of(8))
+        self.assertEqual((manifest["v"], manifest["name"], manifest["requirements"]),
+                         (2, "pair", {"min_ram": 64}))
+        self.assertEqual(manifest["homepage"], "http://a/")
+        self.assertNotIn("creator_uuid", manifest)
+        image = self.serve().get(f"/images/{uuid}").json()
+        self.assertEqual((image["state"], image["owner"]), ("active", NOBODY))
+
+    def test_a_pair_read_from_standard_input(self):
+        uuid, _ = self.publish(*self.pair()[:2], "--uuid", uuid_of(11))
+        self.assertEqual(uuid, uuid_of(11))
+
+    def test_a_pair_that_does_not_match(self):
+        for file, pattern in (({"sha1": "0" * 40}, "its sha1 is .* but the manifest says"),
+                              ({"size": 5}, "its size is .* but the manifest says 5"),
+                              ({"compression": "xz"}, "its compression is gzip, but"),
+                              ({"path": "../../x"}, "plain file name")):
+            with self.subTest(file=file):
+                self.assertRefused(self.run_import(*self.pair(file=file)), pattern)
+
+    def test_manifests_that_are_none(self):
+        path = os.path.join(self.directory, "m")
+        for data in (b"", b"{", b"[]", b'"x"', b'{"files": {}}', b'{"files": [5]}', b"\xff",
+                     b'{"name": NaN}', b"[" * 100000, b'{"v": 2, "uuid": 5}'):
+            with self.subTest(data=data[:20]):
+                with open(path, "wb") as file:
+                    file.write(data)
+                self.assertRefused(self.run_import("--manifest", path))
+
+
+class TestData(ImportCase):
+
+    def test_sound_data(self):
+        tail = streams.stream(b"x" * 3000, order=">")
+        two = gzip.compress(STREAM[:400]) + gzip.compress(STREAM[400:])
+        cases = [(f"{kind} {order}", streams.pack(streams.stream(order=order), kind), kind)
+                 for kind in streams.PACKERS for order in "<>"]
+        cases += [("two members", two, "gzip"), ("zero padding", IMAGE + bytes(512), "gzip"),
+                  ("a package", streams.package(STREAM), "none"),
+                  ("a big-endian package", streams.package(tail, order=">"), "none"),
+                  ("a long property list",
+                   streams.package(STREAM, properties=b"p" * 9000), "none")]
+        for name, data, compression in cases:
+            with self.subTest(name):
+                uuid, manifest = self.publish(*WORDS, data=data)
+                [file] = manifest["files"]
+                self.assertEqual(
+                    (file["compression"], file["size"], file["sha1"], file["dataset_guid"]),
+                    (compression, len(data), hashlib.sha1(data).hexdigest(), str(streams.GUID)))
+                self.assertEqual(file["path"], "web-1.0.0.zfs" + streams.SUFFIXES[compression])
+                with open(os.path.join(self.serve_dir, uuid, file["path"]), "rb") as stored:
+                    self.assertEqual(stored.read(), data)
+
+    def test_refused_data(self):
+        middle = len(IMAGE) // 2
+        flipped = bytearray(gzip.compress(streams.stream(streams.noise(5000))))
+        flipped[2500] ^= 0xff
+        cases = [(f"{kind} of a cut stream", streams.pack(STREAM[:-1], kind), "is cut short")
+                 for kind in streams.PACKERS]
+        cases += [(f"{kind} that is cut", streams.pack(STREAM, kind)[:-9], f"{kind} data is cut")
+                  for kind in ("gzip", "bzip2", "xz")]
+        cases += [
+            ("empty", b"", "there is no data"),
+            ("one byte", b"x", "no ZFS send stream"),
+            ("a text", b"not a stream\n" * 99, "no ZFS send stream"),
+            ("gzip of nothing", gzip.compress(b""), "no ZFS send stream"),
+            ("gzip of a text", gzip.compress(b"x" * 1000), "no ZFS send stream"),
+            ("only the magic of gzip", b"\x1f\x8b", "cut short"),
+            ("corrupt gzip", bytes(flipped), "gzip data is corrupt"),
+            ("gzip and garbage", IMAGE + b"garbage", "gzip data is corrupt"),
+            ("corrupt xz", streams.pack(STREAM, "xz").replace(b"7zXZ", b"7zXZ\0\1"), "corrupt"),
+            ("half of it", IMAGE[:middle], "cut short"),
+            ("the first record alone", STREAM[:streams.RECORD], "end record is missing"),
+            ("the end of another", STREAM[:-312] + streams.end(5, "<"), "end record is missing"),
+            ("a package without its end", streams.package(STREAM)[:-312], "end record is missing"),
+            ("bytes behind the end", STREAM + b"12345678", "end record is missing"),
+            ("a zvol", streams.stream(kind=streams.ZVOL), "is that of a zvol"),
+            ("incremental", streams.stream(from_guid=5), "--origin must name"),
+        ]
+        for name, data, pattern in cases:
+            with self.subTest(name):
+                self.assertRefused(self.run_import(*WORDS, data=data), pattern)
+
+    def test_a_cut_at_any_record_is_seen(self):
+        data = streams.stream(b"a" * 64)
+        for size in (1, 100, 311, 312, 313, 624, 680, len(data) - 312, len(data) - 1):
+            with self.subTest(size=size):
+                self.assertRefused(self.run_import(*WORDS, data=data[:size]), "image refused")
+
+    def test_a_zvol(self):
+        fields = ("image_size=10240", "cpu_type=host", "disk_driver=virtio", "nic_driver=virtio")
+        data = gzip.compress(streams.stream(kind=streams.ZVOL, order=">"))
+        _, manifest = self.publish("--type", "zvol", "--os", "linux", *WORDS, *fields, data=data)
+        self.assertEqual((manifest["type"], manifest["image_size"]), ("zvol", 10240))
+        self.assertEqual(manifest["files"][0]["path"], "web-1.0.0.zvol.gz")
+        self.assertEqual(self.serve().get("/images").json()[0]["image_size"], 10240)
+
+    def test_an_incremental_image(self):
+        origin, _ = self.publish(*WORDS)
+        data = streams.stream(guid=77, from_guid=streams.GUID)
+        _, manifest = self.publish("--origin", origin, *WORDS, data=data)
+        self.assertEqual(manifest["origin"], origin)
+        left = os.listdir(self.serve_dir)
+        other = streams.stream(guid=77, from_guid=5)
+        self.assertRefused(self.run_import("--origin", origin, *WORDS, data=other),
+                           "does not build on", left)
+        self.assertRefused(self.run_import("--origin", origin, *WORDS, data=STREAM),
+                           "not incremental", left)
+
+    def test_what_is_no_stream_on_demand(self):
+        uuid, manifest = self.publish("--no-stream-check", "--type", "other", *WORDS,
+                                      data=b"a tarball")
+        self.assertNotIn("dataset_guid", manifest["files"][0])
+        self.assertEqual(self.serve().get(f"/datasets/{uuid}").status, 200)
+
+    def test_no_standard_input_at_all(self):
+        self.assertRefused(self.run_import(
+            command=["sh", "-c", 'exec "$@" <&-', "sh", *self.command(*WORDS)]))
+
+    def test_memory_stays_flat(self):
+        need("gzip")
+        piece = bytes(1 << 20)
+        for name, squeeze in (("none", False), ("gzip", True)):
+            with self.subTest(name):
+                process = self.start(*WORDS)
+                packer = None
+                target = process.stdin
+                if squeeze:
+                    packer = subprocess.Popen(["gzip", "-1"], stdin=subprocess.PIPE,
+                                              stdout=process.stdin)
+                    target = packer.stdin
+                target.write(streams.begin(streams.FILE_SYSTEM, 1, 0, "<"))
+                for _ in range(192):
+                    target.write(piece)
+                target.flush()
+                with open(f"/proc/{process.pid}/status") as file:
+                    peak = int(re.search(r"VmHWM:\s+(\d+) kB", file.read())[1])
+                target.write(streams.end(1, "<"))
+                target.close()
+                if packer:
+                    process.stdin.close()
+                    self.assertEqual(packer.wait(PATIENCE), 0)
+                self.assertEqual(process.wait(PATIENCE), 0, "the import failed")
+                self.assertLess(peak, 64 << 10)
+
+
+class TestTrouble(ImportCase):
+
+    def test_a_full_disk(self):
+        data = streams.stream(streams.noise(300 << 10))
+        for shell in SHELLS.values():
+            if not shutil.which(shell[0]):
+                continue
+            with self.subTest(shell=shell):
+                # POSIX counts blocks of 512 bytes; bash takes KiB.  Both are far too few.
+                result = self.run_import(data=data, command=[
+                    "sh", "-c", 'ulimit -f 100; exec "$@"', "sh",
+                    *self.command(*WORDS, shell=shell)])
+                self.assertRefused(result, "the image cannot be stored: File too large")
+        self.publish(*WORDS, data=data)
+
+    def test_no_room_for_the_manifest(self):
+        # The image is small enough, the manifest with its long description is not.
+        result = self.run_import("web", "1", "d" * 9000, command=[
+            "sh", "-c", 'ulimit -f 4; exec "$@"', "sh", *self.command("web", "1", "d" * 9000)])
+        self.assertRefused(result, "the image cannot be stored")
+
+    def test_a_directory_that_is_not_there(self):
+        shutil.rmtree(self.serve_dir)
+        result = self.run_import(*WORDS)
+        os.mkdir(self.serve_dir)
+        self.assertRefused(result, "cannot write to")
+
+    def begun(self):
+        """An import in the middle of its data."""
+        process = self.start(*WORDS)
+        process.stdin.write(STREAM[:-100])
+        process.stdin.flush()
+        wait_for(lambda: [name for name in os.listdir(self.serve_dir)
+                          if os.listdir(os.path.join(self.serve_dir, name))],
+                 "the image's file")
+        return process
+
+    def test_signals(self):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
+            with self.subTest(number=number):
+                process = self.begun()
+                process.send_signal(number)
+                process.wait(PATIENCE)
+                self.assertEqual(process.returncode, 128 + number)
+                self.assertRefused(subprocess.CompletedProcess(
+                    (), process.returncode, process.stdout.read(), process.stderr.read()),
+                    f"ended by {number.name}")
+
+    def test_the_sender_goes_away(self):
+        process = self.begun()
+        output, errors = process.communicate(timeout=PATIENCE)
+        self.assertRefused(subprocess.CompletedProcess((), process.returncode, output, errors),
+                           "cut short")
+
+    def ended_at_random(self, number, data, most):
+        """Send a signal some time after the start; returns the exit status and output."""
+        process = subprocess.Popen([sys.executable, IMGSERVER, "import", "--dir", self.serve_dir,
+                                    *WORDS], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE)
+        timer = threading.Timer(random.uniform(0, most), process.send_signal, [number])
+        timer.start()
+        output, errors = process.communicate(data, timeout=PATIENCE)
+        timer.cancel()
+        return process.returncode, output.decode().strip(), errors
+
+    def many_ended(self, number, times):
+        data = gzip.compress(streams.stream(streams.noise(1 << 20)), 1)
+        began = time.monotonic()
+        self.publish(*WORDS, data=data)
+        most = 2 * (time.monotonic() - began)     # two run at a time
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            runs = [pool.submit(self.ended_at_random, number, data, most) for _ in range(times)]
+            yield from (run.result() for run in concurrent.futures.as_completed(runs))
+
+    def test_term_at_random_moments_leaves_all_or_nothing(self):
+        published = set()
+        for status, uuid, errors in self.many_ended(signal.SIGTERM, 40):
+            self.assertNotIn(b"Traceback", errors)
+            if status == 0:
+                published.add(uuid)
+            else:
+                self.assertIn(status, (-signal.SIGTERM, 128 + signal.SIGTERM))
+        left = os.listdir(self.serve_dir)
+        self.assertEqual([name for name in left if name.startswith(".")], [])
+        self.assertEqual(len(left), len(published) + 1)
+
+    def test_kill_at_random_moments_never_shows_half_an_image(self):
+        server = self.serve()
+        seen, faults, ended = set(), [], threading.Event()
+
+        def read():
+            """Poll the list, and fetch whatever is new in it."""
+            while not ended.is_set():
+                with server.connect() as connection:
+                    for image in connection.request("/datasets").json():
+                        if image["uuid"] in seen:
+                            continue
+                        seen.add(image["uuid"])
+                        [file] = image["files"]
+                        answer = connection.request(
+                            f"/datasets/{image['uuid']}/{file['path']}")
+                        if hashlib.sha1(answer.body).hexdigest() != file["sha1"] \
+                                or len(answer.body) != file["size"]:
+                            faults.append(image)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            whole = [uuid for status, uuid, _ in self.many_ended(signal.SIGKILL, 100)
+                     if status == 0]
+            uuid, _ = self.publish(*WORDS)
+            wait_for(lambda: uuid in seen, "the image that was imported last")
+        finally:
+            ended.set()
+            reader.join()
+        self.assertEqual(faults, [])
+        self.assertLessEqual(set(whole), seen)
+        self.assertNotIn("left out", server.log())
+
+
+class TestSteps(ImportCase):
+
+    def test_two_imports_at_once(self):
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            runs = [pool.submit(self.publish, *WORDS) for _ in range(2)]
+        self.assertEqual({run.result()[0] for run in runs}, set(os.listdir(self.serve_dir)))
+        self.assertEqual(len(os.listdir(self.serve_dir)), 2)
+
+    def test_the_same_uuid_twice_at_once(self):
+        first = self.start("--uuid", uuid_of(3), *WORDS)
+        wait_for(lambda: os.listdir(self.serve_dir), "the first import")
+        self.assertRefused(self.run_import("--uuid", uuid_of(3), *WORDS), "is being imported",
+                           left=[".incoming-" + uuid_of(3)])
+        first.communicate(IMAGE, timeout=PATIENCE)
+        self.assertEqual(os.listdir(self.serve_dir), [uuid_of(3)])
+
+    def test_not_activated_then_activated(self):
+        server = self.serve()
+        uuid = self.assertPublished(self.run_import("-n", *WORDS))
+        self.assertEqual(os.listdir(self.serve_dir), [".incoming-" + uuid])
+        self.assertEqual(server.get("/datasets").json(), [])
+        self.assertEqual(server.get(f"/datasets/{uuid}").status, 404)
+        result = self.run_import("-a", uuid)
+        self.assertEqual((result.returncode, result.stdout, result.stderr), (0, b"", b""))
+        self.assertEqual([image["uuid"] for image in server.get("/datasets").json()], [uuid])
+        self.assertRefused(self.run_import("-a", uuid), "is active already", left=[uuid])
+        self.assertRefused(self.run_import("-d", uuid), "no image .* waits", left=[uuid])
+
+    def test_not_activated_then_discarded(self):
+        uuid = self.assertPublished(self.run_import("-n", *WORDS))
+        self.assertEqual(self.run_import("-d", uuid).returncode, 0)
+        self.assertRefused(self.run_import("-d", uuid), "no image .* waits")
+        self.assertRefused(self.run_import("-a", uuid), "no whole image")
+
+    def test_steps_with_what_is_no_uuid(self):
+        os.mkdir(os.path.join(self.directory, "x"))
+        for step in ("-a", "-d"):
+            for word in ("../x", "x", "", "*", "-n", uuid_of(10).upper()):
+                with self.subTest(step=step, word=word):
+                    self.assertRefused(self.run_import(step, "--", word), "is not a UUID")
+        self.assertTrue(os.path.isdir(os.path.join(self.directory, "x")))
+
+    def test_an_import_that_is_not_done_is_not_activated(self):
+        self.start("--uuid", uuid_of(3), *WORDS)
+        wait_for(lambda: os.listdir(self.serve_dir), "the import")
+        self.assertRefused(self.run_import("-a", uuid_of(3)), "no whole image",
+                           left=[".incoming-" + uuid_of(3)])
+
+    def on_terminal(self, *words):
+        """What import-image writes on a terminal while an image comes slowly."""
+        ours, theirs = pty.openpty()
+        process = subprocess.Popen(self.command(*words), stdin=subprocess.PIPE, stderr=theirs,
+                                   stdout=subprocess.DEVNULL, env=self.environment())
+        os.close(theirs)
+        data = streams.stream(bytes(2 << 20))
+        process.stdin.write(data[:1 << 20])
+        process.stdin.flush()
+        path = wait_for(lambda: os.listdir(self.serve_dir), "the import")[0]
+        path = os.path.join(self.serve_dir, path, ".file")
+        wait_for(lambda: os.path.exists(path) and os.stat(path).st_size, "the first bytes")
+        time.sleep(0.3)                           # progress is shown four times a second
+        process.stdin.write(data[1 << 20:])
+        process.stdin.close()
+        self.assertEqual(process.wait(PATIENCE), 0)
+        shown = b""
+        try:
+            while True:
+                more = os.read(ours, 4096)
+                if not more:
+                    break
+                shown += more
+        except OSError:                           # Linux: the other side is closed
+            pass
+        os.close(ours)
+        shutil.rmtree(self.serve_dir)
+        os.mkdir(self.serve_dir)
+        return shown
+
+    def test_progress_on_a_terminal_alone(self):
+        self.assertRegex(self.on_terminal(*WORDS), rb"\d+ MB, \d+ MB/s")
+        self.assertEqual(self.on_terminal("-q", *WORDS), b"")
+        self.publish(*WORDS)                      # asserts that nothing is on stderr
+
+
+class TestScript(ImportCase):
+    """How import-image finds imgserver.py and a Python."""
+
+    def copy(self, directory, libraries="/opt/local/bin"):
+        """import-image and imgserver.py in a directory, looking for Pythons in another."""
+        os.makedirs(directory, exist_ok=True)
+        shutil.copy(IMGSERVER, directory)
+        with open(IMPORT) as file:
+            text = file.read()
+        path = os.path.join(directory, "import-image")
+        with open(path, "w") as file:
+            file.write(text.replace("/opt/local/bin/python3", f"'{libraries}'/python3"))
+        os.chmod(path, 0o755)
+        return path
+
+    def test_it_finds_imgserver_beside_itself(self):
+        need("dash", "ksh93", "busybox")
+        home = os.path.join(self.directory, "-a path's $HOME")
+        script = self.copy(home)
+        links = os.path.join(self.directory, "links")
+        os.mkdir(links)
+        os.symlink(script, os.path.join(links, "absolute"))
+        os.symlink("../-a path's $HOME/import-image", os.path.join(links, "relative"))
+        os.symlink("relative", os.path.join(links, "twice"))
+        path = {**self.environment(), "PATH": links + ":" + os.environ["PATH"]}
+        cases = [([script], self.directory, None),
+                 (["./import-image"], home, None),
+                 (["sh", "./-a path's $HOME/import-image"], self.directory, None),
+                 (["twice"], home, path),
+                 (["sh", "import-image"], home, None)]
+        cases += [([*shell, os.path.join(links, name)], self.directory, None)
+                  for shell in SHELLS.values() for name in ("absolute", "relative", "twice")]
+        for command, directory, environment in cases:
+            with self.subTest(command=command):
+                result = self.run_import(
+                    command=[*command, "--dir", self.serve_dir, *WORDS], cwd=directory,
+                    env=environment or self.environment(),
+                    executable=shutil.which(command[0], path=path["PATH"])
+                    if environment else None)
+                self.assertPublished(result)
+
+    def find(self, shell, libraries, path, python=""):
+        script = self.copy(os.path.join(self.directory, "home"), libraries)
+        return subprocess.run([shutil.which(shell[0]), *shell[1:], script, "-p"],
+                              env={"PATH": path, "PYTHON": python}, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, encoding="utf-8")
+
+    def python(self, directory, name, status=0):
+        """A Python of no use but to be found; status is what its test for 3.9 ends with."""
+        os.makedirs(directory, exist_ok=True)
+        path = os.path.join(directory, name)
+        with open(path, "w") as file:
+            file.write(f"#!/bin/sh\nexit {status}\n")
+        os.chmod(path, 0o755)
+        return path
+
+    def test_which_python(self):
+        opt, bin_, old, empty = (os.path.join(self.directory, name)
+                                 for name in ("opt local", "bin", "old", "empty"))
+        for name in ("python3.8", "python3.9", "python3.10", "python3.13", "python3.13-config",
+                     "python3.9m"):
+            self.python(opt, name)
+        self.python(opt, "python3.14")
+        os.chmod(os.path.join(opt, "python3.14"), 0o644)
+        self.python(empty, "python3.7")
+        python3 = self.python(bin_, "python3")
+        self.python(old, "python3", 1)
+        for shell in SHELLS.values():
+            if not shutil.which(shell[0]):
+                continue
+            for libraries, path, python, wanted in (
+                    (opt, bin_, "", os.path.join(opt, "python3.13")),
+                    (opt, bin_, python3, python3),
+                    (empty, bin_, "", python3),
+                    (empty, bin_, "python3", python3),
+                    (empty, old, "", None),
+                    (empty, empty, "", None),
+                    (opt, bin_, "python99", None)):
+                with self.subTest(shell=shell, libraries=libraries, path=path, python=python):
+                    result = self.find(shell, libraries, path, python)
+                    if wanted is None:
+                        self.assertEqual((result.returncode, result.stdout), (1, ""))
+                        self.assertRegex(result.stderr, r"\Aimport-image: [^\n]+\n\Z")
+                    else:
+                        self.assertEqual((result.returncode, result.stdout, result.stderr),
+                                         (0, wanted + "\n", ""))
+
+    def test_shellcheck(self):
+        need("shellcheck")
+        subprocess.run(["shellcheck", "-s", "sh", IMPORT], check=True)
