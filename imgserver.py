@@ -79,6 +79,7 @@ HEAD_LIMIT = 32 << 10         # bytes of a whole request head: imgadm sends less
 HEAD_FIELDS_LIMIT = 100       # header lines of one request
 RECEIVE = 16 << 10            # bytes asked of a socket at once: many whole requests
 ONE_PIECE = 64 << 10          # bytes; a body up to this size is copied behind its head
+PARTS = 64                    # parts of answers given to one sendmsg; POSIX allows 16 at least
 LOOP_SEND = 1 << 20           # bytes the loop tries to send at once; a thread sends the rest
 STEP = 1 << 20                # bytes given to one sendfile: signals, limits and logs stay live
 SLOW_STEP = 64 << 10          # bytes, once a step took over a second: progress shows earlier
@@ -807,10 +808,19 @@ class Image:
         Its manifest and file are looked at each time; its directory, where an icon or a
         file that no manifest names may have come, once a second.
         """
-        if key_at(self.directory + "/" + MANIFEST) != self.manifest_key:
-            return False
-        if self.file is not None and key_at(f"{self.directory}/{self.file}") != self.file_key:
-            return False
+        try:                              # key_of and key_at, written out: each request is here
+            status = os.stat(f"{self.directory}/{MANIFEST}")
+            if (status.st_ctime_ns, status.st_size, status.st_ino) != self.manifest_key:
+                return False
+            if self.file is not None:
+                status = os.stat(f"{self.directory}/{self.file}")
+                if (status.st_ctime_ns, status.st_size, status.st_ino) != self.file_key:
+                    return False
+        except OSError:                   # as before only where it was left out for just that
+            if (self.manifest_key, self.file_key) != (
+                    key_at(f"{self.directory}/{MANIFEST}"),
+                    self.file and key_at(f"{self.directory}/{self.file}")):
+                return False
         if now - self.checked >= RECHECK:
             if self.try_again or key_at(self.directory) != self.directory_key:
                 return False
@@ -1657,10 +1667,14 @@ class Import:
 #
 # A request is parsed from bytes, a response is a value.  Nothing here knows a socket.
 
-_REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~\x80-\xff]+) "
-                           r"HTTP/([0-9])\.([0-9])")
-_FIELD = re.compile(r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*"
-                    r"([^\x00-\x08\n-\x1f\x7f]*)\r?$", re.MULTILINE)
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_REQUEST_LINE = rb"(" + _TOKEN + rb") ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r?\n"
+_FIELD_LINE = _TOKEN + rb":[^\x00-\x08\n-\x1f\x7f]*\r?\n"
+# A request head, to its blank line (RFC 9112 §2.1): line ends may be bare LF (§2.2), fields
+# are not folded and have no space before the colon (§5.1, §5.2).
+_HEAD = re.compile(_REQUEST_LINE + rb"((?:" + _FIELD_LINE + rb")*)\r?\n")
+_BEGINNING = re.compile(_REQUEST_LINE)
+_HEAD_END = re.compile(rb"\n\r?\n")
 _HOST = re.compile(r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?")
 _LENGTH = re.compile("[0-9]{1,19}")
 _RANGE = re.compile("bytes=([0-9]{0,19})-([0-9]{0,19})")
@@ -1685,43 +1699,62 @@ class Request:
     may_wait  whether answering may take its time: True in a thread, False in the loop
     """
 
-    __slots__ = ("method", "target", "minor", "headers", "segments", "query", "host", "keep",
+    __slots__ = ("method", "target", "is_1_0", "headers", "segments", "query", "host", "keep",
                  "may_wait")
 
 
-def parse_head(line: str, block: str) -> Request:
-    """Parse a request line and the block of header lines below it, both decoded as latin-1
-    and without their last line end (RFC 9112 §3, §5).
+def parse_head(match) -> Request:
+    """Make a Request of what _HEAD has matched.
 
     Raises Refusal; whatever it says, the connection is of no further use then, since
     nobody can tell where the next request begins.
     """
-    match = _REQUEST_LINE.fullmatch(line)
-    if not match:
-        raise bad_request("the request line is not that of HTTP/1.1")
     request = Request()
     request.may_wait = False
-    request.method, request.target, major, minor = match.groups()
-    if major != "1":
+    method, target, major, minor, block = match.groups()
+    request.method, request.target = method.decode(), target.decode("latin-1")
+    if major != b"1":
         raise Refusal(505, "HttpVersionNotSupported", "HTTP/1.0 and HTTP/1.1 are spoken here")
-    request.minor = minor
-    request.headers = headers = parse_fields(block) if block else {}
+    request.is_1_0 = minor == b"0"
+    request.headers = headers = parse_fields(block.decode("latin-1"))
     request.host = host = headers.get("host")
     if host is not None:
         if not names_host(host):
             raise bad_request("the Host header names no host")
-    elif minor != "0":
+    elif not request.is_1_0:
         raise bad_request("the Host header is missing")
-    request.keep = minor != "0"
+    request.keep = not request.is_1_0
     if "connection" in headers:
         options = [option.strip().lower() for option in headers["connection"].split(",")]
-        request.keep = "close" not in options and (minor != "0" or "keep-alive" in options)
+        request.keep = "close" not in options and (request.keep or "keep-alive" in options)
     if "transfer-encoding" in headers or "content-length" in headers:
         check_framing(headers)
     if "expect" in headers and headers["expect"].lower() != "100-continue":
         raise Refusal(417, "ExpectationFailed", "only 100-continue can be expected")
     request.segments, request.query = split_target(request.target)
     return request
+
+
+def explain_head(data: bytes):
+    """Why `data` is no request head.  Returns if it may only be incomplete.
+
+    Raises Refusal for the beginning of what can become no request (TLS, HTTP/0.9) at once.
+    """
+    end = _HEAD_END.search(data)
+    head = data[:end.end()] if end else data
+    check_size(head)
+    if b"\n" in head and not _BEGINNING.match(head) or not data[:1].isalpha():
+        raise bad_request("the request line is not that of HTTP/1.1")
+    if end:
+        raise bad_request("a header line is not well formed")
+
+
+def check_size(head: bytes):
+    """Refuse a head, whole or not, that is larger than any client of ours sends."""
+    if len(head.partition(b"\n")[0]) > HEAD_LINE_LIMIT:
+        raise Refusal(414, "RequestURITooLong", f"a request line over {HEAD_LINE_LIMIT} bytes")
+    if len(head) > HEAD_LIMIT:
+        raise Refusal(431, "RequestHeaderFieldsTooLarge", f"a head over {HEAD_LIMIT} bytes")
 
 
 @functools.lru_cache(maxsize=256)
@@ -1732,18 +1765,16 @@ def names_host(host) -> bool:
 
 
 def parse_fields(block: str) -> dict:
-    """The header lines as a dict (RFC 9112 §5): no folding, no space before the colon."""
-    fields = _FIELD.findall(block)
-    lines = block.count("\n") + 1
-    if lines > HEAD_FIELDS_LIMIT:
+    """The header lines of a well-formed head as a dict; the names in lower case."""
+    headers = {}
+    lines = block.split("\n")
+    lines.pop()
+    if len(lines) > HEAD_FIELDS_LIMIT:
         raise Refusal(431, "RequestHeaderFieldsTooLarge",
                       f"more than {HEAD_FIELDS_LIMIT} header lines")
-    if len(fields) != lines:
-        raise bad_request("a header line is not well formed")
-    headers = {}
-    for name, value in fields:
-        name = name.lower()
-        value = value.rstrip(" \t")
+    for line in lines:
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t\r")
         if name in headers:
             if name in ("host", "content-length", "transfer-encoding"):
                 raise bad_request(f"{name} is given twice")
@@ -2451,6 +2482,9 @@ ROUTES = {
 #            |                   |                    |
 #            +-------------------+--> CLOSED <--------+
 #
+# The answers of one turn of the loop go out together at its end: the clients of the first
+# ones are not woken in between, which costs as much as answering (virtual machines most).
+#
 # Sockets stay in blocking mode: the loop's own calls say MSG_DONTWAIT, the threads' do
 # not.  Only the loop changes a state, registers or closes a socket.  Every state has a
 # deadline, and the loop looks at all of them once a second.
@@ -2459,8 +2493,6 @@ READING, WORKING, LINGERING, CLOSED = "reading", "working", "lingering", "closed
 
 STATUS_LINES = {int(status): b"HTTP/1.1 %d %b\r\nServer: imgserver/%b\r\nDate: " % (
     status, status.phrase.encode(), __version__.encode()) for status in http.HTTPStatus}
-
-_HEAD_END = re.compile(rb"\n\r?\n")
 
 # What sendfile says where it is of no use for a socket or file (illumos, old kernels).
 _NO_SENDFILE = frozenset((errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EAFNOSUPPORT,
@@ -2511,12 +2543,12 @@ class Handler(BaseHTTPRequestHandler):
     def setup(self):
         """Called once the connection is accepted, in place of http.server's files."""
         self.connection = self.request
-        self.requestline = ""
+        self.requestline = self.address = ""
         self.state = READING
         self.deadline = self.server.now + self.server.config.header_timeout
         self.buffer = b""
-        self.scanned = 0                  # bytes of the buffer in which no head ends
         self.asked = None                 # the Request that is being answered
+        self.out = []                     # bytes of answers that are to be sent
         self.started = 0.0                # when that began (monotonic)
         self.answered = 0                 # requests so far
         self.partial = False              # a request has begun, and is not whole yet
@@ -2560,14 +2592,14 @@ class Handler(BaseHTTPRequestHandler):
                 return False
             response = self.server.site.answer(self.asked)
         except Cold:
-            self.server.work(self)
+            self.server.work(self, self.answer_slowly)
             return False
         except Refusal as refusal:
             self.close_connection = self.unread = True
             response = refusal_response(refusal)
         except Exception:
             response = self.fault()
-        return self.send_now(response)
+        return self.put(response)
 
     def parse_request(self):
         """Take one request off the buffer.  Returns whether it is all there.
@@ -2576,20 +2608,18 @@ class Handler(BaseHTTPRequestHandler):
         """
         self.asked = None
         if self.buffer[0] in b"\r\n":
-            self.buffer = self.buffer.lstrip(b"\r\n")
-        end = _HEAD_END.search(self.buffer, self.scanned)
-        if end is None:
-            self.check_partial()
+            self.buffer = self.buffer.lstrip(b"\r\n")     # RFC 9112 §2.2
+        match = _HEAD.match(self.buffer)
+        if match is None:
+            self.wait_for_more()
             return False
-        start, stop = end.span()
-        head = self.buffer[:start].decode("latin-1")
-        self.buffer = self.buffer[stop:]
-        self.scanned, self.partial = 0, False
-        line, _, block = head.partition("\n")
-        self.requestline = line = line.rstrip("\r")
-        if len(head) > HEAD_LINE_LIMIT:
-            self.check_size(line, head)
-        self.asked = asked = parse_head(line, block)
+        end = match.end()
+        self.requestline = self.buffer[:match.end(4)].decode("latin-1")
+        if end > HEAD_LINE_LIMIT:
+            check_size(self.buffer[:end])
+        self.buffer = self.buffer[end:]
+        self.partial = False
+        self.asked = asked = parse_head(match)
         if asked.host is None:
             asked.host = self.server.own_host(self.connection)
         if not asked.keep or self.server.draining:
@@ -2601,25 +2631,13 @@ class Handler(BaseHTTPRequestHandler):
                 raise bad_request(f"a {asked.method} has no body here")
         return True
 
-    @staticmethod
-    def check_size(line, head):
-        """Refuse a head, whole or not, that is larger than any client of ours sends."""
-        if len(line) > HEAD_LINE_LIMIT:
-            raise Refusal(414, "RequestURITooLong", f"a request line over {HEAD_LINE_LIMIT} bytes")
-        if len(head) > HEAD_LIMIT:
-            raise Refusal(431, "RequestHeaderFieldsTooLarge", f"a head over {HEAD_LIMIT} bytes")
-
-    def check_partial(self):
-        """Refuse at once the beginning of what can become no request (TLS, HTTP/0.9)."""
+    def wait_for_more(self):
+        """No whole request is there.  Raises Refusal where there will be none."""
         if not self.buffer:
             return
-        head = self.buffer.decode("latin-1")
-        line, end, _ = head.partition("\n")
-        self.requestline = line = line.rstrip("\r")
-        self.check_size(line, head)
-        if not head[0].isalpha() or end and not _REQUEST_LINE.fullmatch(line):
-            raise bad_request("the request line is not that of HTTP/1.1")
-        self.scanned = max(0, len(self.buffer) - 2)
+        line = self.buffer[:HEAD_LINE_LIMIT].partition(b"\n")[0]
+        self.requestline = line.decode("latin-1").rstrip("\r")
+        explain_head(self.buffer)
         if not self.partial:
             self.partial = True
             if self.answered:             # the first one's time began with the connection
@@ -2639,7 +2657,7 @@ class Handler(BaseHTTPRequestHandler):
         length = b"" if status in (204, 304) else b"Content-Length: %d\r\n" % response.length
         if self.close_connection:
             length += b"Connection: close\r\n"
-        elif self.asked.minor == "0":
+        elif self.asked.is_1_0:
             length += b"Connection: keep-alive\r\n"
         return b"%b%b\r\n%b%b\r\n" % (STATUS_LINES[status], self.server.date(),
                                        response.fields, length)
@@ -2647,54 +2665,71 @@ class Handler(BaseHTTPRequestHandler):
     def has_body(self):
         return not self.requestline.startswith("HEAD ")
 
-    def send_now(self, response):
-        """Send a response from memory, or have a thread send what the socket does not take.
+    def put(self, response):
+        """Have a response from memory sent at the end of this turn.
 
-        Returns whether the connection goes on in the loop.
+        Returns whether the connection goes on after it.
         """
-        head = self.head(response)
-        body = response.body if self.has_body() else b""
+        if not self.out:
+            self.server.outbox.append(self)
+        self.out.append(self.head(response))
+        size = 0
+        if response.body and self.has_body():
+            size = response.length
+            self.out.append(response.body)
+        self.log_request(response.status, size)
+        self.answered += 1
+        return not self.close_connection
+
+    def flush(self):
+        """Send what was put, and have a thread send what the socket does not take."""
+        out, self.out = self.out, []
         try:
-            if len(body) <= ONE_PIECE:
-                sent = self.connection.send(head + body, DONTWAIT)
+            if sum(map(len, out)) <= ONE_PIECE:
+                out = [b"".join(out)]
+                sent = self.connection.send(out[0], DONTWAIT)
+                if sent == len(out[0]):
+                    self.after_answer()
+                    return
             else:
-                sent = self.connection.sendmsg([head, memoryview(body)[:LOOP_SEND]], (), DONTWAIT)
+                out = [memoryview(part) for part in out]
+                sent = self.connection.sendmsg([part[:LOOP_SEND] for part in out[:PARTS]], (),
+                                               DONTWAIT)
         except BlockingIOError:
             sent = 0
         except OSError:
             self.server.drop(self)
-            return False
-        if sent < len(head) + len(body):
-            self.server.work(self, response, [memoryview(head)[sent:],
-                                              memoryview(body)[max(0, sent - len(head)):]])
-            return False
-        self.log_request(response.status, response.length if self.has_body() else 0)
-        return self.answered_one()
+            return
+        while out and sent >= len(out[0]):
+            sent -= len(out.pop(0))
+        if out:
+            self.out = [memoryview(out[0])[sent:], *out[1:]]
+            self.server.work(self, self.send_slowly)
+        else:
+            self.after_answer()
 
-    def answered_one(self):
-        """A request is done.  Returns whether the connection goes on."""
+    def after_answer(self):
+        """What was asked so far is answered: go on, or end."""
         if self.close_connection:
             self.server.part(self)
-            return False
-        self.answered += 1
-        self.deadline = self.server.now + self.server.config.idle_timeout
-        return True
+        else:
+            self.deadline = self.server.now + self.server.config.idle_timeout
 
     # in a thread
 
-    def answer_slowly(self, response, rest):
-        """Answer the request, or send the `rest` of its answer; then give the connection back.
+    def answer_slowly(self):
+        """Answer a request that may wait for the disk, and send the answer.
 
         Whatever goes wrong here closes the connection, so that nobody takes a part for all.
         """
-        sent = 0
+        response, sent = None, 0
         try:
-            self.connection.setblocking(True)     # accept may have passed on the listener's mode
-            if response is None:
-                response = self.answer_waiting()
-                rest = [self.head(response), response.body if self.has_body() else b""]
+            response = self.answer_waiting()
+            self.out.append(self.head(response))
+            if response.body and self.has_body():
+                self.out.append(response.body)
             file_follows = response.file is not None and self.has_body() and response.length
-            self.send_parts([part for part in rest if part], file_follows)
+            self.send_parts(file_follows)
             sent = len(response.body)
             if file_follows:
                 for sent in self.send_file(response):
@@ -2705,15 +2740,20 @@ class Handler(BaseHTTPRequestHandler):
         except OSError as error:
             self.close_connection = True
             self.note = self.note or f" (the client went away: {error.strerror})"
-        except Exception:
-            self.close_connection = True
-            self.server.log.exception("internal error")
         finally:
             if response is not None:
                 response.close()
                 self.log_request(response.status, sent if self.has_body() else 0)
-            self.deadline = math.inf
-            self.server.give_back(self)
+            self.answered += 1
+
+    def send_slowly(self):
+        """Send what is left of answers from memory, however long the client takes."""
+        try:
+            self.send_parts(False)
+        except OSError as error:
+            self.close_connection = True
+            self.server.log.info(f"{self.address_string()} went away{self.note or ':'} "
+                                 f"{error.strerror}")
 
     def answer_waiting(self):
         self.asked.may_wait = True
@@ -2726,8 +2766,9 @@ class Handler(BaseHTTPRequestHandler):
         """Bytes have gone out: the client has stall_timeout to take more."""
         self.deadline = time.monotonic() + self.server.config.stall_timeout
 
-    def send_parts(self, parts, more_follows):
-        """Send bytes, one part after the other, in steps; raises OSError."""
+    def send_parts(self, more_follows):
+        """Send what was put, one part after the other, in steps; raises OSError."""
+        parts, self.out = self.out, []
         self.moving()
         more = getattr(socket, "MSG_MORE", 0)     # Linux: do not send half a packet yet
         for part in parts:
@@ -2797,8 +2838,8 @@ class Handler(BaseHTTPRequestHandler):
             self.started = time.monotonic()
             self.asked = None
             self.close_connection = self.unread = True
-            self.send_now(refusal_response(Refusal(408, "RequestTimeout",
-                                                   "the request has not come to its end")))
+            self.put(refusal_response(Refusal(408, "RequestTimeout",
+                                              "the request has not come to its end")))
         else:
             self.server.drop(self)
 
@@ -2806,9 +2847,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def address_string(self):
         """Who is asking: a number, never a name; behind a Unix socket, whom the proxy names."""
+        if self.address:
+            return self.address
         if self.client_address:
-            address = self.client_address[0]
-            return address[7:] if address.startswith("::ffff:") else address
+            self.address = self.client_address[0]
+            if self.address.startswith("::ffff:"):
+                self.address = self.address[7:]
+            return self.address
         headers = self.asked.headers if self.asked is not None else {}
         address = headers.get("x-real-ip") or headers.get("x-forwarded-for", "").split(",")[-1]
         return printable(address.strip(), 45) or "unix"
@@ -2818,7 +2863,10 @@ class Handler(BaseHTTPRequestHandler):
         log = self.server.log
         if log.level <= INFO:
             took = (time.monotonic() - self.started) * 1000
-            log.add(f'info {self.address_string()} "{printable(self.requestline)}" '
+            line = self.requestline
+            if len(line) > LOG_TARGET_LIMIT or not _PLAIN(line):
+                line = printable(line)
+            log.add(f'info {self.address or self.address_string()} "{line}" '
                     f"{code} {size} {took:.1f}ms{self.note}")
 
 
@@ -2868,6 +2916,7 @@ class ImageServer(ThreadingHTTPServer):
         self.now = time.monotonic()
         self.draining = False
         self._connections = set()
+        self.outbox = []                  # handlers with answers to send, in this turn
         self._workers = Workers()
         self._returned = collections.deque()
         self._selector = selectors.DefaultSelector()
@@ -2949,12 +2998,13 @@ class ImageServer(ThreadingHTTPServer):
                     except Exception:
                         self.handle_error(key.data.__self__, None)
                 self.now = now = time.monotonic()
-                if now - flushed >= LOG_DELAY:
-                    flushed = now
-                    self.log.flush()
                 if now - looked >= tick:
                     looked = now
                     self._look_at_clock(now)
+                self._send_out()
+                if now - flushed >= LOG_DELAY:
+                    flushed = now
+                    self.log.flush()
                 if self._cut_at is not None and not self.draining:
                     self._drain()
         finally:
@@ -2993,8 +3043,16 @@ class ImageServer(ThreadingHTTPServer):
         """Answer 503 in place of whatever was asked."""
         self.log.warn(f"{handler.address_string()} is told to come back: {why}")
         handler.close_connection = handler.unread = True
-        handler.send_now(refusal_response(Refusal(503, "ServiceUnavailableError", why,
-                                                  fields=b"Retry-After: 5\r\n")))
+        handler.put(refusal_response(Refusal(503, "ServiceUnavailableError", why,
+                                             fields=b"Retry-After: 5\r\n")))
+
+    def _send_out(self):
+        """Send the answers of this turn."""
+        while self.outbox:
+            handlers, self.outbox = self.outbox, []
+            for handler in handlers:
+                if handler.state is READING and handler.out:
+                    handler.flush()
 
     def handle_error(self, request, client_address):
         """A fault of our own that nothing has caught: only this connection has to go."""
@@ -3012,24 +3070,32 @@ class ImageServer(ThreadingHTTPServer):
 
     # states of a connection: each transition is one of these
 
-    def work(self, handler, response=None, rest=()):
-        """READING to WORKING: have a thread answer, or send the rest of an answer."""
+    def work(self, handler, job):
+        """READING to WORKING: have a thread do job(), which answers or sends."""
         self._selector.unregister(handler.connection)
         handler.state, handler.deadline = WORKING, math.inf
         try:
-            self._workers.submit(lambda: handler.answer_slowly(response, rest))
+            self._workers.submit(lambda: self._do(handler, job))
         except RuntimeError:              # can't start new thread
             handler.state = READING
             self._selector.register(handler.connection, selectors.EVENT_READ, handler.readable)
-            if response is None:
-                self.refuse(handler, "no thread to answer with")
+            if job == handler.send_slowly:
+                self.drop(handler)        # in the middle of an answer there is nothing to say
             else:
-                self.drop(handler)
+                self.refuse(handler, "no thread to answer with")
 
-    def give_back(self, handler):
-        """Called by a thread that is done: the loop goes on with the connection."""
-        self._returned.append(handler)
-        self._wake()
+    def _do(self, handler, job):
+        """In a thread: do the job, and give the connection back to the loop."""
+        try:
+            handler.connection.setblocking(True)  # accept may have passed on the listener's mode
+            job()
+        except Exception:
+            handler.close_connection = True
+            self.log.exception("internal error")
+        finally:
+            handler.deadline = math.inf
+            self._returned.append(handler)
+            self._wake()
 
     def _take_back(self):
         """WORKING to READING, or on to the end."""
@@ -3038,8 +3104,8 @@ class ImageServer(ThreadingHTTPServer):
             handler = self._returned.popleft()
             handler.state = READING
             self._selector.register(handler.connection, selectors.EVENT_READ, handler.readable)
-            if handler.answered_one():
-                handler.advance()
+            handler.after_answer()
+            handler.advance()
 
     def part(self, handler):
         """READING to CLOSED, by way of LINGERING where the client may still be sending.
