@@ -309,8 +309,10 @@ def render_json(value, pad="\n") -> str:
         return _quote(value)
     if kind is dict and value:
         inner = pad + "  "
-        return "{" + ",".join([f"{inner}{_quote(key)}: {render_json(item, inner)}"
-                               for key, item in value.items()]) + pad + "}"
+        return "{" + ",".join([
+            f"{inner}{_quote(key)}: "
+            f"{_quote(item) if type(item) is str else render_json(item, inner)}"
+            for key, item in value.items()]) + pad + "}"
     if kind is list and value:
         inner = pad + "  "
         return "[" + ",".join([inner + render_json(item, inner) for item in value]) + pad + "]"
@@ -559,11 +561,11 @@ def downgrade(v2: dict) -> dict:
 
 
 def _is_text(limit):
-    return lambda value: isinstance(value, str) and len(value) <= limit
+    return lambda value: type(value) is str and len(value) <= limit
 
 
 def _is_one_of(names):
-    return lambda value: isinstance(value, str) and value in names
+    return lambda value: type(value) is str and value in names
 
 
 def _is_flag(value):
@@ -580,29 +582,36 @@ def _is_url(value):
 
 
 def _matches(pattern):
-    return lambda value: isinstance(value, str) and pattern.fullmatch(value) is not None
+    fullmatch = pattern.fullmatch
+    return lambda value: type(value) is str and fullmatch(value)
 
 
 def _is_list_of(check):
-    return lambda value: isinstance(value, list) and all(check(item) for item in value)
+    return lambda value: type(value) is list and all(map(check, value))
 
 
 def _is_record(*keys):
-    return lambda value: (isinstance(value, dict) and set(value) == set(keys)
-                          and all(isinstance(item, str) for item in value.values()))
+    keys = set(keys)
+    return lambda value: (type(value) is dict and value.keys() == keys
+                          and all(type(item) is str for item in value.values()))
 
 
 def _is_trait(value):
     return isinstance(value, (str, bool, list))
 
 
+_is_sha1 = _matches(_SHA1)
+_is_compression = _is_one_of(COMPRESSIONS)
+
+
 def _is_files(value):
-    """One file at most, with sha1, size and compression, each as imgadm needs it."""
-    return (isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict)
-            and _is_int(value[0].get("size")) and value[0]["size"] >= 0
-            and _matches(_SHA1)(value[0].get("sha1"))
-            and _is_one_of(COMPRESSIONS)(value[0].get("compression"))
-            and isinstance(value[0].get("dataset_guid", ""), str))
+    """One file, with sha1, size and compression, each as imgadm needs it."""
+    if type(value) is not list or len(value) != 1 or type(value[0]) is not dict:
+        return False
+    file = value[0]
+    return (_is_int(file.get("size")) and file["size"] >= 0 and _is_sha1(file.get("sha1"))
+            and _is_compression(file.get("compression"))
+            and type(file.get("dataset_guid", "")) is str)
 
 
 def _is_platforms(value):
@@ -695,8 +704,9 @@ def complete(manifest: dict, published_at: str) -> dict:
     these when it takes an image, and so does this.  A directory is active, whatever state
     its manifest gives, unless that is disabled or no image at all (creating, failed).
     """
-    v2 = upgrade(manifest) if is_v1(manifest) else manifest
-    v2 = {key: value for key, value in v2.items() if value is not None}
+    v2 = upgrade(manifest) if is_v1(manifest) else manifest.copy()
+    for key in [key for key, value in v2.items() if value is None]:
+        del v2[key]
     v2["owner"] = v2.get("owner") or NOBODY
     v2["disabled"] = bool(v2.get("disabled")) or v2.get("state") == "disabled"
     if v2.get("state") not in ("creating", "failed"):
@@ -733,6 +743,10 @@ def as_v1(manifest: dict, v2: dict, file: dict, creator: str) -> dict:
     v1["published_at"] = v1.get("published_at") or v2["published_at"]
     v1["files"] = [file]
     return v1
+
+
+JSON_TYPE = b"Content-Type: application/json\r\n"      # exactly: imgadm's dsapi ping compares it
+CORS = b"Access-Control-Allow-Origin: *\r\n"
 
 
 # -- store -------------------------------------------------------------------------------
@@ -774,6 +788,12 @@ def key_at(path):
         return None
 
 
+def changed_at(path):
+    """The ctime of a directory in ns: of its last new, removed or renamed name."""
+    key = key_at(path)
+    return key and key[0]
+
+
 def stamp(seconds) -> str:
     """A time in seconds since 1970 as manifests have it."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
@@ -782,6 +802,7 @@ def stamp(seconds) -> str:
 class Image:
     """One image directory as it was last read: what is shown of it, or why nothing is.
 
+    place       what stands before its uuid in the path of its directory
     problem     None, or one sentence for the log; then the fields below it are not set
     try_again   the problem may be one of the moment, such as an error of the disk
     dsapi       (before, after, etag) of its v1 manifest as bytes: files[0].url stands between
@@ -790,17 +811,21 @@ class Image:
     file, path  the name of its file on disk, and the one that DSAPI shows
     """
 
-    __slots__ = ("uuid", "directory", "manifest_key", "file_key", "directory_key", "checked",
+    __slots__ = ("uuid", "place", "manifest_key", "file_key", "directory_changed", "checked",
                  "problem", "try_again", "file", "path", "size", "sha1", "md5", "state",
                  "order", "name", "version", "os", "type", "origin", "owner", "public", "acl",
                  "billing_tags", "channels", "icon", "dsapi", "imgapi")
 
-    def __init__(self, uuid, directory):
-        self.uuid, self.directory = uuid, directory
-        self.manifest_key = self.file_key = self.directory_key = None
+    def __init__(self, uuid, place):
+        self.uuid, self.place = uuid, place
+        self.manifest_key = self.file_key = self.directory_changed = None
         self.checked, self.try_again = 0.0, False
         self.problem = self.file = self.origin = self.icon = None
         self.dsapi = self.imgapi = None
+
+    @property
+    def directory(self) -> str:
+        return self.place + self.uuid
 
     def unchanged(self, now) -> bool:
         """Whether the image on disk is still the one that was read.
@@ -809,11 +834,11 @@ class Image:
         file that no manifest names may have come, once a second.
         """
         try:                              # key_of and key_at, written out: each request is here
-            status = os.stat(f"{self.directory}/{MANIFEST}")
+            status = os.stat(f"{self.place}{self.uuid}/{MANIFEST}")
             if (status.st_ctime_ns, status.st_size, status.st_ino) != self.manifest_key:
                 return False
             if self.file is not None:
-                status = os.stat(f"{self.directory}/{self.file}")
+                status = os.stat(f"{self.place}{self.uuid}/{self.file}")
                 if (status.st_ctime_ns, status.st_size, status.st_ino) != self.file_key:
                     return False
         except OSError:                   # as before only where it was left out for just that
@@ -822,7 +847,7 @@ class Image:
                     self.file and key_at(f"{self.directory}/{self.file}")):
                 return False
         if now - self.checked >= RECHECK:
-            if self.try_again or key_at(self.directory) != self.directory_key:
+            if self.try_again or changed_at(self.directory) != self.directory_changed:
                 return False
             self.checked = now
         return True
@@ -843,17 +868,21 @@ def sole_file(names):
 
 def read_manifest(directory):
     """The manifest of an image directory, with its stat.  Raises Unsound and OSError."""
-    fd, status = open_regular(os.path.join(directory, MANIFEST))
-    with open(fd, "rb", buffering=0) as file:
+    fd, status = open_regular(f"{directory}/{MANIFEST}")
+    try:
         if status.st_size > MANIFEST_LIMIT:
             raise Unsound(f"{MANIFEST} is larger than {MANIFEST_LIMIT} bytes")
-        try:
-            manifest = parse_json(file.read(MANIFEST_LIMIT))
-        except ValueError as error:
-            raise Unsound(f"{MANIFEST} is not JSON: {error}")
+        manifest = parse_json(os.read(fd, status.st_size))
+    except ValueError as error:
+        raise Unsound(f"{MANIFEST} is not JSON: {error}")
+    finally:
+        os.close(fd)
     if not isinstance(manifest, dict):
         raise Unsound(f"{MANIFEST} is not a JSON object")
     return manifest, status
+
+
+_UNRESERVED = re.compile("[A-Za-z0-9._~-]*").fullmatch         # RFC 3986 §2.3
 
 
 class Reader:
@@ -866,17 +895,17 @@ class Reader:
         # Stands for prefix + Host + suffix in a rendered manifest until a request gives them.
         self.mark = "http-" + os.urandom(16).hex()
 
-    def read(self, uuid, directory, apis) -> Image | None:
-        """The image in `directory`, rendered for `apis`; None where there is no manifest.
+    def read(self, uuid, place, apis) -> Image | None:
+        """The image in the directory `place` + uuid, rendered for `apis`; None where there is no manifest.
 
         Raises OSError only where the system is short of something: that says nothing
         about the image.
         """
-        image = Image(uuid, directory)
+        image = Image(uuid, place)
+        directory = place + uuid
         image.checked = time.monotonic()
         try:
-            image.directory_key = key_at(directory)
-            image.manifest_key = key_at(os.path.join(directory, MANIFEST))
+            image.directory_changed = changed_at(directory)
             manifest, status = read_manifest(directory)
             image.manifest_key = key_of(status)
             self._fill(image, manifest, os.listdir(directory), status.st_mtime, apis)
@@ -893,6 +922,8 @@ class Reader:
             image.problem = f"{MANIFEST}: nested too deep"
         except Exception as error:        # whatever it is, the other images can be shown
             image.problem = f"{MANIFEST}: {type(error).__name__}: {error}"
+        if image.manifest_key is None:
+            image.manifest_key = key_at(f"{directory}/{MANIFEST}")
         return image
 
     def _fill(self, image, manifest, names, mtime, apis):
@@ -909,8 +940,11 @@ class Reader:
         image.file = name
         file = self._look_at_file(image, stored)
         v2 = complete({**manifest, "files": [file]}, stamp(mtime))
-        image.icon = next((icon for icon in ICONS if icon in names), None)
-        v2["icon"] = image.icon is not None
+        icons = [icon for icon in names if icon in ICONS]
+        if icons:
+            image.icon, v2["icon"] = icons[0], True
+        else:
+            v2.pop("icon", None)
         bad = problems(v2) + [key for key in V1_TEXTS
                               if not isinstance(manifest.get(key) or "", str)]
         if bad:
@@ -918,7 +952,7 @@ class Reader:
         self._keep(image, v2, file)
         if "path" not in stored and not name.endswith(COMPRESSIONS[file["compression"]]):
             image.path += COMPRESSIONS[file["compression"]]   # all that imgadm 1 goes by
-        if os.path.basename(image.directory).startswith(INCOMING):
+        if image.place.endswith(INCOMING):
             v2["state"] = image.state = "unactivated"
             if not manifest.get("published_at"):
                 del v2["published_at"]    # that is when it is activated
@@ -932,12 +966,12 @@ class Reader:
     @staticmethod
     def _look_at_file(image, stored) -> dict:
         """files[0] as every client can take it, held against the file on disk."""
-        path = os.path.join(image.directory, image.file)
+        path = f"{image.directory}/{image.file}"
         status = os.stat(path)
         image.file_key = key_of(status)
         if not stat.S_ISREG(status.st_mode):
             raise Unsound(f"{image.file}: not a regular file")
-        if not os.access(path, os.R_OK):
+        if status.st_mode & 0o444 != 0o444 and not os.access(path, os.R_OK):
             raise Unsound(f"{image.file}: {os.strerror(errno.EACCES)}")
         file = {key: value for key, value in stored.items() if key not in ("path", "url")}
         if isinstance(file.get("size"), str) and re.fullmatch("[0-9]{1,19}", file["size"]):
@@ -971,7 +1005,8 @@ class Reader:
 
     def _render_v1(self, v1, image):
         before, after = render_json(v1).split(self.mark)
-        path = f"/datasets/{image.uuid}/{urllib.parse.quote(image.path, safe='')}"
+        path = image.path if _UNRESERVED(image.path) else urllib.parse.quote(image.path, safe="")
+        path = f"/datasets/{image.uuid}/{path}"
         before, after = before.encode(), (path + after).encode()
         return before, after, etag_of(before, after, self.base_salt)
 
@@ -991,12 +1026,20 @@ def etag_of(*parts) -> bytes:
 
 
 class Listing:
-    """One list, ready to be sent: its bytes, its ETag, and its gzip form once asked for."""
+    """One form of a list, ready to be sent: its bytes, its ETag and its header lines."""
 
-    __slots__ = ("body", "etag", "gzip")
+    __slots__ = ("body", "etag", "fields", "zipped")
 
-    def __init__(self, body, etag):
-        self.body, self.etag, self.gzip = body, etag, None
+    def __init__(self, body, etag, coding=b""):
+        self.body, self.etag = body, etag
+        self.fields = b'%bETag: "%b"\r\nVary: Accept-Encoding\r\n%b%b' % (
+            JSON_TYPE, etag.encode(), coding, CORS)
+        self.zipped = None                # the Listing of its gzip form, once asked for
+
+    def zip(self):
+        import gzip
+        self.zipped = Listing(gzip.compress(self.body, 6, mtime=0), self.etag + "-gzip",
+                              b"Content-Encoding: gzip\r\n")
 
 
 def join_list(texts) -> bytes:
@@ -1019,9 +1062,10 @@ class Snapshot:
         self.images = sorted(images, key=lambda image: image.order)
         self.listings = collections.OrderedDict()
 
-    def etag(self, api) -> bytes:
-        """Of a list of all these images."""
-        return etag_of(*(getattr(image, api)[2] for image in self.images))
+    def etag(self, api, *view) -> str:
+        """Of a list of all these images in a form that `view` describes."""
+        return etag_of(repr(view).encode(),
+                       *(getattr(image, api)[2] for image in self.images)).decode()
 
 
 class Store:
@@ -1029,6 +1073,7 @@ class Store:
 
     def __init__(self, config, log):
         self.directory = config.serve_dir
+        self.place = os.path.join(config.serve_dir, "")
         self.log = log
         self._reader = Reader(config)
         self._images = {}             # uuid: Image, sound or not
@@ -1070,7 +1115,7 @@ class Store:
 
     def unactivated(self, uuid) -> Image:
         """The whole image that waits in .incoming-<uuid>.  Raises Refusal (404)."""
-        image = self._reader.read(uuid, f"{self.directory}/{INCOMING}{uuid}", (IMGAPI,))
+        image = self._reader.read(uuid, f"{self.directory}/{INCOMING}", (IMGAPI,))
         if image is None or image.problem:
             raise not_found(f"image {uuid} not found")
         return image
@@ -1094,7 +1139,7 @@ class Store:
         before = self._images.get(uuid)
         apis = self._apis | {api} | {other for other in (DSAPI, IMGAPI)
                                      if before is not None and getattr(before, other)}
-        image = self._reader.read(uuid, f"{self.directory}/{uuid}", apis)
+        image = self._reader.read(uuid, self.place, apis)
         was_sound = before is not None and not before.problem
         if image is None:
             if self._images.pop(uuid, None) is not None:
@@ -1154,8 +1199,9 @@ class Store:
             return self._snapshot
 
     def listing(self, api, view, render, may_wait) -> Listing:
-        """The list of all active images under the key `view`, made by render(snapshot)."""
+        """The list of all active images in the form `view`, made by render(snapshot, *view)."""
         snapshot = self.snapshot(api, may_wait)
+        view = (api, *view)
         listing = snapshot.listings.get(view)
         if listing is None:
             if not may_wait:
@@ -1163,7 +1209,7 @@ class Store:
             with self._lock:
                 listing = snapshot.listings.get(view)
                 if listing is None:
-                    listing = snapshot.listings[view] = render(snapshot)
+                    listing = snapshot.listings[view] = render(snapshot, *view)
                     if len(snapshot.listings) > LISTS_KEPT:
                         snapshot.listings.popitem(last=False)
         return listing
@@ -1856,8 +1902,6 @@ def field(name, value) -> bytes:
     return f"{name}: {value}\r\n".encode("latin-1")
 
 
-JSON_TYPE = b"Content-Type: application/json\r\n"      # exactly: imgadm's dsapi ping compares it
-CORS = b"Access-Control-Allow-Origin: *\r\n"
 
 
 def json_response(value, status=200, fields=CORS) -> Response:
@@ -1877,7 +1921,7 @@ def etag_matches(header, etag) -> bool:
 
     Unquoted ones count too: the official IMGAPI sends its ETags so.
     """
-    if header == "*":
+    if header.strip('"') == etag or header == "*":
         return True
     for item in header.split(","):
         item = item.strip(" \t")
@@ -2207,21 +2251,16 @@ class Site:
 
     def list_response(self, request, listing):
         """A whole list: with ETag, and as gzip for who asks (imgadm does not)."""
-        headers, etag = request.headers, listing.etag.decode()
-        zipped = "accept-encoding" in headers and accepts_gzip(headers["accept-encoding"])
-        shown_etag = etag + "-gzip" if zipped else etag
-        fields = JSON_TYPE + b'ETag: "%b"\r\nVary: Accept-Encoding\r\n%b' % (
-            shown_etag.encode(), CORS)
-        if "if-none-match" in headers and etag_matches(headers["if-none-match"], shown_etag):
-            return Response(304, fields)
-        if not zipped:
-            return Response(200, fields, listing.body)
-        if listing.gzip is None:
-            if not request.may_wait:
-                raise Cold
-            import gzip
-            listing.gzip = gzip.compress(listing.body, 6, mtime=0)
-        return Response(200, fields + b"Content-Encoding: gzip\r\n", listing.gzip)
+        headers = request.headers
+        if "accept-encoding" in headers and accepts_gzip(headers["accept-encoding"]):
+            if listing.zipped is None:
+                if not request.may_wait:
+                    raise Cold
+                listing.zip()
+            listing = listing.zipped
+        if "if-none-match" in headers and etag_matches(headers["if-none-match"], listing.etag):
+            return Response(304, listing.fields)
+        return Response(200, listing.fields, listing.body)
 
     def image_file(self, request, image):
         """The file of an image, of which the manifest may have been true a moment ago only."""
@@ -2256,25 +2295,22 @@ class Site:
 
     def datasets(self, request):
         base = self.base(request)
-
-        def text(image):
-            before, after, _ = image.dsapi
-            return before + base + after
-
         if request.query:
             query = parse_query(request.query)
             wanted = {name: one(query, name) for name in ("name", "version", "os", "type")}
             if any(wanted.values()):
                 snapshot = self._thread_snapshot(request, DSAPI)
-                return self._plain_list(text(image) for image in snapshot.images
+                return self._plain_list(base.join(image.dsapi[:2]) for image in snapshot.images
                                         if all(value is None or matches_text(
                                             getattr(image, name), value, name != "type")
                                             for name, value in wanted.items()))
-        listing = self.store.listing(
-            DSAPI, (DSAPI, base), lambda snapshot: Listing(
-                join_list(map(text, snapshot.images)), snapshot.etag(DSAPI)),
-            request.may_wait)
-        return self.list_response(request, listing)
+        return self.list_response(request, self.store.listing(
+            DSAPI, (base,), self._render_datasets, request.may_wait))
+
+    @staticmethod
+    def _render_datasets(snapshot, api, base):
+        return Listing(join_list(base.join(image.dsapi[:2]) for image in snapshot.images),
+                       snapshot.etag(api))
 
     def _thread_snapshot(self, request, api):
         """The snapshot for a filtered list, which is made anew each time: in a thread."""
@@ -2328,20 +2364,17 @@ class Site:
         admin_fields(query)
         channel = self.channel_of(query)
 
-        def text(image):
-            before, channels, _ = image.imgapi
-            return before + (channels if version == 2 else b"") + b"\n}"
-
-        def render(snapshot):
-            return Listing(join_list(text(image) for image in snapshot.images
-                                     if self.in_channel(image, channel)),
-                           etag_of(snapshot.etag(IMGAPI), repr((channel, version)).encode()))
-
         if set(query) - {"channel", "inclAdminFields"}:
-            return self._plain_list(map(text, self._select(request, query, channel)))
-        view = (IMGAPI, channel, version if self.channels else None)
-        return self.list_response(request, self.store.listing(IMGAPI, view, render,
-                                                              request.may_wait))
+            images = self._select(request, query, channel)
+            return self._plain_list(image_text(image, version) for image in images)
+        view = (channel, version if self.channels else None)
+        return self.list_response(request, self.store.listing(
+            IMGAPI, view, self._render_images, request.may_wait))
+
+    def _render_images(self, snapshot, api, channel, version):
+        return Listing(join_list(image_text(image, version) for image in snapshot.images
+                                 if self.in_channel(image, channel)),
+                       snapshot.etag(api, channel, version))
 
     def _select(self, request, query, channel):
         """The images that a query asks for: filtered, sorted, from the marker on, limited."""
@@ -2439,6 +2472,12 @@ class Site:
 
     def state(self, request):
         raise Refusal(401, "UnauthorizedError", "Unauthorized")
+
+
+def image_text(image, version) -> bytes:
+    """The v2 manifest of an image as a version of IMGAPI shows it."""
+    before, channels, _ = image.imgapi
+    return before + (channels if version == 2 else b"") + b"\n}"
 
 
 def admin_fields(query):
@@ -3461,7 +3500,7 @@ def check_image(reader, config, uuid, quiet):
     Returns (trouble, Examination).
     """
     directory = os.path.join(config.serve_dir, uuid)
-    image = reader.read(uuid, directory, ())
+    image = reader.read(uuid, os.path.join(config.serve_dir, ""), ())
     if image is None:
         return f"there is no {MANIFEST}", None
     if image.problem:
