@@ -70,6 +70,7 @@ ICONS = {"icon.png": "image/png", "icon.jpg": "image/jpeg", "icon.gif": "image/g
 MANIFEST_LIMIT = 1 << 20      # bytes; tags may take 100 KiB, a description 10: nothing needs more
 NUMBER_LIMIT = 20             # digits of an integer in JSON: 2**64 has 20
 RECHECK = 1.0                 # seconds until an edit in place must be seen in a list
+RECHECK_EARLY = 0.8           # seconds until a thread begins to look; ten thousand take 0.1
 RACY = 50_000_000             # ns; a mtime this young may not change with the next change yet
 LISTS_KEPT = 4                # rendered lists kept: each is as large as all manifests together
 MD5_LIMIT = 16 << 20          # bytes; a file up to this size is hashed when it is asked for
@@ -80,7 +81,7 @@ HEAD_FIELDS_LIMIT = 100       # header lines of one request
 RECEIVE = 16 << 10            # bytes asked of a socket at once: many whole requests
 ONE_PIECE = 64 << 10          # bytes; a body up to this size is copied behind its head
 PARTS = 64                    # parts of answers given to one sendmsg; POSIX allows 16 at least
-LOOP_SEND = 1 << 20           # bytes the loop tries to send at once; a thread sends the rest
+LOOP_SEND = 2 << 20           # bytes the loop tries to send at once; a thread sends the rest
 STEP = 1 << 20                # bytes given to one sendfile: signals, limits and logs stay live
 SLOW_STEP = 64 << 10          # bytes, once a step took over a second: progress shows earlier
 COPY_STEP = 256 << 10         # bytes read and sent at once where sendfile is of no use
@@ -154,14 +155,14 @@ LEVELS = {"trace": 10, "debug": 20, "info": 30, "warn": 40, "error": 50, "fatal"
 INFO, WARN = LEVELS["info"], LEVELS["warn"]
 
 
-_PLAIN = re.compile(r'[ !#-\[\]-~]*').fullmatch
+_is_plain = re.compile(r'[ !#-\[\]-~]*').fullmatch
 
 
 def printable(text, limit=LOG_TARGET_LIMIT) -> str:
     """A client's text as it may stand in a log line: printable ASCII, quotes escaped, cut."""
     if len(text) > limit:
         text = text[:limit] + "..."
-    if _PLAIN(text):
+    if _is_plain(text):
         return text
     return text.encode("unicode_escape").decode("ascii").replace('"', '\\"')
 
@@ -191,17 +192,20 @@ class Log:
     def line(self, level, text):
         """Write `text`, which must be printable, when `level` is to be logged."""
         if LEVELS[level] >= self.level:
+            self.tick(int(time.time()))
             self.add(f"{level} {text}")
             if LEVELS[level] >= WARN:
                 self.flush()
 
     def add(self, text):
-        """Have a line wait for the next flush, with the time before it."""
-        now = int(time.time())
+        """Have a line wait for the next flush, with the time of the last tick before it."""
+        self._lines.append(self._stamp + text)
+
+    def tick(self, now):
+        """It is `now`, in whole seconds since 1970."""
         if now != self._second:
             self._second = now
             self._stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime(now))
-        self._lines.append(self._stamp + text)
 
     def debug(self, text):
         self.line("debug", text)
@@ -896,7 +900,7 @@ class Reader:
         self.mark = "http-" + os.urandom(16).hex()
 
     def read(self, uuid, place, apis) -> Image | None:
-        """The image in the directory `place` + uuid, rendered for `apis`; None where there is no manifest.
+        """The image in `place` + uuid, rendered for `apis`; None where there is no manifest.
 
         Raises OSError only where the system is short of something: that says nothing
         about the image.
@@ -1184,7 +1188,7 @@ class Store:
         """All active images, rendered for api.  Raises Cold, and OSError from serve_dir."""
         now = time.monotonic()
         if self._fresh(api, now, RECHECK):
-            if now - self._checked < RECHECK * 3 / 4 or self._rechecking:
+            if now - self._checked < RECHECK_EARLY or self._rechecking:
                 return self._snapshot
             # The first to come after most of the time does it; the others are still served.
             self._rechecking = True
@@ -1192,7 +1196,7 @@ class Store:
             raise Cold
         with self._lock:
             try:
-                if not self._fresh(api, time.monotonic(), RECHECK * 3 / 4):
+                if not self._fresh(api, time.monotonic(), RECHECK_EARLY):
                     self._look(api)
             finally:
                 self._rechecking = False
@@ -1222,7 +1226,7 @@ class Store:
     def _look(self, api):
         """Look at every name, and at every image if that is due; the lock is held."""
         now = time.monotonic()
-        everything = now - self._checked >= RECHECK * 3 / 4 or api not in self._apis
+        everything = now - self._checked >= RECHECK_EARLY or api not in self._apis
         seen = os.stat(self.directory).st_mtime_ns
         names = {name for name in os.listdir(self.directory) if is_uuid(name)}
         for uuid in sorted(names | set(self._images)):
@@ -2151,6 +2155,7 @@ class Site:
         self.channels = {channel["name"]: channel for channel in config.channels}
         self.default_channel = next((channel["name"] for channel in config.channels
                                      if channel.get("default")), None)
+        self._base = functools.lru_cache(maxsize=256)(self._make_base)
         # The suffix was made to add a port: not to a Host header that has one.
         self._plain_suffix = re.sub("^:[0-9]+", "", config.suffix)
 
@@ -2288,10 +2293,13 @@ class Site:
 
     def base(self, request) -> bytes:
         """prefix + Host + suffix, as JSON: what files[].url begins with."""
+        return self._base(request.host)
+
+    def _make_base(self, host):
         suffix = self.config.suffix
-        if suffix and _HOST.fullmatch(request.host)[2]:
+        if suffix and _HOST.fullmatch(host)[2]:
             suffix = self._plain_suffix
-        return _quote(self.config.prefix + request.host + suffix)[1:-1].encode()
+        return _quote(self.config.prefix + host + suffix)[1:-1].encode()
 
     def datasets(self, request):
         base = self.base(request)
@@ -2625,7 +2633,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_one_request(self):
         """Answer one request.  Returns whether it was answered and the next may be."""
-        self.started = time.monotonic()
+        self.started = self.server.now
         try:
             if not self.parse_request():
                 return False
@@ -2698,7 +2706,7 @@ class Handler(BaseHTTPRequestHandler):
             length += b"Connection: close\r\n"
         elif self.asked.is_1_0:
             length += b"Connection: keep-alive\r\n"
-        return b"%b%b\r\n%b%b\r\n" % (STATUS_LINES[status], self.server.date(),
+        return b"%b%b\r\n%b%b\r\n" % (STATUS_LINES[status], self.server.date,
                                        response.fields, length)
 
     def has_body(self):
@@ -2782,6 +2790,7 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             if response is not None:
                 response.close()
+                self.server.log.tick(int(time.time()))
                 self.log_request(response.status, sent if self.has_body() else 0)
             self.answered += 1
 
@@ -2903,7 +2912,7 @@ class Handler(BaseHTTPRequestHandler):
         if log.level <= INFO:
             took = (time.monotonic() - self.started) * 1000
             line = self.requestline
-            if len(line) > LOG_TARGET_LIMIT or not _PLAIN(line):
+            if len(line) > LOG_TARGET_LIMIT or not _is_plain(line):
                 line = printable(line)
             log.add(f'info {self.address or self.address_string()} "{line}" '
                     f"{code} {size} {took:.1f}ms{self.note}")
@@ -2942,7 +2951,7 @@ class ImageServer(ThreadingHTTPServer):
     """The server on TCP: accepts, holds every connection, and knows all the time limits.
 
     config, log, site   what it was made with
-    now                 the time (monotonic) of this turn of the loop
+    now, date           the time of this turn of the loop: monotonic, and for the Date header
     draining            whether it is about to end, and only finishes what it has begun
     """
 
@@ -2952,7 +2961,6 @@ class ImageServer(ThreadingHTTPServer):
     def __init__(self, config, log):
         self.config, self.log = config, log
         self.site = Site(config, Store(config, log), log)
-        self.now = time.monotonic()
         self.draining = False
         self._connections = set()
         self.outbox = []                  # handlers with answers to send, in this turn
@@ -2964,7 +2972,8 @@ class ImageServer(ThreadingHTTPServer):
         self._short = False               # accept has failed, and the log says so
         self._resume_accept = None        # when to accept again, after the files ran out
         self._cut_at = None               # when draining ends (monotonic); -inf: at once
-        self._date = (0, b"")
+        self._second = 0
+        self._look_at_time()
         self._ended = threading.Event()
         host, port = self.place()
         super().__init__((host, port), Handler)
@@ -3012,12 +3021,13 @@ class ImageServer(ThreadingHTTPServer):
         host = host[7:] if host.startswith("::ffff:") else host
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
-    def date(self) -> bytes:
-        """The Date header's value, made once a second."""
+    def _look_at_time(self):
+        """What time it is for this turn of the loop; dates are made once a second."""
+        self.now = time.monotonic()
         now = int(time.time())
-        if self._date[0] != now:
-            self._date = (now, http_date(now).encode())
-        return self._date[1]
+        if now != self._second:
+            self._second, self.date = now, http_date(now).encode()
+            self.log.tick(now)
 
     # the loop
 
@@ -3026,23 +3036,24 @@ class ImageServer(ThreadingHTTPServer):
         config = self.config
         tick = min(poll_interval, config.header_timeout / 4, config.idle_timeout / 4,
                    config.stall_timeout / 4)
-        looked = flushed = self.now = time.monotonic()
+        looked = flushed = self.now
         self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
         self._selector.register(self._wakeup, selectors.EVENT_READ, self._take_back)
         try:
             while self._cut_at is None or self._connections and self.now < self._cut_at:
-                for key, _ in self._selector.select(LOG_DELAY if self.log.pending else tick):
+                events = self._selector.select(LOG_DELAY if self.log.pending else tick)
+                self._look_at_time()
+                for key, _ in events:
                     try:
                         key.data()
                     except Exception:
                         self.handle_error(key.data.__self__, None)
-                self.now = now = time.monotonic()
-                if now - looked >= tick:
-                    looked = now
-                    self._look_at_clock(now)
+                if self.now - looked >= tick:
+                    looked = self.now
+                    self._look_at_clocks()
                 self._send_out()
-                if now - flushed >= LOG_DELAY:
-                    flushed = now
+                if self.now - flushed >= LOG_DELAY:
+                    flushed = self.now
                     self.log.flush()
                 if self._cut_at is not None and not self.draining:
                     self._drain()
@@ -3099,7 +3110,9 @@ class ImageServer(ThreadingHTTPServer):
         if isinstance(request, Handler) and request in self._connections:
             self.drop(request)
 
-    def _look_at_clock(self, now):
+    def _look_at_clocks(self):
+        """End what has taken too long."""
+        now = self.now
         for handler in list(self._connections):
             if now >= handler.deadline or handler.state is WORKING:
                 handler.check_time(now)
