@@ -318,4 +318,5 @@ class Client(support.ServerCase):
         self.expect("compression", spoil.format("file['compression'] = 'xz'"), imgadm.Imgadm2)
         self.expect('did not include a "Content-MD5"', "imgserver.MD5_LIMIT = 0",
                     imgadm.Imgadm2, "imgapi")
-        self.expect("unescaped", "imgserver.urllib.parse.quote = lambda text, **_: text + ' '")
+        self.expect("unescaped", "imgserver.urllib.parse.quote = lambda text, **_: text + ' '\n"
+                                 "imgserver._UNRESERVED = lambda text: False")
