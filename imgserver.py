@@ -1059,17 +1059,17 @@ def join_list(texts) -> bytes:
     return body
 
 
+def list_etag(images, api, *view) -> str:
+    """The ETag of a list of these images in a form that `view` describes."""
+    return etag_of(repr(view).encode(), *(getattr(image, api)[2] for image in images)).decode()
+
+
 class Snapshot:
     """The images on show at one moment, in order, and the lists rendered of them."""
 
     def __init__(self, images):
         self.images = sorted(images, key=lambda image: image.order)
         self.listings = collections.OrderedDict()
-
-    def etag(self, api, *view) -> str:
-        """Of a list of all these images in a form that `view` describes."""
-        return etag_of(repr(view).encode(),
-                       *(getattr(image, api)[2] for image in self.images)).decode()
 
 
 class Store:
@@ -1188,9 +1188,9 @@ class Store:
         """All active images, rendered for api.  Raises Cold, and OSError from serve_dir."""
         now = time.monotonic()
         if self._fresh(api, now, RECHECK):
-            if now - self._checked < RECHECK_EARLY or self._rechecking:
+            if now - self._checked < RECHECK_EARLY or self._rechecking and not may_wait:
                 return self._snapshot
-            # The first to come after most of the time does it; the others are still served.
+            # The first to come late has a thread look again; the others are still served.
             self._rechecking = True
         if not may_wait:
             raise Cold
@@ -2318,7 +2318,7 @@ class Site:
     @staticmethod
     def _render_datasets(snapshot, api, base):
         return Listing(join_list(base.join(image.dsapi[:2]) for image in snapshot.images),
-                       snapshot.etag(api))
+                       list_etag(snapshot.images, api))
 
     def _thread_snapshot(self, request, api):
         """The snapshot for a filtered list, which is made anew each time: in a thread."""
@@ -2380,9 +2380,9 @@ class Site:
             IMGAPI, view, self._render_images, request.may_wait))
 
     def _render_images(self, snapshot, api, channel, version):
-        return Listing(join_list(image_text(image, version) for image in snapshot.images
-                                 if self.in_channel(image, channel)),
-                       snapshot.etag(api, channel, version))
+        images = [image for image in snapshot.images if self.in_channel(image, channel)]
+        return Listing(join_list(image_text(image, version) for image in images),
+                       list_etag(images, api, version))
 
     def _select(self, request, query, channel):
         """The images that a query asks for: filtered, sorted, from the marker on, limited."""
@@ -2546,7 +2546,7 @@ _NO_SENDFILE = frozenset((errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
                           errno.ENOSYS, errno.ENOTSOCK))
 
 
-DONTWAIT = int(socket.MSG_DONTWAIT)
+DONTWAIT = int(socket.MSG_DONTWAIT)       # a plain int: the enum costs a look-up each time
 
 
 class Truncated(Exception):
@@ -2559,12 +2559,10 @@ class Copier:
     def __init__(self, sock, fd):
         self._sock = sock
         self._file = open(fd, "rb", buffering=0, closefd=False)
-        self._buffer = None
+        self._buffer = memoryview(bytearray(COPY_STEP))
 
     def __call__(self, offset, want) -> int:
         """Send up to `want` bytes from `offset`; returns how many, 0 at the end of the file."""
-        if self._buffer is None:
-            self._buffer = memoryview(bytearray(COPY_STEP))
         self._file.seek(offset)
         count = self._file.readinto(self._buffer[:want])
         self._sock.sendall(self._buffer[:count])
@@ -2834,7 +2832,7 @@ class Handler(BaseHTTPRequestHandler):
         report a made-up count for that (gh-154324).  An error from it means that nothing
         was sent by this call, so that copying goes on at the same place.
         """
-        copy = Copier(self.connection, response.file)
+        copy = None
         by_kernel = (hasattr(os, "sendfile")
                      and self.connection.family in (socket.AF_INET, socket.AF_INET6))
         offset, end, step = response.offset, response.offset + response.length, STEP
@@ -2845,6 +2843,7 @@ class Handler(BaseHTTPRequestHandler):
                 if by_kernel:
                     count = os.sendfile(self.connection.fileno(), response.file, offset, want)
                 else:
+                    copy = copy or Copier(self.connection, response.file)
                     count = copy(offset, want)
             except BlockingIOError:
                 self.wait_writable()
@@ -3084,8 +3083,8 @@ class ImageServer(ThreadingHTTPServer):
             request.close()
             return
         handler = self.RequestHandlerClass(request, client_address, self)
-        self._connections.add(handler)
         self._selector.register(request, selectors.EVENT_READ, handler.readable)
+        self._connections.add(handler)
         if len(self._connections) > self.config.max_connections:
             self.refuse(handler, "too many connections")
 
@@ -3102,12 +3101,15 @@ class ImageServer(ThreadingHTTPServer):
             handlers, self.outbox = self.outbox, []
             for handler in handlers:
                 if handler.state is READING and handler.out:
-                    handler.flush()
+                    try:
+                        handler.flush()
+                    except Exception:
+                        self.handle_error(handler, None)
 
     def handle_error(self, request, client_address):
         """A fault of our own that nothing has caught: only this connection has to go."""
         self.log.exception("internal error")
-        if isinstance(request, Handler) and request in self._connections:
+        if request in self._connections and request.state is not WORKING:
             self.drop(request)
 
     def _look_at_clocks(self):
@@ -3115,7 +3117,10 @@ class ImageServer(ThreadingHTTPServer):
         now = self.now
         for handler in list(self._connections):
             if now >= handler.deadline or handler.state is WORKING:
-                handler.check_time(now)
+                try:
+                    handler.check_time(now)
+                except Exception:
+                    self.handle_error(handler, None)
         if self._resume_accept is not None and now >= self._resume_accept and not self.draining:
             self._resume_accept = None
             self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
@@ -3156,8 +3161,11 @@ class ImageServer(ThreadingHTTPServer):
             handler = self._returned.popleft()
             handler.state = READING
             self._selector.register(handler.connection, selectors.EVENT_READ, handler.readable)
-            handler.after_answer()
-            handler.advance()
+            try:
+                handler.after_answer()
+                handler.advance()
+            except Exception:
+                self.handle_error(handler, None)
 
     def part(self, handler):
         """READING to CLOSED, by way of LINGERING where the client may still be sending.

@@ -377,6 +377,9 @@ class Watched(Server):
             if word in data:
                 at = data.index(word)
                 raise Found(f"in the log: {data[max(0, at - 200):at + 4000].decode('ascii')}")
+        fault = re.search(rb"is left out: manifest\.json: [A-Z]\w*(Error|Exception): .*", data)
+        if fault:
+            raise Found(f"a fault taken for a manifest's: {fault[0].decode('ascii')}")
         odd = re.search(rb"[^ -~\n]", data)
         if odd:
             raise Found(f"raw byte in the log: {data[max(0, odd.start() - 100):odd.end()]!r}")

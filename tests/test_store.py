@@ -18,7 +18,7 @@ TRANSPORTS = (("tcp", False), ("unix", True))
 # Runs the server as nobody, since root may read what has no mode at all.
 # What is imported late must be there before: nobody may not be able to read Python's library.
 AS_NOBODY = """
-import encodings.idna, fcntl, gzip, os, resource, termios
+import encodings.idna, fcntl, gzip, locale, os, resource, termios
 if os.getuid() == 0:
     os.setgroups([])
     os.setgid(65534)
