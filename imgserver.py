@@ -692,6 +692,18 @@ def order_of(published_at) -> str:
     return text if "." in text else text + ".000"
 
 
+def mended_file(stored: dict) -> dict:
+    """files[0] as every client can take it, of what old manifests have: a size that is a
+    text, a sha1 in upper case, an empty compression.
+    """
+    file = {key: value for key, value in stored.items() if value not in (None, "")}
+    if isinstance(file.get("size"), str) and re.fullmatch("[0-9]{1,19}", file["size"]):
+        file["size"] = int(file["size"])
+    if isinstance(file.get("sha1"), str):
+        file["sha1"] = file["sha1"].lower()
+    return file
+
+
 def is_file_name(name) -> bool:
     """Whether files[].path is a name for a file in the image's own directory, and no more."""
     try:
@@ -977,15 +989,13 @@ class Reader:
             raise Unsound(f"{image.file}: not a regular file")
         if status.st_mode & 0o444 != 0o444 and not os.access(path, os.R_OK):
             raise Unsound(f"{image.file}: {os.strerror(errno.EACCES)}")
-        file = {key: value for key, value in stored.items() if key not in ("path", "url")}
-        if isinstance(file.get("size"), str) and re.fullmatch("[0-9]{1,19}", file["size"]):
-            file["size"] = int(file["size"])
+        file = mended_file(stored)
+        file.pop("path", None)
+        file.pop("url", None)
         if file.get("size") != status.st_size:
             raise Unsound(f"{image.file}: its size is not the {file.get('size')} bytes of "
                           f"{MANIFEST} (still being copied?)")
-        if isinstance(file.get("sha1"), str):
-            file["sha1"] = file["sha1"].lower()
-        if not file.get("compression"):
+        if "compression" not in file:
             fd, _ = open_regular(path)
             with open(fd, "rb", buffering=0) as data:
                 file["compression"] = compression_of(data.read(8), image.file)
@@ -1367,6 +1377,20 @@ class Decompressor:
             raise Unsound(f"the {self.kind} data is cut short")
 
 
+def read_stream(path, compression) -> Stream:
+    """The Stream in an image file as far as its beginning tells.  Raises Unsound, OSError."""
+    stream = Stream()
+    inside = Decompressor(compression) if compression != "none" else None
+    fd, _ = open_regular(path)
+    with open(fd, "rb", buffering=0) as file:
+        chunk = file.read(CHUNK)
+        for piece in [chunk] if inside is None else inside.feed(chunk):
+            stream.feed(piece)
+            if stream.type is not None:
+                break
+    return stream
+
+
 class Lane(threading.Thread):
     """A thread that hands each chunk it is given to `work`, at most LANE chunks behind.
 
@@ -1672,19 +1696,19 @@ class Import:
         manifest = self.manifest
         if found.size == 0:
             raise Unsound("there is no data")
-        stored = (manifest.get("files") or [{}])[0]
-        for key in ("size", "sha1", "compression"):
-            if stored.get(key) not in (None, getattr(found, key)):
-                raise Unsound(f"its {key} is {getattr(found, key)}, "
-                              f"but the manifest says {stored[key]}")
+        stored = mended_file((manifest.get("files") or [{}])[0])
+        truth = {"size": found.size, "sha1": found.sha1, "compression": found.compression}
+        if found.stream.guid:
+            truth["dataset_guid"] = str(found.stream.guid)
+        for key, value in truth.items():
+            if stored.get(key, value) != value:
+                raise Unsound(f"its {key} is {value}, but the manifest says {stored[key]}")
         if self.with_stream:
             self._describe_stream(found.stream, manifest)
-        file = {"path": file_name(manifest, found.compression), **stored, "sha1": found.sha1,
-                "size": found.size, "md5": found.md5, "compression": found.compression}
+        file = {"path": file_name(manifest, found.compression), **stored, **truth,
+                "md5": found.md5}
         if not is_file_name(file["path"]):
             raise Unsound("files[0].path of the manifest is no plain file name")
-        if found.stream.guid:
-            file.setdefault("dataset_guid", str(found.stream.guid))
         manifest["files"] = [file]
 
     def _describe_stream(self, stream, manifest):
@@ -1699,18 +1723,18 @@ class Import:
             raise Unsound("the stream is incremental: --origin must name the image it builds on")
         if not stream.from_guid and origin:
             raise Unsound("the stream is not incremental, but an origin is given")
-        if origin:
-            guid = self._guid_of(origin)
-            if guid not in (None, str(stream.from_guid)):
-                raise Unsound(f"the stream does not build on image {origin}")
+        if origin and self._guid_of(origin) != str(stream.from_guid):
+            raise Unsound(f"the stream does not build on image {origin}")
 
     def _guid_of(self, origin):
-        """dataset_guid of an image on this server; None where its manifest has none."""
-        try:
-            manifest, _ = read_manifest(os.path.join(self.config.serve_dir, origin))
-            return manifest["files"][0].get("dataset_guid")
-        except (OSError, Unsound, LookupError, TypeError, AttributeError):
-            raise Unsound(f"its origin, image {origin}, is not on this server")
+        """The guid of an image's snapshot: from its manifest, else from its file."""
+        reader = Reader(self.config)
+        image = reader.read(origin, os.path.join(self.config.serve_dir, ""), (IMGAPI,))
+        if image is None or image.problem:
+            raise Unsound(f"its origin, image {origin}, is not on this server, or not sound")
+        file = image.fields()["files"][0]
+        return file.get("dataset_guid") or str(read_stream(
+            os.path.join(image.directory, image.file), file["compression"]).guid)
 
 
 # -- requests and responses --------------------------------------------------------------
@@ -3521,7 +3545,7 @@ def check_image(reader, config, uuid, quiet):
     Returns (trouble, Examination).
     """
     directory = os.path.join(config.serve_dir, uuid)
-    image = reader.read(uuid, os.path.join(config.serve_dir, ""), ())
+    image = reader.read(uuid, os.path.join(config.serve_dir, ""), (IMGAPI,))
     if image is None:
         return f"there is no {MANIFEST}", None
     if image.problem:
@@ -3545,6 +3569,9 @@ def check_image(reader, config, uuid, quiet):
     if image.md5 is not None and found.md5 != image.md5.hex():
         return f"{image.file}: its md5 is {found.md5}, not {image.md5.hex()}", found
     if found.stream.type is not None or image.type in STREAM_TYPES.values():
+        promised = image.fields()["files"][0]["compression"]
+        if found.compression != promised:
+            return f"{image.file}: its compression is {found.compression}, not {promised}", found
         trouble = found.stream.trouble()
         if trouble:
             return f"{image.file}: {trouble}", found
@@ -3659,16 +3686,20 @@ def run_smf(config, options):
     command = [options.python or sys.executable, os.path.join(directory, "imgserver.py")]
     if options.config:
         command += ["--config", os.path.abspath(options.config)]
+    if options.dir is not None:
+        command += ["--dir", config.serve_dir]
+    if options.listen is not None:
+        command += ["--listen", options.listen]
+    if options.loglevel is not None:
+        command += ["--loglevel", options.loglevel]
     privileges = "basic,!file_link_any,!proc_info,!proc_session"
     if not isinstance(config.listen, str) and config.listen[1] < 1024:
         privileges += ",net_privaddr"
     user, group = options.user, options.group
     if not user:
-        import grp
         import pwd
         user = pwd.getpwuid(os.getuid()).pw_name
-        group = group or grp.getgrgid(os.getgid()).gr_name
-    values = {"directory": directory, "user": user, "group": group or user,
+    values = {"directory": directory, "user": user, "group": group or ":default",
               "privileges": privileges, "command": shlex.join(command).replace("%", "%%"),
               "stop": int(config.drain_time) + 30}
     sys.stdout.write(SMF_MANIFEST.format(
@@ -3734,7 +3765,7 @@ def option_parser():
     sub.add_argument("--directory", help="where imgserver.py is installed (default: here)")
     sub.add_argument("--python", help="the interpreter (default: this one)")
     sub.add_argument("--user", help="who runs it (default: you)")
-    sub.add_argument("--group", help="the group (default: yours)")
+    sub.add_argument("--group", help="the group (default: the user's)")
     return parser
 
 
