@@ -2621,6 +2621,7 @@ class Handler(BaseHTTPRequestHandler):
         self.started = 0.0                # when that began (monotonic)
         self.answered = 0                 # requests so far
         self.partial = False              # a request has begun, and is not whole yet
+        self.scanned = 0                  # bytes of it in which no head ends
         self.unread = False               # the client may still be sending what nobody reads
         self.close_connection = False
         self.unsent = None                # bytes, at the last look of the clock
@@ -2678,7 +2679,11 @@ class Handler(BaseHTTPRequestHandler):
         self.asked = None
         if self.buffer[0] in b"\r\n":
             self.buffer = self.buffer.lstrip(b"\r\n")     # RFC 9112 §2.2
-        match = _HEAD.match(self.buffer)
+        # Of what was incomplete before, only the new bytes are searched for its end: matching
+        # all of it again for each byte of a slow client would cost it little and us much.
+        match = None
+        if not self.partial or _HEAD_END.search(self.buffer, self.scanned):
+            match = _HEAD.match(self.buffer)
         if match is None:
             self.wait_for_more()
             return False
@@ -2707,6 +2712,7 @@ class Handler(BaseHTTPRequestHandler):
         line = self.buffer[:HEAD_LINE_LIMIT].partition(b"\n")[0]
         self.requestline = line.decode("latin-1").rstrip("\r")
         explain_head(self.buffer)
+        self.scanned = max(0, len(self.buffer) - 2)
         if not self.partial:
             self.partial = True
             if self.answered:             # the first one's time began with the connection
