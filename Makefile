@@ -37,9 +37,9 @@ smf:
 info:
 	@echo 'Run it as a service, or by hand:'
 	@echo '    svccfg import $(MANIFEST) && svcadm enable image-server'
-	@echo '    ./imgserver.py --listen 8080'
-	@echo 'and on each machine that wants its images:'
-	@echo '    imgadm sources -a http://HOST/datasets -t dsapi'
+	@echo '    ./imgserver.py'
+	@echo 'and on each machine that wants its images, with listen_port of config.json as PORT:'
+	@echo '    imgadm sources -a http://HOST:PORT'
 
 test:
 	@$(FIND_PYTHON); "$$python" -m unittest discover -s tests -t .
@@ -75,4 +75,4 @@ uninstall:
 	echo "config.json and the images in $$directory are left"
 
 clean:
-	rm -rf __pycache__ tests/__pycache__ bench/__pycache__ $(MANIFEST).new config.json.[0-9]*
+	rm -rf __pycache__ tests/__pycache__ bench/__pycache__ $(MANIFEST).new .config.json.[0-9]*

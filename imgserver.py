@@ -207,9 +207,6 @@ class Log:
             self._second = now
             self._stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime(now))
 
-    def debug(self, text):
-        self.line("debug", text)
-
     def info(self, text):
         self.line("info", text)
 
@@ -804,6 +801,12 @@ def key_at(path):
         return None
 
 
+def raise_shortage(error):
+    """Raise an OSError again that says something of the system and nothing of the file."""
+    if error.errno in SHORTAGE:
+        raise error
+
+
 def changed_at(path):
     """The ctime of a directory in ns: of its last new, removed or renamed name."""
     key = key_at(path)
@@ -928,8 +931,7 @@ class Reader:
         except Unsound as error:
             image.problem = str(error)
         except OSError as error:
-            if error.errno in SHORTAGE:
-                raise
+            raise_shortage(error)
             if image.file is None and error.errno in (errno.ENOENT, errno.ENOTDIR):
                 return None
             image.problem = f"{image.file or MANIFEST}: {error.strerror}"
@@ -1244,7 +1246,7 @@ class Store:
             if image is None or uuid not in names or everything and not self._current(image, api):
                 self._load(uuid, api)
         # A change within the same tick of the file system's clock leaves the mtime as it is.
-        self._seen = seen if time.time_ns() - seen > RACY else None
+        self._seen = seen if abs(time.time_ns() - seen) > RACY else None
         self._apis |= {api}
         if everything:
             self._checked = now
@@ -1277,7 +1279,7 @@ class Stream:
     """
 
     def __init__(self):
-        self.type = self.name = None
+        self.type = None
         self.guid = self.from_guid = 0
         self._order = None
         self._compound = False
@@ -1286,7 +1288,7 @@ class Stream:
 
     def feed(self, data):
         self._tail = (self._tail + data[-DRR_LENGTH:])[-DRR_LENGTH:]
-        if self.type is None and len(self._head) < PROLOGUE:
+        if self._head is not None and len(self._head) < PROLOGUE:
             self._head += data[:PROLOGUE]
             self._read_begin()
 
@@ -1311,9 +1313,7 @@ class Stream:
         kind, self.guid, self.from_guid = struct.unpack_from(self._order + "I4xQQ", self._head,
                                                              at + 32)
         self.type = STREAM_TYPES.get(kind)
-        name = bytes(self._head[at + 56:at + DRR_LENGTH]).split(b"\0")[0]
-        self.name = name.decode("utf-8", "replace")
-        self._head.clear()
+        self._head = None                 # it has said what it is
 
     def trouble(self):
         """What is wrong with the stream, once all of it was fed; None where nothing is."""
@@ -1334,7 +1334,6 @@ class Decompressor:
         self.kind = kind
         self._make = getattr(self, "_" + kind)
         self._member = self._make()
-        self._fed = False
 
     # Imported where they are needed: a server that only serves has no use for them.
 
@@ -1435,11 +1434,11 @@ class Lane(threading.Thread):
 class Examination:
     """What one pass over an image file finds: size, sha1, md5, compression, stream."""
 
-    def __init__(self, with_md5=True):
+    def __init__(self):
         self.size = 0
         self.compression = None
         self.stream = Stream()
-        self._hashes = [hashlib.sha1()] + ([hashlib.md5()] if with_md5 else [])
+        self._hashes = [hashlib.sha1(), hashlib.md5()]
         self._decompressor = None
 
     @property
@@ -2241,7 +2240,8 @@ class Site:
         for name in names:
             try:
                 fd, status = open_regular(os.path.join(self.config.serve_dir, name))
-            except OSError:
+            except OSError as error:
+                raise_shortage(error)
                 continue
             kind = "text/html; charset=utf-8" if name.endswith("html") else "application/json"
             etag = hashlib.sha1(repr(key_of(status)).encode()).hexdigest()
@@ -2298,8 +2298,7 @@ class Site:
         try:
             fd, status = open_regular(os.path.join(image.directory, image.file))
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                raise
+            raise_shortage(error)
             raise not_found(f'image "{image.uuid}" has no file')
         if status.st_size != image.size:
             os.close(fd)
@@ -2483,16 +2482,21 @@ class Site:
         image, _, _ = self.one_image(request, uuid)
         if not request.may_wait:
             raise Cold
+        missing = not_found(f'image "{uuid}" has no icon')
+        if image.icon is None:
+            raise missing
         try:
-            if image.icon is None:
-                raise FileNotFoundError
             fd, status = open_regular(os.path.join(image.directory, image.icon))
-        except OSError:
-            raise not_found(f'image "{uuid}" has no icon')
-        if status.st_size > MD5_LIMIT:
+        except OSError as error:
+            raise_shortage(error)
+            raise missing
+        try:
+            if status.st_size > MD5_LIMIT:
+                raise missing
+            data = os.pread(fd, status.st_size, 0)
+        except (OSError, Refusal):
             os.close(fd)
-            raise not_found(f'image "{uuid}" has no icon')
-        data = os.pread(fd, status.st_size, 0)
+            raise
         return file_response(request, fd, status, hashlib.sha1(data).hexdigest(),
                              field("Content-Type", ICONS[image.icon]) + CORS,
                              hashlib.md5(data).digest)
@@ -3556,7 +3560,7 @@ def check_image(reader, config, uuid, quiet):
         return f"there is no {MANIFEST}", None
     if image.problem:
         return image.problem, None
-    found = Examination(with_md5=True)
+    found = Examination()
     progress = Progress(f"{uuid} {image.file}", quiet)
     try:
         fd, _ = open_regular(os.path.join(directory, image.file))
@@ -3585,11 +3589,18 @@ def check_image(reader, config, uuid, quiet):
 
 
 def record_md5(directory, found):
-    """Write the md5 of an image's file into its manifest, for Content-MD5; by rename."""
-    manifest, _ = read_manifest(directory)
-    if manifest["files"][0].get("md5") == found.md5:
+    """Write the md5 of an image's file into its manifest, for Content-MD5; by rename.
+
+    Not where the manifest has become another since the file was read.
+    """
+    try:
+        manifest, _ = read_manifest(directory)
+        file = manifest["files"][0]
+        if file["sha1"].lower() != found.sha1 or file.get("md5") == found.md5:
+            return
+    except (OSError, Unsound, LookupError, TypeError, AttributeError):
         return
-    manifest["files"][0]["md5"] = found.md5
+    file["md5"] = found.md5
     replace_file(os.path.join(directory, MANIFEST), (render_json(manifest) + "\n").encode())
 
 
@@ -3628,7 +3639,8 @@ def run_check(config, options):
             discard(config.serve_dir, uuid)
             what = "was never finished: removed"
         print(f"{INCOMING}{uuid}: {what}; last change {age / 3600:.0f} hours ago")
-    print(f"{len(uuids) - bad} of {len(uuids)} images are sound")
+    print(f"{len(uuids) - bad} of {len(uuids)} images are sound"
+          + ("" if uuids else f": there is none in {config.serve_dir}"))
     return 1 if bad else 0
 
 
@@ -3728,7 +3740,8 @@ def option_parser():
         description="An image server for SmartOS: serves a directory of images to imgadm.",
         epilog="Without a command it serves.  `imgserver.py COMMAND --help` tells more.")
     parser.set_defaults(run=run_serve)
-    parser.add_argument("--version", action="version", version=f"imgserver {__version__}")
+    parser.add_argument("--version", action="version", help="print the version",
+                        version=f"imgserver {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
 
     def command(name, run, text):
@@ -3742,13 +3755,14 @@ def option_parser():
                           help="where to listen: TCP, or a Unix socket; port 0 takes any "
                                "(default: listen_port of the configuration, 80)")
         each.add_argument("--loglevel", metavar="LEVEL", default=argparse.SUPPRESS,
-                          help="least level to log: " + ", ".join(LEVELS) + " (default: info)")
+                          help="least level to log: " + ", ".join(LEVELS)
+                               + " (default: loglevel of the configuration, info)")
     sub = command("import", run_import, "publish an image, read from standard input")
     sub.add_argument("words", nargs="*", metavar="NAME VERSION DESCRIPTION [FIELD=VALUE ...]",
                      help="what it is; any field of a manifest, as JSON or a text")
     sub.add_argument("--manifest", metavar="FILE", help="take the fields from this manifest")
     sub.add_argument("--file", metavar="FILE", help="read the image from FILE")
-    sub.add_argument("--uuid", help="its uuid (default: a new one)")
+    sub.add_argument("--uuid", metavar="UUID", help="its uuid (default: a new one)")
     sub.add_argument("--origin", metavar="UUID", help="the image an incremental one builds on")
     sub.add_argument("--os", help="its operating system (default: smartos)")
     sub.add_argument("--type", help="its type (default: zone-dataset)")
@@ -3757,10 +3771,12 @@ def option_parser():
     sub.add_argument("--no-stream-check", dest="stream_check", action="store_false",
                      help="it is no ZFS send stream")
     sub.add_argument("-q", "--quiet", action="store_true", help="no progress on a terminal")
-    command("activate", run_activate, "put an unactivated image on show").add_argument("uuid")
-    command("discard", run_discard, "throw an unactivated image away").add_argument("uuid")
+    command("activate", run_activate, "put an unactivated image on show").add_argument(
+        "uuid", metavar="UUID")
+    command("discard", run_discard, "throw an unactivated image away").add_argument(
+        "uuid", metavar="UUID")
     sub = command("check", run_check, "read every image again, and compare with its manifest")
-    sub.add_argument("uuid", nargs="*", help="only these images")
+    sub.add_argument("uuid", nargs="*", metavar="UUID", help="only these images")
     sub.add_argument("--record", action="store_true",
                      help="write the md5 of sound images into their manifests")
     sub.add_argument("--clean", action="store_true",

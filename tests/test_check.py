@@ -40,7 +40,8 @@ class TestCheck(CheckCase):
         self.assertEqual(self.check(uuid_of(2)), (0, ["1 of 1 images are sound"]))
 
     def test_an_empty_directory(self):
-        self.assertEqual(self.check(), (0, ["0 of 0 images are sound"]))
+        self.assertEqual(self.check(), (0, ["0 of 0 images are sound: there is none in "
+                                            + self.serve_dir]))
 
     def test_options_before_the_command(self):
         write_image(self.serve_dir, uuid_of(1), IMAGE)
@@ -150,7 +151,8 @@ class TestIncoming(CheckCase):
         with open(os.path.join(self.serve_dir, ".incoming-" + uuid_of(2)), "wb"):
             pass
         status, lines = self.check("--clean")
-        self.assertEqual((status, lines[-1]), (0, "0 of 0 images are sound"))
+        self.assertEqual(status, 0)
+        self.assertTrue(lines[-1].startswith("0 of 0 images are sound"), lines)
 
 
 class TestRecord(CheckCase):

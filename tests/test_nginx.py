@@ -40,8 +40,8 @@ class Nginx(ServerCase):
 
     def start_nginx(self):
         text = snippet()
-        self.assertEqual(text.count("/var/run/imgserver/imgserver.sock"), 1)
-        text = text.replace("/var/run/imgserver/imgserver.sock", self.server.address)
+        self.assertEqual(text.count("/var/imgserver/imgserver.sock"), 1)
+        text = text.replace("/var/imgserver/imgserver.sock", self.server.address)
         text = text.replace("listen 80;", f"listen 127.0.0.1:{self.port};")
         directory = os.path.join(self.directory, "nginx")
         os.mkdir(directory)
