@@ -54,6 +54,8 @@ import threading
 import time
 import traceback
 import urllib.parse
+import weakref
+from _thread import start_new_thread
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 __version__ = "1.0.0"
@@ -65,6 +67,7 @@ DSAPI, IMGAPI = "dsapi", "imgapi"
 NOBODY = "00000000-0000-0000-0000-000000000000"   # the owner of what has none (imgadm, IMGAPI)
 MANIFEST = "manifest.json"
 INCOMING = ".incoming-"                           # + uuid: an image that is not active yet
+DISCARDED = ".discarded-"                         # + uuid: one that is being removed
 ICONS = {"icon.png": "image/png", "icon.jpg": "image/jpeg", "icon.gif": "image/gif"}
 
 MANIFEST_LIMIT = 1 << 20      # bytes; tags may take 100 KiB, a description 10: nothing needs more
@@ -72,6 +75,7 @@ NUMBER_LIMIT = 20             # digits of an integer in JSON: 2**64 has 20
 RECHECK = 1.0                 # seconds until an edit in place must be seen in a list
 RECHECK_EARLY = 0.8           # seconds until a thread begins to look; ten thousand take 0.1
 RACY = 50_000_000             # ns; a mtime this young may not change with the next change yet
+LISTS_LIMIT = 128 << 20       # bytes of lists in use at once; of 10,000 images one has 13 MB
 LISTS_KEPT = 4                # rendered lists kept: each is as large as all manifests together
 MD5_LIMIT = 16 << 20          # bytes; a file up to this size is hashed when it is asked for
 
@@ -81,10 +85,9 @@ HEAD_FIELDS_LIMIT = 100       # header lines of one request
 RECEIVE = 16 << 10            # bytes asked of a socket at once: many whole requests
 ONE_PIECE = 64 << 10          # bytes; a body up to this size is copied behind its head
 PARTS = 64                    # parts of answers given to one sendmsg; POSIX allows 16 at least
-LOOP_SEND = 2 << 20           # bytes the loop tries to send at once; a thread sends the rest
-STEP = 1 << 20                # bytes given to one sendfile: signals, limits and logs stay live
+LOOP_SEND = 2 << 20           # bytes of one part that the loop tries to send at once
+STEP = 256 << 10              # bytes sent at once in a thread: 900 a second do so in stall_timeout
 SLOW_STEP = 64 << 10          # bytes, once a step took over a second: progress shows earlier
-COPY_STEP = 256 << 10         # bytes read and sent at once where sendfile is of no use
 LINGER = 2.0                  # seconds a refused client gets to read why before the socket goes
 ACCEPT_BATCH = 32             # connections accepted before those that wait are looked at again
 ACCEPT_PAUSE = 0.5            # seconds without accepting after the files ran out
@@ -484,7 +487,7 @@ SHOWN = ("v", "uuid", "owner", "name", "version", "state", "disabled", "public",
          "icon", "urn", "requirements", "users", "generate_passwords",
          "inherited_directories", "origin", "nic_driver", "disk_driver", "cpu_type",
          "image_size", "tags", "error", "channels")
-SHOWN_OF_FILE = ("sha1", "size", "compression", "dataset_guid", "digest", "uncompressedDigest")
+SHOWN_OF_FILE = ("sha1", "size", "compression", "dataset_guid")
 
 _DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{3})?Z", re.ASCII)
 _PLATFORM = re.compile(r"20(1[2-9]|[2-9]\d)\d{4}T\d{6}Z", re.ASCII)
@@ -539,7 +542,8 @@ def upgrade(v1: dict) -> dict:
 
 def downgrade(v2: dict) -> dict:
     """The v1 form of a v2 manifest: the official reverse (img2dsdiff), but keeping what v1
-    clients pass over and an upgrade brings back, so that v1 - v2 - v1 - v2 loses nothing.
+    clients pass over and an upgrade brings back, so that v1 - v2 - v1 - v2 loses nothing (but
+    that an image is private, where v1 cannot say for whom).
     """
     v1 = {key: value for key, value in v2.items()
           if key not in ("v", "owner", "state", "public", "disabled", "published_at", "icon")}
@@ -615,9 +619,11 @@ def _is_files(value):
             and type(file.get("dataset_guid", "")) is str)
 
 
+_is_platform = _matches(_PLATFORM)
+
+
 def _is_platforms(value):
-    return (isinstance(value, dict) and len(value) > 0
-            and all(_matches(_PLATFORM)(item) for item in value.values()))
+    return type(value) is dict and len(value) > 0 and all(map(_is_platform, value.values()))
 
 
 REQUIREMENTS = {
@@ -669,7 +675,7 @@ def problems(v2: dict) -> list:
         bad.append("inherited_directories")
     if "error" in v2 and v2.get("state") != "failed":
         bad.append("error")
-    return bad
+    return list(dict.fromkeys(bad))
 
 
 def shown(v2: dict) -> dict:
@@ -735,7 +741,7 @@ def as_v1(manifest: dict, v2: dict, file: dict, creator: str) -> dict:
     """What DSAPI shows of a manifest: v1, as stored if it is v1, without files[0].url.
 
     Mended are what some imgadm refuses: no creator, a file without path or compression,
-    and the fields that imgadm 1 wants after the download (imgadm.md of 2012: urn,
+    and the fields that imgadm 1 wants after the download (imgadm of 2012: urn,
     description, creator_name, published_at).
     """
     if is_v1(manifest):
@@ -850,7 +856,7 @@ class Image:
         """Whether the image on disk is still the one that was read.
 
         Its manifest and file are looked at each time; its directory, where an icon or a
-        file that no manifest names may have come, once a second.
+        file that no manifest names may have come, twice a second.
         """
         try:                              # key_of and key_at, written out: each request is here
             status = os.stat(f"{self.place}{self.uuid}/{MANIFEST}")
@@ -865,7 +871,7 @@ class Image:
                     key_at(f"{self.directory}/{MANIFEST}"),
                     self.file and key_at(f"{self.directory}/{self.file}")):
                 return False
-        if now - self.checked >= RECHECK:
+        if now - self.checked >= RECHECK / 2:
             if self.try_again or changed_at(self.directory) != self.directory_changed:
                 return False
             self.checked = now
@@ -958,7 +964,7 @@ class Reader:
         image.file = name
         file = self._look_at_file(image, stored)
         v2 = complete({**manifest, "files": [file]}, stamp(mtime))
-        icons = [icon for icon in names if icon in ICONS]
+        icons = [icon for icon in names if icon in ICONS and icon != name]
         if icons:
             image.icon, v2["icon"] = icons[0], True
         else:
@@ -1058,12 +1064,16 @@ class Listing:
                               b"Content-Encoding: gzip\r\n")
 
 
-def join_list(texts) -> bytes:
+class Body(bytearray):
+    """The bytes of a list, which the Store can tell to be in use: by a cache, or being sent."""
+
+
+def join_list(texts) -> Body:
     """A JSON array of rendered objects.
 
     Grown in place: ten thousand manifests are 13 MB, of which no second copy is wanted.
     """
-    body = bytearray()
+    body = Body()
     for text in texts:
         body += b",\n  " if body else b"[\n  "
         body += text.replace(b"\n", b"\n  ")       # no string in JSON holds a raw line end
@@ -1081,7 +1091,7 @@ class Snapshot:
 
     def __init__(self, images):
         self.images = sorted(images, key=lambda image: image.order)
-        self.listings = collections.OrderedDict()
+        self.listings = {}                # view: Listing, the oldest first
 
 
 class Store:
@@ -1100,6 +1110,8 @@ class Store:
         self._seen = None             # mtime of serve_dir at the last look at its names
         self._checked = -math.inf     # when the last look at every image began (monotonic)
         self._rechecking = False      # a thread is on its way to do that look
+        self._bodies = weakref.WeakValueDictionary()      # id: every list that is in use
+        self._bodies_lock = threading.Lock()
         self._loops = set()           # images left out because their origins form a cycle
 
     # single images
@@ -1142,6 +1154,7 @@ class Store:
                 and image.unchanged(time.monotonic()))
 
     def _read(self, uuid, api, may_wait) -> Image | None:
+        """Read an image that is not known, or has changed; None where there is none."""
         if not may_wait:
             raise Cold
         with self._lock:
@@ -1227,8 +1240,22 @@ class Store:
                 if listing is None:
                     listing = snapshot.listings[view] = render(snapshot, *view)
                     if len(snapshot.listings) > LISTS_KEPT:
-                        snapshot.listings.popitem(last=False)
+                        del snapshot.listings[next(iter(snapshot.listings))]
         return listing
+
+    def join(self, texts) -> Body:
+        """join_list, if memory for it is left.  Raises Refusal (503).
+
+        The lists of one Host are one Body, however many clients take it; filters and Host
+        headers are the clients' to make up, and each could hold one by not reading it.
+        """
+        with self._bodies_lock:
+            if sum(map(len, self._bodies.values())) > LISTS_LIMIT:
+                raise Refusal(503, "ServiceUnavailableError", "too many different lists are "
+                              "being sent", fields=b"Retry-After: 10\r\n")
+            body = join_list(texts)
+            self._bodies[id(body)] = body
+        return body
 
     def _fresh(self, api, now, age) -> bool:
         """Whether no name has changed, and every image was looked at less than age seconds ago."""
@@ -1245,17 +1272,18 @@ class Store:
             image = self._images.get(uuid)
             if image is None or uuid not in names or everything and not self._current(image, api):
                 self._load(uuid, api)
-        # A change within the same tick of the file system's clock leaves the mtime as it is.
-        self._seen = seen if abs(time.time_ns() - seen) > RACY else None
-        self._apis |= {api}
-        if everything:
-            self._checked = now
         if self._changed:
             self._changed = False
             self._snapshot = Snapshot(
                 image for image in self._images.values()
                 if not image.problem and image.state == "active"
                 and not (image.origin and self._loops_back(image, self._images.get)))
+        # What the loop takes for a sign that the snapshot is fresh comes after it.  A change
+        # within the same tick of the file system's clock leaves the mtime as it is.
+        self._seen = seen if abs(time.time_ns() - seen) > RACY else None
+        self._apis |= {api}
+        if everything:
+            self._checked = now
 
 
 # -- ZFS streams -------------------------------------------------------------------------
@@ -1567,16 +1595,18 @@ def stage(serve_dir, uuid) -> str:
     return path
 
 
-def activate(serve_dir, uuid):
+def activate(config, uuid):
     """Put a whole image on show, by one rename.  Raises Mistake."""
-    path = os.path.join(serve_dir, INCOMING + uuid)
-    if os.path.lexists(os.path.join(serve_dir, uuid)):
+    path = os.path.join(config.serve_dir, INCOMING + uuid)
+    if os.path.lexists(os.path.join(config.serve_dir, uuid)):
         raise Mistake(f"image {uuid} is active already")
-    if not os.path.exists(os.path.join(path, MANIFEST)):
-        raise Mistake(f"no whole image {uuid} waits to be activated")
+    image = Reader(config).read(uuid, os.path.join(config.serve_dir, INCOMING), (IMGAPI,))
+    if image is None or image.problem:
+        raise Mistake(f"no whole image {uuid} waits to be activated"
+                      + (f": {image.problem}" if image else ""))
     try:
-        os.rename(path, os.path.join(serve_dir, uuid))
-        sync_directory(serve_dir)
+        os.rename(path, os.path.join(config.serve_dir, uuid))
+        sync_directory(config.serve_dir)
     except OSError as error:
         raise Mistake(f"cannot activate image {uuid}: {error.strerror}")
 
@@ -1584,8 +1614,10 @@ def activate(serve_dir, uuid):
 def discard(serve_dir, uuid):
     """Throw away an image that is not active, whole or not.  Raises Mistake."""
     path = os.path.join(serve_dir, INCOMING + uuid)
+    aside = os.path.join(serve_dir, f"{DISCARDED}{uuid}.{os.getpid()}")
     try:
-        shutil.rmtree(path)
+        os.rename(path, aside)            # or it could be activated while it is taken apart
+        shutil.rmtree(aside)
     except FileNotFoundError:
         raise Mistake(f"no image {uuid} waits to be activated")
     except OSError as error:
@@ -1664,11 +1696,10 @@ class Import:
             ignore_signals()              # from here on it is a matter of a moment
             os.rename(os.path.join(path, ".file"),
                       os.path.join(path, self.manifest["files"][0]["path"]))
-            write_whole(os.path.join(path, MANIFEST),
-                        (render_json(self.manifest) + "\n").encode())
-            sync_directory(path)
+            replace_file(os.path.join(path, MANIFEST),
+                         (render_json(self.manifest) + "\n").encode())
             if activated:
-                activate(serve_dir, self.uuid)
+                activate(self.config, self.uuid)
         except BaseException as error:
             ignore_signals()
             shutil.rmtree(path, ignore_errors=True)
@@ -1703,14 +1734,16 @@ class Import:
             if stored.get(key, value) != value:
                 raise Unsound(f"its {key} is {value}, but the manifest says {stored[key]}")
         if self.with_stream:
-            self._describe_stream(found.stream, manifest)
+            self._describe_stream(found.stream)
         file = {"path": file_name(manifest, found.compression), **stored, **truth,
                 "md5": found.md5}
         if not is_file_name(file["path"]):
             raise Unsound("files[0].path of the manifest is no plain file name")
         manifest["files"] = [file]
 
-    def _describe_stream(self, stream, manifest):
+    def _describe_stream(self, stream):
+        """Hold the ZFS stream against type and origin.  Raises Unsound."""
+        manifest = self.manifest
         trouble = stream.trouble()
         if trouble:
             raise Unsound(trouble)
@@ -1890,6 +1923,7 @@ def split_target(target):
 
 
 def decode_segment(segment):
+    """A segment of a path as text.  Raises Refusal for what is no UTF-8 or holds a NUL."""
     if re.search("%(?![0-9A-Fa-f]{2})", segment):
         raise bad_request("URI malformed")
     try:
@@ -1927,8 +1961,6 @@ def field(name, value) -> bytes:
     if not value.isprintable():
         raise ValueError(f"{name} cannot hold {value!a}")
     return f"{name}: {value}\r\n".encode("latin-1")
-
-
 
 
 def json_response(value, status=200, fields=CORS) -> Response:
@@ -2220,6 +2252,7 @@ class Site:
                       fields=b"Allow: GET, HEAD, OPTIONS\r\n")
 
     def options(self, request, *_):
+        """What may be asked of a path, for scripts of other sites (CORS)."""
         headers = request.headers.get("access-control-request-headers", "")
         allow = b"GET, HEAD, OPTIONS"
         fields = b"Allow: %b\r\n%bAccess-Control-Allow-Methods: %b\r\n" % (allow, CORS, allow)
@@ -2338,9 +2371,8 @@ class Site:
         return self.list_response(request, self.store.listing(
             DSAPI, (base,), self._render_datasets, request.may_wait))
 
-    @staticmethod
-    def _render_datasets(snapshot, api, base):
-        return Listing(join_list(base.join(image.dsapi[:2]) for image in snapshot.images),
+    def _render_datasets(self, snapshot, api, base):
+        return Listing(self.store.join(base.join(image.dsapi[:2]) for image in snapshot.images),
                        list_etag(snapshot.images, api))
 
     def _thread_snapshot(self, request, api):
@@ -2349,9 +2381,8 @@ class Site:
             raise Cold
         return self.store.snapshot(api, True)
 
-    @staticmethod
-    def _plain_list(texts):
-        return Response(200, JSON_TYPE + CORS, join_list(texts))
+    def _plain_list(self, texts):
+        return Response(200, JSON_TYPE + CORS, self.store.join(texts))
 
     def dataset(self, request, uuid):
         before, after, etag = self.store.image(uuid, DSAPI, request.may_wait).dsapi
@@ -2404,7 +2435,7 @@ class Site:
 
     def _render_images(self, snapshot, api, channel, version):
         images = [image for image in snapshot.images if self.in_channel(image, channel)]
-        return Listing(join_list(image_text(image, version) for image in images),
+        return Listing(self.store.join(image_text(image, version) for image in images),
                        list_etag(images, api, version))
 
     def _select(self, request, query, channel):
@@ -2587,7 +2618,7 @@ class Copier:
     def __init__(self, sock, fd):
         self._sock = sock
         self._file = open(fd, "rb", buffering=0, closefd=False)
-        self._buffer = memoryview(bytearray(COPY_STEP))
+        self._buffer = memoryview(bytearray(STEP))
 
     def __call__(self, offset, want) -> int:
         """Send up to `want` bytes from `offset`; returns how many, 0 at the end of the file."""
@@ -2621,7 +2652,8 @@ class Handler(BaseHTTPRequestHandler):
         self.deadline = self.server.now + self.server.config.header_timeout
         self.buffer = b""
         self.asked = None                 # the Request that is being answered
-        self.out = []                     # bytes of answers that are to be sent
+        self.out = []                     # parts of answers that are to be sent
+        self.held = 0                     # bytes in them
         self.started = 0.0                # when that began (monotonic)
         self.answered = 0                 # requests so far
         self.partial = False              # a request has begun, and is not whole yet
@@ -2654,8 +2686,11 @@ class Handler(BaseHTTPRequestHandler):
             self.advance()
 
     def advance(self):
-        """Answer the whole requests in the buffer, until one needs a thread."""
-        while self.buffer and self.state is READING and self.handle_one_request():
+        """Answer the whole requests in the buffer, until one needs a thread, or there is
+        enough to send first: a client that never reads must not fill the memory.
+        """
+        while (self.buffer and self.state is READING and self.held <= ONE_PIECE
+               and self.handle_one_request()):
             pass
 
     def handle_one_request(self):
@@ -2713,6 +2748,10 @@ class Handler(BaseHTTPRequestHandler):
         """No whole request is there.  Raises Refusal where there will be none."""
         if not self.buffer:
             return
+        if self.partial and self.buffer.find(b"\n", self.scanned) < 0:
+            has_line = self.buffer.find(b"\n", 0, HEAD_LINE_LIMIT + 1) >= 0
+            if len(self.buffer) <= (HEAD_LIMIT if has_line else HEAD_LINE_LIMIT):
+                return                    # nothing that could be judged is new
         line = self.buffer[:HEAD_LINE_LIMIT].partition(b"\n")[0]
         self.requestline = line.decode("latin-1").rstrip("\r")
         explain_head(self.buffer)
@@ -2751,11 +2790,12 @@ class Handler(BaseHTTPRequestHandler):
         """
         if not self.out:
             self.server.outbox.append(self)
-        self.out.append(self.head(response))
-        size = 0
+        head, size = self.head(response), 0
+        self.out.append(head)
         if response.body and self.has_body():
             size = response.length
             self.out.append(response.body)
+        self.held += len(head) + size
         self.log_request(response.status, size)
         self.answered += 1
         return not self.close_connection
@@ -2763,11 +2803,12 @@ class Handler(BaseHTTPRequestHandler):
     def flush(self):
         """Send what was put, and have a thread send what the socket does not take."""
         out, self.out = self.out, []
+        held, self.held = self.held, 0
         try:
-            if sum(map(len, out)) <= ONE_PIECE:
+            if held <= ONE_PIECE:
                 out = [b"".join(out)]
                 sent = self.connection.send(out[0], DONTWAIT)
-                if sent == len(out[0]):
+                if sent == held:
                     self.after_answer()
                     return
             else:
@@ -2791,8 +2832,12 @@ class Handler(BaseHTTPRequestHandler):
         """What was asked so far is answered: go on, or end."""
         if self.close_connection:
             self.server.part(self)
-        else:
-            self.deadline = self.server.now + self.server.config.idle_timeout
+            return
+        config = self.server.config
+        self.deadline = self.server.now + (config.header_timeout if self.partial
+                                           else config.idle_timeout)
+        if self.buffer and not self.partial:
+            self.advance()
 
     # in a thread
 
@@ -2962,10 +3007,10 @@ class Workers:
 
     def submit(self, job):
         """Have a thread call job().  Raises RuntimeError where none can be had."""
-        if not self._idle.acquire(blocking=False):
-            threading.Thread(target=self._run, args=(job,), daemon=True).start()
-        else:
+        if self._idle.acquire(blocking=False):
             self._jobs.put(job)
+        else:
+            start_new_thread(self._run, (job,))   # Thread.start() would wait until it runs
 
     def _run(self, job):
         while True:
@@ -3051,7 +3096,7 @@ class ImageServer(ThreadingHTTPServer):
     def own_host(connection) -> str:
         """What stands for the Host header of a client of HTTP/1.0 that sends none."""
         host, port = connection.getsockname()[:2]
-        host = host[7:] if host.startswith("::ffff:") else host
+        host = (host[7:] if host.startswith("::ffff:") else host).partition("%")[0]
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def _look_at_time(self):
@@ -3197,7 +3242,6 @@ class ImageServer(ThreadingHTTPServer):
             self._selector.register(handler.connection, selectors.EVENT_READ, handler.readable)
             try:
                 handler.after_answer()
-                handler.advance()
             except Exception:
                 self.handle_error(handler, None)
 
@@ -3533,7 +3577,7 @@ def run_import(config, options):
 
 def run_activate(config, options):
     """Put an image on show that `import -n` has left unactivated."""
-    activate(config.serve_dir, checked_uuid(options.uuid))
+    activate(config, checked_uuid(options.uuid))
     return 0
 
 
@@ -3550,10 +3594,7 @@ def checked_uuid(text) -> str:
 
 
 def check_image(reader, config, uuid, quiet):
-    """What is wrong with one image, after reading all of it; None where nothing is.
-
-    Returns (trouble, Examination).
-    """
+    """Read all of an image: (what is wrong with it or None, the Examination or None)."""
     directory = os.path.join(config.serve_dir, uuid)
     image = reader.read(uuid, os.path.join(config.serve_dir, ""), (IMGAPI,))
     if image is None:
@@ -3633,6 +3674,9 @@ def run_check(config, options):
             print(f"{uuid}: {printable(trouble)}", flush=True)
         elif options.record:
             record_md5(os.path.join(config.serve_dir, uuid), found)
+    for name in os.listdir(config.serve_dir) if options.clean else ():
+        if name.startswith(DISCARDED):    # somebody was killed while removing it
+            shutil.rmtree(os.path.join(config.serve_dir, name), ignore_errors=True)
     for uuid, whole, age in [] if options.uuid else list(incoming(config.serve_dir)):
         what = "waits to be activated" if whole else "was never finished, or is still coming"
         if options.clean and not whole and age > ABANDONED:

@@ -440,7 +440,7 @@ class TestTrouble(ImportCase):
         # The image is small enough, the manifest with its long description is not.
         result = self.run_import("web", "1", "d" * 9000, command=[
             "sh", "-c", 'ulimit -f 4; exec "$@"', "sh", *self.command("web", "1", "d" * 9000)])
-        self.assertRefused(result, "the image cannot be stored")
+        self.assertRefused(result, "the image cannot be stored|cannot write")
 
     def test_a_directory_that_is_not_there(self):
         shutil.rmtree(self.serve_dir)

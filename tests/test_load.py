@@ -16,13 +16,13 @@ FEW_FILES = ("import resource; hard = resource.getrlimit(resource.RLIMIT_NOFILE)
              "resource.setrlimit(resource.RLIMIT_NOFILE, ({0}, {0}))")
 SHORT_LINGER = "imgserver.LINGER = 0.2\n"
 NO_THREADS = """
-import os, threading
-start = threading.Thread.start
-def refuse(thread):
+import os
+start = imgserver.start_new_thread
+def refuse(*job):
     if os.path.exists({flag!r}):
         raise RuntimeError("can't start new thread")
-    start(thread)
-threading.Thread.start = refuse
+    start(*job)
+imgserver.start_new_thread = refuse
 """
 
 
@@ -164,7 +164,9 @@ class Load:
         write_image(self.serve_dir, U, b"data")
         server = self.serve(unix=self.unix, config={"header_timeout": 10},
                             prelude="imgserver.SPARE_FILES = 0\n" + FEW_FILES.format(40))
+        files = server.files()
         self.assertEqual(server.get(FILE).body, b"data")
+        wait_for(lambda: server.files() == files, "the first connection's end")
         connections = self.open(server, 60)
         server.wait_log("cannot accept connections: ")
         wait_for(lambda: server.files() >= 40, "every file to be taken")
