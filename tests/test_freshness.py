@@ -1,0 +1,92 @@
+"""When the Store looks at the disk, and what it tells of it: without a server, by the clock
+that the test sets."""
+
+import os
+import time
+import unittest
+
+import imgserver
+from tests.support import ServerCase, uuid_of, write_image
+
+U = uuid_of(1)
+
+
+class Freshness(ServerCase):
+
+    def setUp(self):
+        super().setUp()
+        write_image(self.serve_dir, U)
+        self.store = self.new_store()
+        past = time.time() - 10
+        os.utime(self.serve_dir, (past, past))
+        self.store.snapshot(imgserver.DSAPI, True)
+
+    def new_store(self, **settings):
+        config = imgserver.Config({"serve_dir": self.serve_dir, **settings})
+        self.log = imgserver.Log("info", os.open(os.devnull, os.O_WRONLY))
+        self.addCleanup(os.close, self.log.fd)
+        return imgserver.Store(config, self.log)
+
+    def names(self, may_wait=False):
+        return [image.name for image in self.store.snapshot(imgserver.DSAPI, may_wait).images]
+
+    def older(self, seconds):
+        """Let the last look at everything be `seconds` longer ago."""
+        self.store._checked -= seconds
+
+    def test_what_was_just_looked_at_is_answered_at_once(self):
+        self.assertEqual(self.names(), ["test"])
+
+    def test_one_thread_looks_early_while_the_others_are_served(self):
+        write_image(self.serve_dir, U, name="edited")
+        self.older(imgserver.RECHECK_EARLY)
+        with self.assertRaises(imgserver.Cold):
+            self.names()
+        self.assertEqual(self.names(), ["test"])
+        self.assertEqual(self.names(may_wait=True), ["edited"])
+        self.assertEqual(self.names(), ["edited"])
+
+    def test_nobody_is_served_what_is_too_old(self):
+        self.older(imgserver.RECHECK)
+        for _ in range(2):
+            with self.assertRaises(imgserver.Cold):
+                self.names()
+
+    def test_a_directory_from_the_future_is_no_reason_to_look_each_time(self):
+        future = time.time() + 3600
+        os.utime(self.serve_dir, (future, future))
+        self.names(may_wait=True)
+        self.assertEqual(self.names(), ["test"])
+
+    def test_a_new_icon_is_seen_with_the_next_look(self):
+        with open(os.path.join(self.serve_dir, U, "icon.png"), "wb") as file:
+            file.write(b"icon")
+        self.store._images[U].checked -= imgserver.RECHECK_EARLY
+        self.older(imgserver.RECHECK_EARLY)
+        self.assertEqual(self.store.snapshot(imgserver.DSAPI, True).images[0].icon, "icon.png")
+
+    def test_an_image_file_is_no_icon(self):
+        write_image(self.serve_dir, uuid_of(2), path="icon.png")
+        image = self.store.image(uuid_of(2), imgserver.IMGAPI, True)
+        self.assertIsNone(image.icon)
+        self.assertNotIn("icon", image.fields())
+
+
+class ListEtags(ServerCase):
+
+    def etag(self, channels):
+        server = self.serve(config={"channels": [{"name": name} for name in channels]})
+        answer = server.get("/images?channel=*")
+        server.stop()
+        return [image["uuid"] for image in answer.json()], answer.headers["etag"]
+
+    def test_the_etag_says_which_images_are_listed(self):
+        write_image(self.serve_dir, uuid_of(1), channels=["a"])
+        write_image(self.serve_dir, uuid_of(2), channels=["b"])
+        both, one = self.etag("ab"), self.etag("a")
+        self.assertEqual((len(both[0]), len(one[0])), (2, 1))
+        self.assertNotEqual(both[1], one[1])
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,86 @@
+"""Clients that take and give as little as they can: what they may cost."""
+
+import os
+import time
+import unittest
+
+from tests.support import ServerCase, uuid_of, wait_for, write_image
+
+U = uuid_of(1)
+
+
+class Unread(ServerCase):
+    """Answers that nobody reads."""
+
+    def test_pipelined_requests_do_not_fill_the_memory(self):
+        write_image(self.serve_dir, U, tags={"text": "x" * 90000})
+        server = self.serve()
+        server.get(f"/datasets/{U}")
+        before = server.memory()
+        request = f"GET /datasets/{U} HTTP/1.1\r\nHost: a\r\n\r\n".encode()
+        connections = [server.connect() for _ in range(20)]
+        for connection in connections:
+            self.addCleanup(connection.close)
+            connection.send(request * 200)
+        wait_for(lambda: server.threads() > 20, "a thread for each of them")
+        self.assertLess(server.memory() - before, 60 << 20)
+        self.assertEqual(server.get("/ping").status, 200)
+
+    def test_all_pipelined_requests_are_answered_in_order(self):
+        for number in range(1, 6):
+            write_image(self.serve_dir, uuid_of(number), tags={"text": "x" * 30000})
+        server = self.serve()
+        order = [uuid_of(1 + number % 5) for number in range(60)]
+        with server.connect() as connection:
+            connection.send(b"".join(f"GET /images/{uuid} HTTP/1.1\r\nHost: a\r\n\r\n".encode()
+                                     for uuid in order))
+            self.assertEqual([connection.answer().json()["uuid"] for _ in order], order)
+
+    def test_many_different_lists_are_refused_before_the_memory_is_full(self):
+        for number in range(1, 140):      # 12 MB, more than the sockets take
+            write_image(self.serve_dir, uuid_of(number), tags={"text": "x" * 90000})
+        server = self.serve(prelude="imgserver.LISTS_LIMIT = 60 << 20")
+        statuses = set()
+        for number in range(12):
+            connection = server.connect()
+            self.addCleanup(connection.close)
+            connection.send(f"GET /datasets HTTP/1.1\r\nHost: h{number}\r\n\r\n".encode())
+            statuses.add(connection.recv(12))
+        self.assertEqual(statuses, {b"HTTP/1.1 200", b"HTTP/1.1 503"})
+        self.assertEqual(server.get(f"/datasets/{U}").status, 200)
+
+
+class Trickle(ServerCase):
+
+    def test_a_head_that_begins_behind_an_answered_request_has_header_timeout(self):
+        server = self.serve(config={"header_timeout": 1, "idle_timeout": 60})
+        with server.connect() as connection:
+            connection.send(b"GET /ping HTTP/1.1\r\nHost: a\r\n\r\nGET /pi")
+            self.assertEqual(connection.answer().status, 200)
+            began = time.monotonic()
+            self.assertEqual(connection.answer().status, 408)
+            self.assertLess(time.monotonic() - began, 15)
+
+    def test_a_long_head_byte_by_byte_costs_little(self):
+        server = self.serve()
+        with server.connect() as connection:
+            connection.send(b"GET /ping HTTP/1.1\r\nHost: a\r\n" + b"a: b\r\n" * 90
+                            + b"long: " + b"x" * 30000)
+            wait_for(lambda: self.cpu(server) > 0, "a first look")
+            before = self.cpu(server)
+            for _ in range(1000):
+                connection.send(b"x")
+                time.sleep(0.0002)        # so that each is a packet of its own
+            connection.send(b"\r\n\r\n")
+            self.assertEqual(connection.answer().status, 200)
+            self.assertLess(self.cpu(server) - before, 0.5)
+
+    @staticmethod
+    def cpu(server):
+        with open(f"/proc/{server.process.pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+if __name__ == "__main__":
+    unittest.main()
