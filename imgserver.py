@@ -1253,7 +1253,8 @@ class Store:
         headers are the clients' to make up, and each could hold one by not reading it.
         """
         with self._bodies_lock:
-            if sum(map(len, self._bodies.values())) > LISTS_LIMIT:
+            used = [len(body) for body in self._bodies.values()]
+            if len(used) > LISTS_KEPT and sum(used) > LISTS_LIMIT:
                 raise Refusal(503, "ServiceUnavailableError", "too many different lists are "
                               "being sent", fields=b"Retry-After: 10\r\n")
             body = join_list(texts)
