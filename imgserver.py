@@ -109,6 +109,8 @@ ABANDONED = 24 * 3600         # seconds without a change until --clean takes an 
 
 SHORTAGE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
 
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE)     # end a command
+
 EXIT_CONFIG = 96              # SMF_EXIT_ERR_CONFIG: maintenance, not restart after restart
 
 
@@ -1433,7 +1435,6 @@ class Lane(threading.Thread):
         super().__init__(daemon=True)
         self._work, self._error = work, None
         self._chunks = queue.Queue(LANE)
-        self.start()
 
     def run(self):
         for chunk in iter(self._chunks.get, None):
@@ -1486,9 +1487,14 @@ class Examination:
 
         Raises Unsound for data that does not decompress, OSError from read and write.
         """
-        lanes = []
+        lanes = [Lane(hash.update) for hash in self._hashes] + [Lane(self._look_inside)]
+        # A lane that a signal has left half started could not be ended; and the lanes leave
+        # the signals to the main thread.
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        for lane in lanes:
+            lane.start()
         try:
-            lanes += [Lane(hash.update) for hash in self._hashes] + [Lane(self._look_inside)]
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
             for chunk in iter(lambda: read(CHUNK), b""):
                 if self.compression is None:
                     chunk = self._first(chunk, read)
@@ -1533,9 +1539,6 @@ class Examination:
 # The only part that writes.  An image is made in .incoming-<uuid>, in serve_dir so that
 # one rename(2) shows it whole: its file first, flushed to disk, then the manifest, then
 # the rename.  Whatever ends a command before that leaves nothing on show.
-
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE)
-
 
 def ignore_signals():
     """Let nothing interrupt what a command does last."""
