@@ -2309,6 +2309,7 @@ class Site:
         return invalid("error", f"unknown error: {name}Error", "Missing")
 
     def manifest_response(self, request, etag, *parts):
+        """One manifest, of which `parts` are the bytes: 200, 304 or 412 (RFC 9110 §13.2.2)."""
         headers = request.headers
         fields = b'%bETag: "%b"\r\n%b' % (JSON_TYPE, etag, CORS)
         if "if-match" in headers and not etag_matches(headers["if-match"], etag.decode()):
@@ -2365,6 +2366,7 @@ class Site:
         return _quote(self.config.prefix + host + suffix)[1:-1].encode()
 
     def datasets(self, request):
+        """All active images, v1; filters as dsapid has them: by prefix, or ~part."""
         base = self.base(request)
         if request.query:
             query = parse_query(request.query)
@@ -2428,6 +2430,7 @@ class Site:
                                       for name in image.channels if name in self.channels)
 
     def images(self, request):
+        """All active images, v2, as IMGAPI's ListImages: filtered, sorted, marked, limited."""
         version = parse_accept_version(request.headers, f"{request.method} /images")
         query = parse_query(request.query) if request.query else {}
         admin_fields(query)
@@ -2517,6 +2520,7 @@ class Site:
         return self.image_file(request, image)
 
     def image_icon(self, request, uuid):
+        """The icon of an image, with the Content-MD5 that sdc-clients insist on."""
         image, _, _ = self.one_image(request, uuid)
         if not request.may_wait:
             raise Cold
@@ -3789,7 +3793,8 @@ def default_config():
     return os.path.join(os.path.dirname(os.path.abspath(__file__)), "config.json")
 
 
-def option_parser():
+def option_parser() -> argparse.ArgumentParser:
+    """The command line; `run` of what it parses is the command's function."""
     shared = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     shared.add_argument("--config", metavar="FILE",
                         help="the configuration (default: config.json beside imgserver.py)")
