@@ -30,8 +30,10 @@ from __future__ import annotations
 import argparse
 import base64
 import collections
+import contextlib
 import email.utils
 import errno
+import fcntl
 import functools
 import hashlib
 import html
@@ -2645,7 +2647,6 @@ def unsent(sock):
     A slow reader takes bytes long before the queue has room for more.  illumos cannot tell.
     """
     try:
-        import fcntl
         import termios
         return fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0\0\0\0")
     except (ImportError, AttributeError, OSError):
@@ -3338,6 +3339,24 @@ class ImageServer(ThreadingHTTPServer):
         self._ended.set()
 
 
+@contextlib.contextmanager
+def alone(path):
+    """Within it no other server looks at, removes or binds the socket `path`.
+
+    The lock is a file beside it, which is removed at the end: who waited for one that has
+    gone begins anew.  One that a killed server left locks nobody out.
+    """
+    while True:
+        with open(path + ".lock", "wb") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+            if os.fstat(lock.fileno()).st_nlink:
+                try:
+                    yield
+                finally:
+                    os.unlink(lock.name)
+                return
+
+
 class UnixImageServer(ImageServer):
     """The same on a Unix socket, for nginx on the same machine."""
 
@@ -3348,61 +3367,38 @@ class UnixImageServer(ImageServer):
         return self.config.listen, None
 
     def server_bind(self):
-        """Bind, replacing the socket file that a dead server has left; never another's.
+        """Bind and listen, replacing the socket file that a dead server has left.
 
-        The name appears when the socket listens, by link(2), which fails where there is
-        one: so a name without a listener is always that of a dead server.  Raises Mistake
-        where a server answers there, or what is there is no socket.
+        Raises Mistake where a server answers there, or what is there is no socket.
         """
         self.server_name, self.server_port = "localhost", 0
         self.server_address = path = self.config.listen
-        aside = os.path.join(os.path.dirname(path), f".{os.getpid()}")
-        # illumos asks for read and write permission of who connects (so_ux_lookup).
-        mask = os.umask(0o777 & ~int(self.config.socket_mode, 8))
-        try:
-            if os.path.lexists(aside):
-                os.unlink(aside)          # of one that had our pid, and was killed just here
-            self.socket.bind(aside)
-        finally:
-            os.umask(mask)
-        try:
-            self.socket.listen(self.request_queue_size)
-            status = os.stat(aside)
-            self._take_over(path)
-            os.link(aside, path)
-        except FileExistsError:
-            raise Mistake(f"another server listens on {path}")
-        finally:
-            os.unlink(aside)
-        self._identity = status.st_dev, status.st_ino
+        with alone(path):
+            self._clear(path)
+            # illumos asks for read and write permission of who connects (so_ux_lookup).
+            mask = os.umask(0o777 & ~int(self.config.socket_mode, 8))
+            try:
+                self.socket.bind(path)
+            finally:
+                os.umask(mask)
+            status = os.stat(path)
+            self._identity = status.st_dev, status.st_ino
+            self.socket.listen(self.request_queue_size)   # until then it looks like a dead one's
 
     @staticmethod
-    def _take_over(path):
-        """Remove the socket file of a dead server, also when two start at the same moment."""
-        probe = socket.socket(socket.AF_UNIX)
-        try:
-            status = os.lstat(path)
-            if not stat.S_ISSOCK(status.st_mode):
-                raise Mistake(f"{path} is there already, and it is no socket", EXIT_CONFIG)
-            probe.connect(path)
-        except ConnectionRefusedError:
-            pass                          # nobody listens: a server died here
-        except FileNotFoundError:
-            return
-        else:
-            raise Mistake(f"another server listens on {path}")
-        finally:
-            probe.close()
-        aside = f"{path}.{os.getpid()}"
-        try:
-            os.rename(path, aside)
-        except FileNotFoundError:
-            return                        # somebody else has removed it; link will tell
-        if os.path.samestat(os.lstat(aside), status):
-            os.unlink(aside)
-        else:
-            os.rename(aside, path)        # in between, somebody else has begun to serve
-            raise Mistake(f"another server listens on {path}")
+    def _clear(path):
+        """Remove what a dead server has left at `path`; nothing else."""
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                    raise Mistake(f"{path} is there already, and it is no socket", EXIT_CONFIG)
+                probe.connect(path)
+            except ConnectionRefusedError:
+                os.unlink(path)           # nobody listens: a server died here
+            except FileNotFoundError:
+                pass
+            else:
+                raise Mistake(f"another server listens on {path}")
 
     def describe(self):
         return self.server_address
@@ -3414,9 +3410,10 @@ class UnixImageServer(ImageServer):
     def server_close(self):
         super().server_close()
         try:
-            status = os.stat(self.server_address)
-            if (status.st_dev, status.st_ino) == self._identity:
-                os.unlink(self.server_address)
+            with alone(self.server_address):
+                status = os.stat(self.server_address)
+                if (status.st_dev, status.st_ino) == self._identity:
+                    os.unlink(self.server_address)
         except (OSError, AttributeError):
             pass                          # it is gone, or was never bound
 

@@ -22,9 +22,12 @@ SHELLS = {"dash": ["dash"], "ksh93": ["ksh93"], "bash": ["bash"], "busybox": ["b
 VM, IMAGE = uuid_of(1), uuid_of(2)
 WORDS = ("web", "1.0", "A web server")
 
-# Each begins with a line for the log: its name, and its arguments as a shell would quote them.
+# Each begins with a line for the log, in one write, since several run at once: its name, and
+# its arguments in brackets.
 NOTE = """#!/bin/sh
-{ printf '%s' "${0##*/}"; for word; do printf ' <%s>' "$word"; done; echo; } >> "$STAND/log"
+line=${0##*/}
+for word; do line="$line <$word>"; done
+printf '%s\\n' "$line" >> "$STAND/log"
 cd "$STAND"
 if [ -e "fail-${0##*/}-$1" ]; then exit 1; fi
 """

@@ -1,5 +1,6 @@
 """Starting: mistakes in the configuration, ports, and the file of a Unix socket."""
 
+import fcntl
 import json
 import os
 import re
@@ -69,9 +70,15 @@ if os.getuid() == 0:
     os.setgid(65534)
     os.setuid(65534)
 """
-# Leaves a socket bound, and not listening yet, until the file at `flag` has gone.
+# Leaves a socket bound, and not listening yet, until the file at `flag` has gone, and tells
+# when it comes to the lock that only one can hold.
 SLOW_LISTEN = """
-import os, socket, time
+import fcntl, os, socket, time
+lockf = fcntl.lockf
+def lock_noted(*arguments):
+    open({flag!r} + ".locks", "a").write("x")
+    lockf(*arguments)
+fcntl.lockf = lock_noted
 listen = socket.socket.listen
 def listen_late(sock, *backlog):
     open({flag!r} + ".bound", "w").close()
@@ -444,9 +451,10 @@ class UnixSockets(Starting):
         arguments = ("--listen", self.path(), "--dir", self.serve_dir)
         first = self.race(*arguments, prelude=SLOW_LISTEN.format(flag=flag))
         wait_for(lambda: os.path.exists(flag + ".bound"), "the first to bind")
-        second = self.race(*arguments)
-        wait_for(lambda: second.poll() is not None or self.answers(self.path()),
-                 "the second to win or to lose")
+        second = self.race(*arguments, prelude=SLOW_LISTEN.format(flag=flag))
+        wait_for(lambda: os.path.getsize(flag + ".locks") == 2, "the second to come")
+        with open(self.path() + ".lock", "ab") as lock, self.assertRaises(BlockingIOError):
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.unlink(flag)
         self.one_wins([first, second])
 
@@ -480,7 +488,15 @@ class UnixSockets(Starting):
                 self.assertNotIn(b"Traceback", process.stderr.read())
         winner.send_signal(signal.SIGTERM)
         self.assertEqual(winner.wait(PATIENCE), 0)
-        self.assertFalse(os.path.exists(self.path()))
+        self.assertEqual([name for name in os.listdir(os.path.dirname(self.path()))
+                          if name.startswith(os.path.basename(self.path()))], [])
+
+    def test_lock_that_a_killed_start_left_hinders_nobody(self):
+        with open(self.path() + ".lock", "w"):
+            pass
+        server = self.on(self.path())
+        self.assertFalse(os.path.exists(self.path() + ".lock"))
+        self.assertEqual(server.stop(), 0)
 
     def test_requests_are_logged_as_unix_and_keep_alive_works(self):
         write_image(self.serve_dir, uuid_of(1))
