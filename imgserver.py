@@ -3362,6 +3362,7 @@ class UnixImageServer(ImageServer):
 
     address_family = socket.AF_UNIX
     allow_reuse_address = False
+    _identity = None                      # (device, inode) of our socket file while it is there
 
     def place(self):
         return self.config.listen, None
@@ -3408,14 +3409,19 @@ class UnixImageServer(ImageServer):
         return "localhost"
 
     def server_close(self):
+        """Stop listening, and remove the socket file if it is ours: once, since the next
+        server's may have the same inode number while we still finish downloads.
+        """
         super().server_close()
-        try:
-            with alone(self.server_address):
-                status = os.stat(self.server_address)
-                if (status.st_dev, status.st_ino) == self._identity:
-                    os.unlink(self.server_address)
-        except (OSError, AttributeError):
-            pass                          # it is gone, or was never bound
+        identity, self._identity = self._identity, None
+        if identity is not None:
+            try:
+                with alone(self.server_address):
+                    status = os.stat(self.server_address)
+                    if (status.st_dev, status.st_ino) == identity:
+                        os.unlink(self.server_address)
+            except OSError:
+                pass                      # somebody else has removed it
 
 
 # -- commands ----------------------------------------------------------------------------

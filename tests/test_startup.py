@@ -87,6 +87,18 @@ def listen_late(sock, *backlog):
     listen(sock, *backlog)
 socket.socket.listen = listen_late
 """
+# A file system that gives the number of a removed socket's inode to the next one.
+SAME_INODE = """
+import os, stat
+real_stat, sockets = os.stat, []
+def stat_again(*arguments, **options):
+    status = real_stat(*arguments, **options)
+    if not stat.S_ISSOCK(status.st_mode):
+        return status
+    sockets.append(status)
+    return sockets[0]
+os.stat = stat_again
+"""
 
 
 class Starting(ServerCase):
@@ -429,6 +441,19 @@ class UnixSockets(Starting):
         self.assertEqual(second.get("/ping").status, 200)
         self.assertEqual(second.stop(), 0)
         self.assertFalse(os.path.exists(first.address))
+
+    def test_file_of_the_next_server_is_not_removed_after_draining(self):
+        first = self.serve(unix=True, prelude=SAME_INODE)
+        with first.connect() as begun:
+            begun.send(b"GET /ping HTTP/1.1\r\n")
+            self.assertEqual(first.get("/ping").status, 200)      # it has read that by now
+            first.send_signal(signal.SIGTERM)
+            wait_for(lambda: not os.path.exists(first.address), "draining")
+            second = self.on(first.address)
+            begun.send(b"Host: localhost\r\n\r\n")
+            self.assertEqual(begun.answer().status, 200)
+        self.assertEqual(first.process.wait(PATIENCE), 0)
+        self.assertEqual(second.get("/ping").status, 200)
 
     def test_file_that_was_replaced_by_a_plain_one_is_not_removed(self):
         server = self.serve(unix=True)
