@@ -3344,7 +3344,8 @@ def alone(path):
     """Within it no other server looks at, removes or binds the socket `path`.
 
     The lock is a file beside it, which is removed at the end: who waited for one that has
-    gone begins anew.  One that a killed server left locks nobody out.
+    gone begins anew.  One that a killed server left holds no lock, and is taken over.  Raises
+    OSError where that file cannot be written.
     """
     while True:
         with open(path + ".lock", "wb") as lock:
@@ -3397,7 +3398,7 @@ class UnixImageServer(ImageServer):
             except ConnectionRefusedError:
                 os.unlink(path)           # nobody listens: a server died here
             except FileNotFoundError:
-                pass
+                pass                      # the last one has ended well: nothing to remove
             else:
                 raise Mistake(f"another server listens on {path}")
 
