@@ -216,6 +216,15 @@ class Connection:
         self.close()
 
 
+def reachable(address):
+    """Whether somebody listens there: a socket's file is there a moment earlier."""
+    try:
+        Connection(address).close()
+        return True
+    except OSError:
+        return False
+
+
 # -- the server --------------------------------------------------------------------------
 
 class Server:

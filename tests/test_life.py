@@ -1,5 +1,6 @@
 """Signals, draining, dead DNS, addresses, hostile logs, and clocks that jump."""
 
+import json
 import os
 import re
 import select
@@ -10,8 +11,8 @@ import sys
 import time
 import unittest
 
-from tests.support import (IMGSERVER, PATIENCE, Connection, ServerCase, readable, uuid_of,
-                           wait_for, write_image)
+from tests.support import (IMGSERVER, PATIENCE, Connection, ServerCase, reachable, readable,
+                           uuid_of, wait_for, write_image)
 
 U = uuid_of(1)
 FILE = f"/datasets/{U}/image.zfs.gz"
@@ -318,7 +319,7 @@ class Logs(ServerCase):
              *options], stdin=subprocess.DEVNULL, stderr=stderr)
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
-        wait_for(lambda: os.path.exists(path) or process.poll() is not None, "the socket")
+        wait_for(lambda: reachable(path) or process.poll() is not None, "the server")
         self.assertIsNone(process.poll(), "it has ended")
         return process, path
 
@@ -363,14 +364,18 @@ class Logs(ServerCase):
         self.assertEqual(process.wait(PATIENCE), 0)
 
     def test_stderr_a_pipe_or_socket_that_nobody_reads(self):
+        config = os.path.join(self.directory, "config.json")
+        with open(config, "w") as file:
+            json.dump({"idle_timeout": 1, "header_timeout": 1}, file)
         for kind, make in (("pipe", os.pipe), ("socket", self.socket_pair)):
             with self.subTest(kind):
                 reader, writer = make()
                 self.addCleanup(os.close, reader)
-                process, path = self.start(writer)
+                process, path = self.start(writer, options=("--config", config))
                 os.close(writer)
                 self.ask_much(path)
-                time.sleep(1)             # the log is written out by a clock, with no sign of it
+                with Connection(path) as connection:    # closed later than the log is written
+                    self.assertTrue(connection.closed())
                 with open(f"/proc/{process.pid}/status") as file:
                     size = int(re.search(r"VmRSS:\s+(\d+)", file.read())[1])
                 self.assertLess(size, 80_000)
@@ -407,7 +412,7 @@ class Logs(ServerCase):
         self.addCleanup(process.stdout.close)
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
-        wait_for(lambda: os.path.exists(path), "the socket")
+        wait_for(lambda: reachable(path), "the server")
         self.ask_much(path, 50)
         process.terminate()
         self.assertEqual(process.stdout.read(), b"")

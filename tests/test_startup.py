@@ -430,7 +430,6 @@ class UnixSockets(Starting):
             stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
-        wait_for(lambda: os.path.exists(path), "the socket")
         wait_for(lambda: self.answers(path), "the server")
 
     def test_file_that_is_another_server_s_by_now_is_not_removed(self):
