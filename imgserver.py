@@ -3769,7 +3769,8 @@ SMF_MANIFEST = """\
 def run_smf(config, options):
     """Print the SMF manifest for this directory, this user and this Python."""
     directory = os.path.abspath(options.directory or os.path.dirname(__file__))
-    command = [options.python or sys.executable, os.path.join(directory, "imgserver.py")]
+    # -I, -S: only the standard library, whatever else is installed or beside imgserver.py.
+    command = [options.python or sys.executable, "-IS", os.path.join(directory, "imgserver.py")]
     if options.config:
         command += ["--config", os.path.abspath(options.config)]
     if options.dir is not None:

@@ -258,7 +258,7 @@ class ImgServer(Server):
         address = (os.path.join(bench.directory, f"ours-{images.count}") if unix
                    else ("127.0.0.1", images.port))
         listen = address if unix else "%s:%d" % address
-        command = [bench.python, IMGSERVER, "--config", path, "--dir", images.serve_dir,
+        command = [bench.python, "-IS", IMGSERVER, "--config", path, "--dir", images.serve_dir,
                    "--listen", listen, "--loglevel", "info"]
         manifest = f"/datasets/{images.uuid}"
         super().__init__(command, address, {

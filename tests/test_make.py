@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import stat
 import subprocess
@@ -10,7 +11,7 @@ import unittest
 import xml.etree.ElementTree
 
 import imgserver
-from tests.support import PATIENCE, ROOT, ServerCase, need
+from tests.support import PATIENCE, ROOT, Connection, ServerCase, need, reachable, wait_for
 
 MAKES = ("make", "bmake")
 FILES = ("Makefile", "imgserver.py", "import-image", "mkimg", "config.json",
@@ -76,6 +77,27 @@ class MakeCase(ServerCase):
 
 
 class TestMake(MakeCase):
+
+    def test_the_start_method_serves_whatever_modules_lie_beside_it(self):
+        directory = self.copy("a b")
+        with open(os.path.join(directory, "selectors.py"), "w") as file:
+            file.write("raise SystemExit('not the standard library')\n")
+        self.config(directory, {"listen_port": os.path.join(self.directory, "s.sock"),
+                                "serve_dir": self.serve_dir})
+        with open(os.path.join(directory, "image-server.smf.xml"), "w") as file:
+            subprocess.run([sys.executable, "-I", os.path.join(directory, "imgserver.py"), "smf"],
+                           stdout=file, check=True)
+        _, start = self.smf(directory)
+        process = subprocess.Popen(shlex.split(start.replace("%%", "%")),
+                                   stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        path = os.path.join(self.directory, "s.sock")
+        wait_for(lambda: reachable(path) or process.poll() is not None, "the server")
+        with Connection(path) as connection:
+            self.assertEqual(connection.request("/ping").status, 200)
+        process.terminate()
+        self.assertEqual(process.wait(PATIENCE), 0)
 
     def check_make(self, make):
         need(make)
