@@ -26,13 +26,16 @@ FORCE:
 config:
 	@$(FIND_PYTHON); "$$python" imgserver.py config
 
-# The service for this directory, user and Python; written only if that changes it.
+# The service for this directory, user and Python; written only if that changes it.  It starts
+# sooner and smaller from what Python keeps of an import, as long as imgserver.py stays the same.
+COMPILE = -ES -c 'import sys; sys.path.insert(0, sys.argv[1]); import imgserver'
 smf:
 	@$(FIND_PYTHON); \
 	trap 'rm -f $(MANIFEST).new' 0; trap 'exit 1' 1 2 15; \
 	"$$python" imgserver.py smf $(SMF_FLAGS) > $(MANIFEST).new || exit 1; \
 	if cmp -s $(MANIFEST).new $(MANIFEST); then :; \
-	else mv -f $(MANIFEST).new $(MANIFEST) && echo 'wrote $(MANIFEST)'; fi
+	else mv -f $(MANIFEST).new $(MANIFEST) && echo 'wrote $(MANIFEST)'; fi; \
+	"$$python" $(COMPILE) .
 
 info:
 	@echo 'Run it as a service, or by hand:'
@@ -67,11 +70,14 @@ install:
 	"$$python" "$$directory/imgserver.py" smf --directory '$(PREFIX)' $(SMF_FLAGS) \
 	    > "$$directory/.new" && chmod 644 "$$directory/.new" && \
 	mv -f "$$directory/.new" "$$directory/$(MANIFEST)" && \
+	"$$python" $(COMPILE) "$$directory" && \
 	echo "installed in $$directory; its service: svccfg import '$(PREFIX)/$(MANIFEST)'"
 
 uninstall:
 	@directory='$(DESTDIR)$(PREFIX)'; \
-	for file in $(PROGRAMS) $(TEXTS) $(MANIFEST); do rm -f "$$directory/$$file" || exit 1; done; \
+	for file in $(PROGRAMS) $(TEXTS) $(MANIFEST) __pycache__; do \
+	    rm -rf "$$directory/$$file" || exit 1; \
+	done; \
 	echo "config.json and the images in $$directory are left"
 
 clean:

@@ -75,7 +75,9 @@ ICONS = {"icon.png": "image/png", "icon.jpg": "image/jpeg", "icon.gif": "image/g
 MANIFEST_LIMIT = 1 << 20      # bytes; tags may take 100 KiB, a description 10: nothing needs more
 NUMBER_LIMIT = 20             # digits of an integer in JSON: 2**64 has 20
 RECHECK = 1.0                 # seconds until an edit in place must be seen in a list
-RECHECK_EARLY = 0.8           # seconds until a thread begins to look; ten thousand take 0.1
+RECHECK_SOON = 0.6            # seconds until requests for lists begin to look, a part each
+RECHECK_EARLY = 0.8           # seconds by which they are through, or a thread begins to look
+LOOK_AHEAD = 0.005            # seconds such a part of a look may take: more, and the disk is slow
 RACY = 50_000_000             # ns; a mtime this young may not change with the next change yet
 LISTS_LIMIT = 128 << 20       # bytes of lists in use at once; of 10,000 images one has 13 MB
 LISTS_KEPT = 4                # rendered lists kept: each is as large as all manifests together
@@ -1117,6 +1119,8 @@ class Store:
         self._seen = None             # mtime of serve_dir at the last look at its names
         self._checked = -math.inf     # when the last look at every image began (monotonic)
         self._rechecking = False      # a thread is on its way to do that look
+        self._ahead = None            # [the images, how many were looked at, since when]: the
+                                      # look that the loop does in parts, if it is at one
         self._bodies = weakref.WeakValueDictionary()      # id: every list that is in use
         self._bodies_lock = threading.Lock()
         self._loops = set()           # images left out because their origins form a cycle
@@ -1220,15 +1224,16 @@ class Store:
         """All active images, rendered for api.  Raises Cold, and OSError from serve_dir."""
         now = time.monotonic()
         if self._fresh(api, now, RECHECK):
-            if now - self._checked < RECHECK_EARLY or self._rechecking and not may_wait:
+            if (now - self._checked < RECHECK_SOON
+                    or not may_wait and (self._rechecking or self._look_ahead(now))):
                 return self._snapshot
-            # The first to come late has a thread look again; the others are still served.
+            # This one has a thread look again; the others are still served.
             self._rechecking = True
         if not may_wait:
             raise Cold
         with self._lock:
             try:
-                if not self._fresh(api, time.monotonic(), RECHECK_EARLY):
+                if not self._fresh(api, time.monotonic(), RECHECK_SOON):
                     self._look(api)
             finally:
                 self._rechecking = False
@@ -1270,10 +1275,33 @@ class Store:
         return (api in self._apis and now - self._checked < age
                 and os.stat(self.directory).st_mtime_ns == self._seen)
 
+    def _look_ahead(self, now) -> bool:
+        """In the loop: look at as many images as are due now.  False: let a thread look.
+
+        A thread that looks at ten thousand trades the interpreter's lock with the loop at
+        every stat; where lists are asked for all the time, the loop itself is done sooner.
+        """
+        if now - self._checked >= RECHECK_EARLY:
+            self._ahead = None
+            return False
+        if self._ahead is None or self._ahead[2] < self._checked:
+            self._ahead = [list(self._images.values()), 0, now]
+        images, count, since = self._ahead
+        due = len(images) * min(1, (now - since) / (RECHECK_EARLY - RECHECK_SOON) * 2)
+        while count < due:
+            if not images[count].unchanged(now) or time.monotonic() - now > LOOK_AHEAD:
+                self._ahead = None
+                return False
+            count += 1
+        self._ahead[1] = count
+        if count == len(images):
+            self._checked, self._ahead = since, None
+        return True
+
     def _look(self, api):
         """Look at every name, and at every image if that is due; the lock is held."""
         now = time.monotonic()
-        everything = now - self._checked >= RECHECK_EARLY or api not in self._apis
+        everything = now - self._checked >= RECHECK_SOON or api not in self._apis
         seen = os.stat(self.directory).st_mtime_ns
         names = {name for name in os.listdir(self.directory) if is_uuid(name)}
         for uuid in sorted(names | set(self._images)):
@@ -3769,8 +3797,9 @@ SMF_MANIFEST = """\
 def run_smf(config, options):
     """Print the SMF manifest for this directory, this user and this Python."""
     directory = os.path.abspath(options.directory or os.path.dirname(__file__))
-    # -I, -S: only the standard library, whatever else is installed or beside imgserver.py.
-    command = [options.python or sys.executable, "-IS", os.path.join(directory, "imgserver.py")]
+    # As a module of the working directory it is read from __pycache__, where `make` compiles it:
+    # compiling costs each start 8 MiB that never come back.  -S: nothing but the standard library.
+    command = [options.python or sys.executable, "-ES", "-m", "imgserver"]
     if options.config:
         command += ["--config", os.path.abspath(options.config)]
     if options.dir is not None:

@@ -212,7 +212,8 @@ class Server:
         self.address, self.targets = address, targets
         self.began = time.monotonic()
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL,
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                        cwd=os.path.dirname(IMGSERVER))
         try:
             wait_for(lambda: self.answers(what), f"{what}'s first answer")
         except BaseException:
@@ -258,8 +259,8 @@ class ImgServer(Server):
         address = (os.path.join(bench.directory, f"ours-{images.count}") if unix
                    else ("127.0.0.1", images.port))
         listen = address if unix else "%s:%d" % address
-        command = [bench.python, "-IS", IMGSERVER, "--config", path, "--dir", images.serve_dir,
-                   "--listen", listen, "--loglevel", "info"]
+        command = [bench.python, "-ES", "-m", "imgserver", "--config", path,
+                   "--dir", images.serve_dir, "--listen", listen, "--loglevel", "info"]
         manifest = f"/datasets/{images.uuid}"
         super().__init__(command, address, {
             "first": "/ping", "list": "/datasets", "manifest": manifest,
@@ -963,7 +964,8 @@ def main():
             find_tool(tool)
         with contextlib.ExitStack() as stack:
             directory = tempfile.mkdtemp(prefix="imgbench-",
-                                         dir=options.dir or default_place(options.quick))
+                                         dir=os.path.abspath(options.dir) if options.dir else
+                                         default_place(options.quick))
             stack.callback(shutil.rmtree, directory, ignore_errors=True)
             bench = Bench(options, stack, directory)
             values = measure_all(bench, works, options.rounds)

@@ -4,6 +4,7 @@ that the test sets."""
 import os
 import time
 import unittest
+from unittest import mock
 
 import imgserver
 from tests.support import ServerCase, uuid_of, write_image
@@ -31,8 +32,10 @@ class Freshness(ServerCase):
         return [image.name for image in self.store.snapshot(imgserver.DSAPI, may_wait).images]
 
     def older(self, seconds):
-        """Let the last look at everything be `seconds` longer ago."""
+        """Let the last look at everything be `seconds` longer ago, and one that goes on too."""
         self.store._checked -= seconds
+        if self.store._ahead is not None:
+            self.store._ahead[2] -= seconds
 
     def test_what_was_just_looked_at_is_answered_at_once(self):
         self.assertEqual(self.names(), ["test"])
@@ -51,6 +54,46 @@ class Freshness(ServerCase):
         for _ in range(2):
             with self.assertRaises(imgserver.Cold):
                 self.names()
+
+    def begin_to_look(self):
+        """Have the loop begin a look in parts; what is left to half of its time."""
+        self.older(imgserver.RECHECK_SOON)
+        self.assertEqual(self.names(), ["test"])
+        return (imgserver.RECHECK_EARLY - imgserver.RECHECK_SOON) / 2
+
+    def test_the_loop_looks_itself_where_lists_are_asked_for_often(self):
+        time_left = self.begin_to_look()
+        for _ in range(3):
+            self.older(time_left)
+            self.assertEqual(self.names(), ["test"])
+            self.older(imgserver.RECHECK_SOON - time_left)
+            self.assertEqual(self.names(), ["test"])
+
+    def test_what_the_loop_finds_changed_is_read_by_a_thread(self):
+        write_image(self.serve_dir, U, name="edited")
+        self.older(self.begin_to_look())
+        with self.assertRaises(imgserver.Cold):
+            self.names()
+        self.assertEqual(self.names(), ["test"])
+        self.assertEqual(self.names(may_wait=True), ["edited"])
+        self.assertEqual(self.names(), ["edited"])
+
+    def test_a_slow_disk_is_looked_at_by_a_thread(self):
+        with mock.patch.object(imgserver, "LOOK_AHEAD", -1):
+            self.older(self.begin_to_look())
+            with self.assertRaises(imgserver.Cold):
+                self.names()
+        self.assertEqual(self.names(may_wait=True), ["test"])
+        self.assertEqual(self.names(), ["test"])
+
+    def test_a_look_in_parts_that_was_left_is_begun_anew(self):
+        self.begin_to_look()
+        self.older(imgserver.RECHECK)
+        self.assertEqual(self.names(may_wait=True), ["test"])
+        time_left = self.begin_to_look()
+        self.older(time_left)
+        for _ in range(2):
+            self.assertEqual(self.names(), ["test"])
 
     def test_a_directory_from_the_future_is_no_reason_to_look_each_time(self):
         future = time.time() + 3600

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import stat
@@ -78,26 +79,41 @@ class MakeCase(ServerCase):
 
 class TestMake(MakeCase):
 
-    def test_the_start_method_serves_whatever_modules_lie_beside_it(self):
-        directory = self.copy("a b")
-        with open(os.path.join(directory, "selectors.py"), "w") as file:
-            file.write("raise SystemExit('not the standard library')\n")
-        self.config(directory, {"listen_port": os.path.join(self.directory, "s.sock"),
-                                "serve_dir": self.serve_dir})
-        with open(os.path.join(directory, "image-server.smf.xml"), "w") as file:
-            subprocess.run([sys.executable, "-I", os.path.join(directory, "imgserver.py"), "smf"],
-                           stdout=file, check=True)
-        _, start = self.smf(directory)
-        process = subprocess.Popen(shlex.split(start.replace("%%", "%")),
-                                   stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    def test_the_start_method_serves_from_what_make_compiled(self):
+        directory = self.copy()
+        path = os.path.join(self.directory, "s.sock")
+        self.config(directory, {"listen_port": path, "serve_dir": self.serve_dir})
+        self.run_make("make", directory, "smf")
+        place, start = self.smf(directory)
+        self.assertEqual(place, directory)
+        start = shlex.split(start)
+        result = subprocess.run([start[0], "-v", *start[1:], "--version"], cwd=place,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        self.assertRegex(result.stderr, "code object from '.*/__pycache__/imgserver[.]")
+        process = subprocess.Popen(start, cwd=place, stdin=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
-        path = os.path.join(self.directory, "s.sock")
         wait_for(lambda: reachable(path) or process.poll() is not None, "the server")
         with Connection(path) as connection:
             self.assertEqual(connection.request("/ping").status, 200)
         process.terminate()
         self.assertEqual(process.wait(PATIENCE), 0)
+
+    def test_what_make_compiled_is_never_older_than_the_source(self):
+        directory = self.copy()
+        self.run_make("make", directory, "smf")
+        path = os.path.join(directory, "imgserver.py")
+        os.utime(path, (0, 0))                        # an old file, such as a release has
+        self.run_make("make", directory, "smf")
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(re.sub('__version__ = "[0-9]', '__version__ = "9', text))
+        _, start = self.smf(directory)
+        result = subprocess.run([*shlex.split(start), "--version"], cwd=directory,
+                                stdout=subprocess.PIPE, text=True)
+        self.assertIn(" 9", result.stdout)
 
     def check_make(self, make):
         need(make)
@@ -114,13 +130,14 @@ class TestMake(MakeCase):
                 place, start = self.smf(directory)
                 self.assertEqual(os.path.realpath(place), os.path.realpath(directory))
                 run = subprocess.run(["sh", "-c", start.replace("%%", "%") + " --version"],
-                                     stdout=subprocess.PIPE, check=True)
+                                     cwd=place, stdout=subprocess.PIPE, check=True)
                 self.assertTrue(run.stdout.startswith(b"imgserver "))
                 made = state(directory)
                 self.run_make(make, directory)
                 self.assertEqual(state(directory), made)
                 self.run_make(make, directory, "clean")
-                self.assertEqual(state(directory), made)
+                self.assertEqual(state(directory), {path: made[path] for path in made
+                                                    if not path.endswith(".pyc")})
 
     def test_gnu_make(self):
         self.check_make("make")
@@ -237,10 +254,11 @@ class TestInstall(MakeCase):
                 before = state(source)
                 self.run_make(make, source, "install", *words)
                 self.assertEqual(state(source), before)
-                self.assertEqual(set(os.listdir(target)), {*FILES, "README.md"} - {"Makefile"})
+                self.assertEqual(set(os.listdir(target)),
+                                 {*FILES, "README.md", "__pycache__"} - {"Makefile"})
                 place, start = self.smf(target)
                 self.assertEqual(place, "/opt/img server")
-                self.assertIn("'/opt/img server/imgserver.py'", start)
+                self.assertTrue(start.endswith(" -ES -m imgserver"), start)
                 with open(os.path.join(target, "image-server.smf.xml")) as file:
                     self.assertIn('user="web" group="www"', file.read())
                 mine = self.config(target, {"listen_port": 8080})
@@ -300,7 +318,7 @@ class TestFiles(unittest.TestCase):
 
     def test_smf_manifests_are_well_formed(self):
         for directory in ("/opt/imgserver", "/opt/a&b <c> 'd' \"e\" \u00e9", "/opt/100%"):
-            root = xml.etree.ElementTree.fromstring(self.render(directory))
+            root = xml.etree.ElementTree.fromstring(self.render(directory, "--dir", directory))
             self.assertEqual(root.find(".//method_context").get("working_directory"), directory)
             start = root.find(".//exec_method[@name='start']").get("exec")
             self.assertEqual(start.count("%%"), directory.count("%"))
