@@ -2254,7 +2254,10 @@ class Site:
     def answer(self, request) -> Response:
         """The Response to a Request.  Raises Cold; every fault is a Response."""
         try:
-            return self._route(request)(self, request, *request.segments[1:2])
+            route = self._route(request)
+            if len(request.segments) > 1:
+                return route(self, request, request.segments[1])
+            return route(self, request)
         except Refusal as refusal:
             return refusal_response(refusal)
         except OSError as error:
