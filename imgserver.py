@@ -90,11 +90,8 @@ RECEIVE = 16 << 10            # bytes asked of a socket at once: many whole requ
 ONE_PIECE = 64 << 10          # bytes; a body up to this size is copied behind its head
 PARTS = 64                    # parts of answers given to one sendmsg; POSIX allows 16 at least
 LOOP_SEND = 2 << 20           # bytes of one part that the loop tries to send at once
-STEP = 256 << 10              # bytes sent at once in a thread: 900 a second do so in stall_timeout
-# Bytes, once a step took under 0.1 s; but where the queue cannot be asked (see unsent), a
-# client that slows down after that could not be told from one that has stalled.
-FAST_STEP = 1 << 20 if sys.platform == "linux" else STEP
-SLOW_STEP = 64 << 10          # bytes, once a step took over 1 s: progress shows earlier
+STEP = 256 << 10              # bytes sent at once in a thread, so that the client can begin early
+FULL_STEP = 512 << 10         # bytes, once the socket was full: then fewer steps cost less
 LINGER = 2.0                  # seconds a refused client gets to read why before the socket goes
 ACCEPT_BATCH = 32             # connections accepted before those that wait are looked at again
 ACCEPT_PAUSE = 0.5            # seconds without accepting after the files ran out
@@ -2635,9 +2632,9 @@ ROUTES = {
 # The answers of one turn of the loop go out together at its end: the clients of the first
 # ones are not woken in between, which costs as much as answering (virtual machines most).
 #
-# Sockets stay in blocking mode: the loop's own calls say MSG_DONTWAIT, the threads' do
-# not.  Only the loop changes a state, registers or closes a socket.  Every state has a
-# deadline, and the loop looks at all of them once a second.
+# Sockets do not block; a thread waits with poll for one that is full.  Only the loop changes
+# a state, registers or closes a socket.  Every state has a deadline, and the loop looks at
+# all of them once a second.
 
 READING, WORKING, LINGERING, CLOSED = "reading", "working", "lingering", "closed"
 
@@ -2647,9 +2644,6 @@ STATUS_LINES = {int(status): b"HTTP/1.1 %d %b\r\nServer: imgserver/%b\r\nDate: "
 # What sendfile says where it is of no use for a socket or file (illumos, old kernels).
 _NO_SENDFILE = frozenset((errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EAFNOSUPPORT,
                           errno.ENOSYS, errno.ENOTSOCK))
-
-
-DONTWAIT = int(socket.MSG_DONTWAIT)       # a plain int: the enum costs a look-up each time
 
 
 class Truncated(Exception):
@@ -2663,12 +2657,20 @@ class Copier:
         self._sock = sock
         self._file = open(fd, "rb", buffering=0, closefd=False)
         self._buffer = memoryview(bytearray(STEP))
+        self._held = self._buffer[:0]     # what was read and is not sent yet
 
     def __call__(self, offset, want) -> int:
-        """Send up to `want` bytes from `offset`; returns how many, 0 at the end of the file."""
-        self._file.seek(offset)
-        count = self._file.readinto(self._buffer[:min(want, STEP)])
-        self._sock.sendall(self._buffer[:count])
+        """Send up to `want` bytes from `offset`; returns how many, 0 at the end of the file.
+
+        Offsets follow each other, as the bytes that were sent do.
+        """
+        if not self._held:
+            self._file.seek(offset)
+            self._held = self._buffer[:self._file.readinto(self._buffer[:min(want, STEP)])]
+            if not self._held:
+                return 0
+        count = self._sock.send(self._held)
+        self._held = self._held[count:]
         return count
 
 
@@ -2684,18 +2686,13 @@ def unsent(sock):
         return None
 
 
-def step_after(began) -> int:
-    """How many bytes to send at once after a step that began at `began` (monotonic)."""
-    took = time.monotonic() - began
-    return FAST_STEP if took < 0.1 else SLOW_STEP if took > 1 else STEP
-
-
 class Handler(BaseHTTPRequestHandler):
     """One connection: its buffer, its state, and the request that is being answered."""
 
     def setup(self):
         """Called once the connection is accepted, in place of http.server's files."""
         self.connection = self.request
+        self.connection.setblocking(False)
         self.requestline = self.address = ""
         self.state = READING
         self.deadline = self.server.now + self.server.config.header_timeout
@@ -2723,7 +2720,7 @@ class Handler(BaseHTTPRequestHandler):
     def readable(self):
         """There are bytes, or the client has gone."""
         try:
-            data = self.connection.recv(RECEIVE, DONTWAIT)
+            data = self.connection.recv(RECEIVE)
         except BlockingIOError:
             return
         except OSError:
@@ -2856,14 +2853,13 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if held <= ONE_PIECE:
                 out = [b"".join(out)]
-                sent = self.connection.send(out[0], DONTWAIT)
+                sent = self.connection.send(out[0])
                 if sent == held:
                     self.after_answer()
                     return
             else:
                 out = [memoryview(part) for part in out]
-                sent = self.connection.sendmsg([part[:LOOP_SEND] for part in out[:PARTS]], (),
-                                               DONTWAIT)
+                sent = self.connection.sendmsg([part[:LOOP_SEND] for part in out[:PARTS]])
         except BlockingIOError:
             sent = 0
         except OSError:
@@ -2945,14 +2941,14 @@ class Handler(BaseHTTPRequestHandler):
         parts, self.out = self.out, []
         self.moving()
         more = getattr(socket, "MSG_MORE", 0)     # Linux: do not send half a packet yet
-        step = STEP
         for part in parts:
             flags = more if more_follows or part is not parts[-1] else 0
             data = memoryview(part)
             while data:
-                began = time.monotonic()
-                data = data[self.connection.send(data[:step], flags):]
-                step = step_after(began)
+                try:
+                    data = data[self.connection.send(data[:FULL_STEP], flags):]
+                except BlockingIOError:
+                    self.wait_writable()
                 self.moving()
 
     def send_file(self, response):
@@ -2969,7 +2965,6 @@ class Handler(BaseHTTPRequestHandler):
         offset, end, step = response.offset, response.offset + response.length, STEP
         while offset < end:
             want = min(step, end - offset)
-            began = time.monotonic()
             try:
                 if by_kernel:
                     count = os.sendfile(self.connection.fileno(), response.file, offset, want)
@@ -2978,6 +2973,7 @@ class Handler(BaseHTTPRequestHandler):
                     count = copy(offset, want)
             except BlockingIOError:
                 self.wait_writable()
+                step = FULL_STEP
                 continue
             except OSError as error:
                 if not by_kernel or error.errno not in _NO_SENDFILE:
@@ -2987,7 +2983,6 @@ class Handler(BaseHTTPRequestHandler):
             if not 0 < count <= want:
                 raise Truncated(f"truncated at {offset} of {end} bytes (sent {count})")
             offset += count
-            step = step_after(began)
             yield offset - response.offset
 
     def wait_writable(self):
@@ -3275,7 +3270,6 @@ class ImageServer(ThreadingHTTPServer):
     def _do(self, handler, job):
         """In a thread: do the job, and give the connection back to the loop."""
         try:
-            handler.connection.setblocking(True)  # accept may have passed on the listener's mode
             job()
         except Exception:
             handler.close_connection = True
