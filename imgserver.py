@@ -2632,9 +2632,9 @@ ROUTES = {
 # The answers of one turn of the loop go out together at its end: the clients of the first
 # ones are not woken in between, which costs as much as answering (virtual machines most).
 #
-# Sockets do not block; a thread waits with poll for one that is full.  Only the loop changes
-# a state, registers or closes a socket.  Every state has a deadline, and the loop looks at
-# all of them once a second.
+# Sockets do not block; a thread waits with poll for one that is full, or has it block until
+# the loop takes it back.  Only the loop changes a state, registers or closes a socket.  Every
+# state has a deadline, and the loop looks at all of them once a second.
 
 READING, WORKING, LINGERING, CLOSED = "reading", "working", "lingering", "closed"
 
@@ -2651,26 +2651,22 @@ class Truncated(Exception):
 
 
 class Copier:
-    """Sends parts of a file through a buffer of its own, where sendfile is of no use."""
+    """Sends parts of a file through a buffer of its own, where sendfile is of no use.
+
+    It makes the socket block: a Unix socket polls as full until it is nearly empty.
+    """
 
     def __init__(self, sock, fd):
         self._sock = sock
+        self._sock.setblocking(True)
         self._file = open(fd, "rb", buffering=0, closefd=False)
-        self._buffer = memoryview(bytearray(STEP))
-        self._held = self._buffer[:0]     # what was read and is not sent yet
+        self._buffer = memoryview(bytearray(STEP))    # 900 a second are so many in stall_timeout
 
     def __call__(self, offset, want) -> int:
-        """Send up to `want` bytes from `offset`; returns how many, 0 at the end of the file.
-
-        Offsets follow each other, as the bytes that were sent do.
-        """
-        if not self._held:
-            self._file.seek(offset)
-            self._held = self._buffer[:self._file.readinto(self._buffer[:min(want, STEP)])]
-            if not self._held:
-                return 0
-        count = self._sock.send(self._held)
-        self._held = self._held[count:]
+        """Send up to `want` bytes from `offset`; returns how many, 0 at the end of the file."""
+        self._file.seek(offset)
+        count = self._file.readinto(self._buffer[:min(want, STEP)])
+        self._sock.sendall(self._buffer[:count])
         return count
 
 
@@ -3285,6 +3281,7 @@ class ImageServer(ThreadingHTTPServer):
         while self._returned:
             handler = self._returned.popleft()
             handler.state = READING
+            handler.connection.setblocking(False)
             self._selector.register(handler.connection, selectors.EVENT_READ, handler.readable)
             try:
                 handler.after_answer()

@@ -9,7 +9,8 @@ import struct
 import time
 import unittest
 
-from tests.support import (ServerCase, uuid_of, wait_for, write_image, write_v2)
+from tests.support import (PATIENCE, ServerCase, readable, uuid_of, wait_for, write_image,
+                           write_v2)
 
 UUID = uuid_of(1)
 FILE = f"/datasets/{UUID}/image.zfs.gz"
@@ -460,6 +461,22 @@ class Clients(FileCase):
                 for first in (0, 1, 2, 3):
                     self.assertEqual(connection.answer().body, DATA[first:])
                     self.assertEqual(connection.answer().json()["ping"], "pong")
+
+    def test_after_a_download_who_reads_nothing_holds_up_nobody(self):
+        for number in range(3, 400):                  # a list larger than the socket's buffers
+            write_image(self.serve_dir, uuid_of(number), description="x" * 5000)
+        write_image(self.serve_dir, uuid_of(2), DATA)
+        os.utime(self.serve_dir, (1, 1))              # or a thread would look for changes
+        for transport, unix in TRANSPORTS:
+            with self.subTest(transport):
+                server = self.serve(unix=unix)
+                server.get("/datasets", {"Host": "h"})    # from now on the loop sends it
+                with server.connect() as connection:
+                    answer = connection.request(f"/datasets/{uuid_of(2)}/image.zfs.gz")
+                    self.assertEqual(answer.body, DATA)
+                    ask(connection, "/datasets")
+                    self.assertTrue(readable(connection.sock, PATIENCE))
+                    self.assertEqual(server.get("/ping").status, 200)
 
 
 # -- parts and conditions --------------------------------------------------------------------
