@@ -1278,7 +1278,7 @@ class Store:
         A thread that looks at ten thousand trades the interpreter's lock with the loop at
         every stat; where lists are asked for all the time, the loop itself is done sooner.
         """
-        if now - self._checked >= RECHECK_EARLY:
+        if self._changed or now - self._checked >= RECHECK_EARLY:
             self._ahead = None
             return False
         if self._ahead is None or self._ahead[2] < self._checked:

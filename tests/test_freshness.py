@@ -78,6 +78,14 @@ class Freshness(ServerCase):
         self.assertEqual(self.names(may_wait=True), ["edited"])
         self.assertEqual(self.names(), ["edited"])
 
+    def test_what_was_read_alone_meanwhile_is_put_into_the_list_by_a_thread(self):
+        write_image(self.serve_dir, U, name="edited")
+        self.assertEqual(self.store.image(U, imgserver.DSAPI, True).name, "edited")
+        self.older(imgserver.RECHECK_SOON)
+        with self.assertRaises(imgserver.Cold):
+            self.names()
+        self.assertEqual(self.names(may_wait=True), ["edited"])
+
     def test_a_slow_disk_is_looked_at_by_a_thread(self):
         with mock.patch.object(imgserver, "LOOK_AHEAD", -1):
             self.older(self.begin_to_look())
