@@ -34,8 +34,8 @@ smf:
 	trap 'rm -f $(MANIFEST).new' 0; trap 'exit 1' 1 2 15; \
 	"$$python" imgserver.py smf $(SMF_FLAGS) > $(MANIFEST).new || exit 1; \
 	if cmp -s $(MANIFEST).new $(MANIFEST); then :; \
-	else mv -f $(MANIFEST).new $(MANIFEST) && echo 'wrote $(MANIFEST)'; fi; \
-	"$$python" $(COMPILE) .
+	else mv -f $(MANIFEST).new $(MANIFEST) && echo 'wrote $(MANIFEST)'; fi && \
+	umask 022 && "$$python" $(COMPILE) .
 
 info:
 	@echo 'Run it as a service, or by hand:'
@@ -70,7 +70,7 @@ install:
 	"$$python" "$$directory/imgserver.py" smf --directory '$(PREFIX)' $(SMF_FLAGS) \
 	    > "$$directory/.new" && chmod 644 "$$directory/.new" && \
 	mv -f "$$directory/.new" "$$directory/$(MANIFEST)" && \
-	"$$python" $(COMPILE) "$$directory" && \
+	umask 022 && "$$python" $(COMPILE) "$$directory" && \
 	echo "installed in $$directory; its service: svccfg import '$(PREFIX)/$(MANIFEST)'"
 
 uninstall:

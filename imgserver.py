@@ -836,6 +836,7 @@ class Image:
     place       what stands before its uuid in the path of its directory
     problem     None, or one sentence for the log; then the fields below it are not set
     try_again   the problem may be one of the moment, such as an error of the disk
+    device      the file system that it is on; None where its files are on several
     dsapi       (before, after, etag) of its v1 manifest as bytes: files[0].url stands between
                 the two, up to the part that the Host header decides; None when never asked for
     imgapi      (before, channels, etag) of its v2 manifest as bytes, without the last "}"
@@ -843,7 +844,7 @@ class Image:
     """
 
     __slots__ = ("uuid", "place", "manifest_key", "file_key", "directory_changed", "checked",
-                 "problem", "try_again", "file", "path", "size", "sha1", "md5", "state",
+                 "problem", "try_again", "device", "file", "path", "size", "sha1", "md5", "state",
                  "order", "name", "version", "os", "type", "origin", "owner", "public", "acl",
                  "billing_tags", "channels", "icon", "dsapi", "imgapi")
 
@@ -851,18 +852,18 @@ class Image:
         self.uuid, self.place = uuid, place
         self.manifest_key = self.file_key = self.directory_changed = None
         self.checked, self.try_again = 0.0, False
-        self.problem = self.file = self.origin = self.icon = None
+        self.problem = self.file = self.origin = self.icon = self.device = None
         self.dsapi = self.imgapi = None
 
     @property
     def directory(self) -> str:
         return self.place + self.uuid
 
-    def unchanged(self, now) -> bool:
+    def unchanged(self, now, for_list=False) -> bool:
         """Whether the image on disk is still the one that was read.
 
         Its manifest and file are looked at each time; its directory, where an icon or a
-        file that no manifest names may have come, twice a second.
+        file that no manifest names may have come, twice a second and for lists.
         """
         try:                              # key_of and key_at, written out: each request is here
             status = os.stat(f"{self.place}{self.uuid}/{MANIFEST}")
@@ -877,7 +878,7 @@ class Image:
                     key_at(f"{self.directory}/{MANIFEST}"),
                     self.file and key_at(f"{self.directory}/{self.file}")):
                 return False
-        if now - self.checked >= RECHECK / 2:
+        if for_list or now - self.checked >= RECHECK / 2:
             if self.try_again or changed_at(self.directory) != self.directory_changed:
                 return False
             self.checked = now
@@ -936,9 +937,12 @@ class Reader:
         directory = place + uuid
         image.checked = time.monotonic()
         try:
-            image.directory_changed = changed_at(directory)
+            status = os.stat(directory)
+            image.directory_changed, image.device = status.st_ctime_ns, status.st_dev
             manifest, status = read_manifest(directory)
             image.manifest_key = key_of(status)
+            if status.st_dev != image.device:
+                image.device = None
             self._fill(image, manifest, os.listdir(directory), status.st_mtime, apis)
         except Unsound as error:
             image.problem = str(error)
@@ -999,6 +1003,8 @@ class Reader:
         path = f"{image.directory}/{image.file}"
         status = os.stat(path)
         image.file_key = key_of(status)
+        if status.st_dev != image.device:
+            image.device = None
         if not stat.S_ISREG(status.st_mode):
             raise Unsound(f"{image.file}: not a regular file")
         if status.st_mode & 0o444 != 0o444 and not os.access(path, os.R_OK):
@@ -1114,6 +1120,7 @@ class Store:
         self._apis = frozenset()      # what all images of the snapshot are rendered for
         self._changed = True          # an image has been read since the snapshot was made
         self._seen = None             # mtime of serve_dir at the last look at its names
+        self._device = None           # the file system it was on then
         self._checked = -math.inf     # when the last look at every image began (monotonic)
         self._rechecking = False      # a thread is on its way to do that look
         self._ahead = None            # [the images, how many were looked at, since when]: the
@@ -1157,9 +1164,9 @@ class Store:
         return image
 
     @staticmethod
-    def _current(image, api) -> bool:
+    def _current(image, api, for_list=False) -> bool:
         return ((image.problem is not None or getattr(image, api) is not None)
-                and image.unchanged(time.monotonic()))
+                and image.unchanged(time.monotonic(), for_list))
 
     def _read(self, uuid, api, may_wait) -> Image | None:
         """Read an image that is not known, or has changed; None where there is none."""
@@ -1177,14 +1184,15 @@ class Store:
         apis = self._apis | {api} | {other for other in (DSAPI, IMGAPI)
                                      if before is not None and getattr(before, other)}
         image = self._reader.read(uuid, self.place, apis)
-        was_sound = before is not None and not before.problem
+        # Set before the image is: the loop may look between the two (see _look_ahead).
+        self._changed |= (before is not None and not before.problem
+                          or image is not None and not image.problem)
         if image is None:
             if self._images.pop(uuid, None) is not None:
                 self.log.info(f"image {uuid} is gone")
         else:
             self._images[uuid] = image
             self._say(image, before)
-        self._changed |= was_sound or image is not None and not image.problem
         return image
 
     def _say(self, image, before):
@@ -1277,6 +1285,7 @@ class Store:
 
         A thread that looks at ten thousand trades the interpreter's lock with the loop at
         every stat; where lists are asked for all the time, the loop itself is done sooner.
+        Other file systems than that of serve_dir are not for the loop: one may hang.
         """
         if self._changed or now - self._checked >= RECHECK_EARLY:
             self._ahead = None
@@ -1286,7 +1295,8 @@ class Store:
         images, count, since = self._ahead
         due = len(images) * min(1, (now - since) / (RECHECK_EARLY - RECHECK_SOON) * 2)
         while count < due:
-            if not images[count].unchanged(now) or time.monotonic() - now > LOOK_AHEAD:
+            if (images[count].device != self._device or not images[count].unchanged(now, True)
+                    or time.monotonic() - now > LOOK_AHEAD):
                 self._ahead = None
                 return False
             count += 1
@@ -1299,11 +1309,13 @@ class Store:
         """Look at every name, and at every image if that is due; the lock is held."""
         now = time.monotonic()
         everything = now - self._checked >= RECHECK_SOON or api not in self._apis
-        seen = os.stat(self.directory).st_mtime_ns
+        status = os.stat(self.directory)
+        seen, self._device = status.st_mtime_ns, status.st_dev
         names = {name for name in os.listdir(self.directory) if is_uuid(name)}
         for uuid in sorted(names | set(self._images)):
             image = self._images.get(uuid)
-            if image is None or uuid not in names or everything and not self._current(image, api):
+            if image is None or uuid not in names \
+                    or everything and not self._current(image, api, True):
                 self._load(uuid, api)
         if self._changed:
             self._changed = False
@@ -2943,9 +2955,9 @@ class Handler(BaseHTTPRequestHandler):
             while data:
                 try:
                     data = data[self.connection.send(data[:FULL_STEP], flags):]
+                    self.moving()
                 except BlockingIOError:
                     self.wait_writable()
-                self.moving()
 
     def send_file(self, response):
         """Send a part of a file; yields how many bytes have gone out so far.
@@ -2956,7 +2968,7 @@ class Handler(BaseHTTPRequestHandler):
         was sent by this call, so that copying goes on at the same place.
         """
         copy = None
-        by_kernel = (hasattr(os, "sendfile")
+        by_kernel = (hasattr(os, "sendfile") and sys.version_info >= (3, 9, 1)  # bpo-42237
                      and self.connection.family in (socket.AF_INET, socket.AF_INET6))
         offset, end, step = response.offset, response.offset + response.length, STEP
         while offset < end:
@@ -2982,10 +2994,14 @@ class Handler(BaseHTTPRequestHandler):
             yield offset - response.offset
 
     def wait_writable(self):
-        """Wait until the socket takes bytes again; the loop ends a wait that is too long."""
+        """Wait until the socket takes bytes again, or it is time to see whether it has ended.
+
+        The loop shuts down a socket that has waited too long, which wakes poll on Linux;
+        nobody says that it does elsewhere.
+        """
         poll = select.poll()
         poll.register(self.connection, select.POLLOUT)
-        poll.poll()
+        poll.poll(TICK * 1000)
 
     # time limits, called by the loop once a second
 

@@ -345,6 +345,9 @@ class Bench:
 
     def __init__(self, options, stack, directory):
         self.quick, self.python, self.directory = options.quick, options.python, directory
+        # Have it compiled, as `make` does for the service.
+        subprocess.run([self.python, "-ES", "-c", "import sys; sys.path.insert(0, sys.argv[1]); "
+                        "import imgserver", os.path.dirname(IMGSERVER)], check=True)
         self.nginx = find_tool("nginx")
         self.wrk = find_tool("wrk")
         built = subprocess.run([self.nginx, "-V"], stderr=subprocess.PIPE, text=True).stderr
@@ -947,6 +950,7 @@ def parse_options():
                         help="where the images are made, 3 GiB (default: a temporary directory; "
                              "quick: /dev/shm)")
     options = parser.parse_args()
+    options.python = os.path.abspath(shutil.which(options.python) or options.python)
     options.rounds = options.rounds or (1 if options.quick else 5)
     return options
 

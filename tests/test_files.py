@@ -366,6 +366,19 @@ def small(handler):
 imgserver.Handler.setup = small
 """
 
+# A system where nothing but time ends a poll.
+NEVER_WOKEN = """
+import select, time
+class Poll:
+    def register(self, *_):
+        pass
+    def poll(self, timeout=None):
+        if timeout == 0:                              # the log's question
+            return True
+        time.sleep(1e6 if timeout is None else timeout / 1000)
+select.poll = Poll
+"""
+
 
 class Clients(FileCase):
 
@@ -450,6 +463,15 @@ class Clients(FileCase):
                 slow.close()
                 stalled.close()
                 self.assertIdle(server, files)
+
+    def test_who_takes_nothing_is_cut_where_that_wakes_no_thread(self):
+        server = self.serve(config={"stall_timeout": 1}, prelude=NEVER_WOKEN)
+        files = self.quiet_files(server)
+        connection, length, _ = begin(server)
+        with connection:
+            server.wait_log("taken nothing")
+            self.assertLess(take(connection, b"", length)[1], length)
+            self.assertIdle(server, files)
 
     def test_fifty_at_once_get_every_byte(self):
         write_image(self.serve_dir, uuid_of(2), DATA)

@@ -2,6 +2,8 @@
 that the test sets."""
 
 import os
+import shutil
+import tempfile
 import time
 import unittest
 from unittest import mock
@@ -78,6 +80,14 @@ class Freshness(ServerCase):
         self.assertEqual(self.names(may_wait=True), ["edited"])
         self.assertEqual(self.names(), ["edited"])
 
+    def test_a_new_icon_is_found_by_the_loop_too(self):
+        time_left = self.begin_to_look()
+        with open(os.path.join(self.serve_dir, U, "icon.png"), "wb") as file:
+            file.write(b"icon")
+        self.older(time_left)
+        with self.assertRaises(imgserver.Cold):
+            self.names()
+
     def test_what_was_read_alone_meanwhile_is_put_into_the_list_by_a_thread(self):
         write_image(self.serve_dir, U, name="edited")
         self.assertEqual(self.store.image(U, imgserver.DSAPI, True).name, "edited")
@@ -93,6 +103,29 @@ class Freshness(ServerCase):
                 self.names()
         self.assertEqual(self.names(may_wait=True), ["test"])
         self.assertEqual(self.names(), ["test"])
+
+    def test_another_file_system_is_looked_at_by_a_thread(self):
+        self.begin_to_look()
+        self.names()
+        other = tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+        self.addCleanup(shutil.rmtree, other)
+        if os.stat(other).st_dev == os.stat(self.serve_dir).st_dev:
+            self.skipTest("there is no second file system")
+        for name in ("manifest.json", "image.zfs.gz", ""):
+            with self.subTest(name):
+                path = os.path.join(self.serve_dir, U, name).rstrip("/")
+                there = os.path.join(other, name or "whole")
+                shutil.move(path, there)
+                os.symlink(there, path)
+                os.utime(self.serve_dir, (1, 1))
+                self.older(imgserver.RECHECK)
+                self.assertEqual(self.names(may_wait=True), ["test"])
+                self.older(self.begin_to_look())
+                with self.assertRaises(imgserver.Cold):
+                    self.names()
+                self.assertEqual(self.names(may_wait=True), ["test"])
+                os.unlink(path)
+                shutil.move(there, path)
 
     def test_a_look_in_parts_that_was_left_is_begun_anew(self):
         self.begin_to_look()
@@ -112,7 +145,6 @@ class Freshness(ServerCase):
     def test_a_new_icon_is_seen_with_the_next_look(self):
         with open(os.path.join(self.serve_dir, U, "icon.png"), "wb") as file:
             file.write(b"icon")
-        self.store._images[U].checked -= imgserver.RECHECK_EARLY
         self.older(imgserver.RECHECK_EARLY)
         self.assertEqual(self.store.snapshot(imgserver.DSAPI, True).images[0].icon, "icon.png")
 
