@@ -100,6 +100,23 @@ class TestMake(MakeCase):
         process.terminate()
         self.assertEqual(process.wait(PATIENCE), 0)
 
+    def test_what_make_compiled_can_be_read_by_the_service_s_user(self):
+        directory = self.copy()
+        for target in ("smf", "install"):
+            place = directory if target == "smf" else os.path.join(self.directory, "installed")
+            self.run_make("sh", directory, "-c", f"umask 077; exec make {target} PREFIX={place}")
+            place = os.path.join(place, "__pycache__")
+            for path in (place, *(os.path.join(place, name) for name in os.listdir(place))):
+                self.assertEqual(os.stat(path).st_mode & 0o044, 0o044, path)
+
+    def test_a_manifest_that_cannot_be_written_fails_make(self):
+        directory = self.copy()
+        path = os.path.join(directory, "image-server.smf.xml")
+        os.unlink(path)
+        os.makedirs(os.path.join(path, "image-server.smf.xml.new"))       # mv has no way out
+        result = self.run_make("make", directory, "smf", status=None)
+        self.assertNotEqual(result.returncode, 0)
+
     def test_what_make_compiled_is_never_older_than_the_source(self):
         directory = self.copy()
         self.run_make("make", directory, "smf")
