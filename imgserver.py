@@ -1293,7 +1293,8 @@ class Store:
         if self._ahead is None or self._ahead[2] < self._checked:
             self._ahead = [list(self._images.values()), 0, now]
         images, count, since = self._ahead
-        due = len(images) * min(1, (now - since) / (RECHECK_EARLY - RECHECK_SOON) * 2)
+        time_given = (RECHECK_EARLY - RECHECK_SOON) / 2       # the other half is in reserve
+        due = len(images) * min(1, (now - since) / time_given)
         while count < due:
             if (images[count].device != self._device or not images[count].unchanged(now, True)
                     or time.monotonic() - now > LOOK_AHEAD):
