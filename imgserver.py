@@ -1528,13 +1528,9 @@ class Examination:
         Raises Unsound for data that does not decompress, OSError from read and write.
         """
         lanes = [Lane(hash.update) for hash in self._hashes] + [Lane(self._look_inside)]
-        # A lane that a signal has left half started could not be ended; and the lanes leave
-        # the signals to the main thread.
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         for lane in lanes:
             lane.start()
         try:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
             for chunk in iter(lambda: read(CHUNK), b""):
                 if self.compression is None:
                     chunk = self._first(chunk, read)
@@ -1580,10 +1576,32 @@ class Examination:
 # one rename(2) shows it whole: its file first, flushed to disk, then the manifest, then
 # the rename.  Whatever ends a command before that leaves nothing on show.
 
-def ignore_signals():
-    """Let nothing interrupt what a command does last."""
+def interrupted(number, frame):
+    for each in ENDING:                   # the next one must not disturb the tidying up
+        signal.signal(each, lambda number, frame: None)
+    raise Mistake(f"ended by {signal.Signals(number).name}", 128 + number)
+
+
+def hold_signals():
+    """From now on a signal that ends a command waits for the next `interruptible` call.
+
+    Raised at just any moment, its exception could be lost: Python drops what is raised in a
+    weak reference's callback or in __del__.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     for number in ENDING:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, interrupted)
+
+
+def interruptible(call):
+    """`call`, as one that may wait for long: while it does, a signal ends the command."""
+    def calling(*arguments):
+        held = signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+        try:
+            return call(*arguments)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+    return calling
 
 
 def sync_directory(path):
@@ -1618,7 +1636,6 @@ def replace_file(path, data):
         os.rename(aside, path)
         sync_directory(os.path.dirname(path))
     except BaseException as error:
-        ignore_signals()
         if os.path.exists(aside):
             os.unlink(aside)
         if isinstance(error, OSError):
@@ -1734,13 +1751,10 @@ class Import:
         Raises Mistake, in one sentence, for whatever is wrong with the data or the disk.
         """
         serve_dir = self.config.serve_dir
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         path = stage(serve_dir, self.uuid)
         try:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
             found = self._receive(source, os.path.join(path, ".file"))
             self._describe(found)
-            ignore_signals()              # from here on it is a matter of a moment
             os.rename(os.path.join(path, ".file"),
                       os.path.join(path, self.manifest["files"][0]["path"]))
             replace_file(os.path.join(path, MANIFEST),
@@ -1748,7 +1762,6 @@ class Import:
             if activated:
                 activate(self.config, self.uuid)
         except BaseException as error:
-            ignore_signals()
             shutil.rmtree(path, ignore_errors=True)
             if isinstance(error, Unsound):
                 raise Mistake(f"image refused: {error}")
@@ -1761,7 +1774,7 @@ class Import:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         with open(fd, "wb") as file:
             os.fchmod(fd, 0o644)
-            found.run(source.read, file.write, self.progress)
+            found.run(interruptible(source.read), file.write, self.progress)
             file.flush()
             os.fsync(fd)
             if os.fstat(fd).st_size != found.size:
@@ -3626,7 +3639,7 @@ def run_import(config, options):
             raise Mistake("the image is read from standard input: `... < FILE`", 2)
     else:
         try:
-            source = open(options.file, "rb")
+            source = interruptible(open)(options.file, "rb")
         except OSError as error:
             raise Mistake(f"cannot read {options.file}: {error.strerror}")
     progress = Progress("imported", options.quiet)
@@ -3669,7 +3682,7 @@ def check_image(reader, config, uuid, quiet):
     try:
         fd, _ = open_regular(os.path.join(directory, image.file))
         with open(fd, "rb", buffering=0) as file:
-            found.run(file.read, progress=progress)
+            found.run(interruptible(file.read), progress=progress)
     except Unsound as error:
         return f"{image.file}: {error}", found
     except OSError as error:
@@ -3919,10 +3932,6 @@ def load_config(options) -> Config:
     return config
 
 
-def interrupted(number, frame):
-    raise Mistake(f"ended by {signal.Signals(number).name}", 128 + number)
-
-
 def main(arguments=None) -> int:
     """Run a command.  Returns its exit status; user mistakes are one sentence on stderr."""
     for fd in (0, 1, 2):                  # or the next socket would be taken for stderr
@@ -3936,8 +3945,7 @@ def main(arguments=None) -> int:
     try:
         config = load_config(options)
         if options.run is not run_serve:
-            for number in ENDING:
-                signal.signal(number, interrupted)
+            hold_signals()
         status = options.run(config, options)
         sys.stdout.flush()
         return status

@@ -469,6 +469,29 @@ class TestTrouble(ImportCase):
                     (), process.returncode, process.stdout.read(), process.stderr.read()),
                     f"ended by {number.name}")
 
+    def test_a_signal_where_an_exception_would_be_lost(self):
+        # Python drops what is raised in __del__; the command must end all the same.
+        code = """if True:
+            import os, signal, sys
+            import imgserver
+
+            class Dropped:
+                def __del__(self):
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+            class Stream(imgserver.Stream):
+                def __init__(self):
+                    super().__init__()
+                    Dropped()
+
+            imgserver.Stream = Stream
+            sys.exit(imgserver.main())
+            """
+        result = self.run_import(command=[
+            sys.executable, "-c", code, "import", "--dir", self.serve_dir, *WORDS])
+        self.assertEqual(result.returncode, 128 + signal.SIGTERM)
+        self.assertRefused(result, "ended by SIGTERM")
+
     def test_the_sender_goes_away(self):
         process = self.begun()
         output, errors = process.communicate(timeout=PATIENCE)
