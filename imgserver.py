@@ -308,6 +308,17 @@ def parse_json(data: bytes):
     return value
 
 
+def parse_object(data: bytes) -> dict:
+    """The JSON object in `data`.  Raises ValueError, worded to follow the name of a file."""
+    try:
+        value = parse_json(data)
+    except ValueError as error:
+        raise ValueError(f"is not JSON: {error}")
+    if not isinstance(value, dict):
+        raise ValueError("is not a JSON object")
+    return value
+
+
 def render_json(value, pad="\n") -> str:
     """JSON as every answer has it: ASCII, indented by two spaces.
 
@@ -448,7 +459,7 @@ class Config:
         """Read a config.json.  Raises Mistake where it is not there or not right."""
         try:
             with open(path, "rb") as file:
-                values = parse_json(file.read())
+                values = parse_object(file.read())
         except FileNotFoundError:
             if must_exist:
                 raise Mistake(f"there is no {path}", EXIT_CONFIG)
@@ -456,9 +467,7 @@ class Config:
         except OSError as error:
             raise Mistake(f"cannot read {path}: {error.strerror}", EXIT_CONFIG)
         except ValueError as error:
-            raise Mistake(f"{path} is not JSON: {error}", EXIT_CONFIG)
-        if not isinstance(values, dict):
-            raise Mistake(f"{path} is not a JSON object", EXIT_CONFIG)
+            raise Mistake(f"{path} {error}", EXIT_CONFIG)
         return cls(values, os.path.dirname(os.path.abspath(path)))
 
     def check_serve_dir(self):
@@ -904,14 +913,11 @@ def read_manifest(directory):
     try:
         if status.st_size > MANIFEST_LIMIT:
             raise Unsound(f"{MANIFEST} is larger than {MANIFEST_LIMIT} bytes")
-        manifest = parse_json(os.read(fd, status.st_size))
+        return parse_object(os.read(fd, status.st_size)), status
     except ValueError as error:
-        raise Unsound(f"{MANIFEST} is not JSON: {error}")
+        raise Unsound(f"{MANIFEST} {error}")
     finally:
         os.close(fd)
-    if not isinstance(manifest, dict):
-        raise Unsound(f"{MANIFEST} is not a JSON object")
-    return manifest, status
 
 
 _UNRESERVED = re.compile("[A-Za-z0-9._~-]*").fullmatch         # RFC 3986 §2.3
@@ -3586,14 +3592,12 @@ def manifest_to_import(config, options) -> dict:
     given = {"os": options.os, "type": options.type, "origin": options.origin}
     if options.manifest:
         try:
-            with open(options.manifest, "rb") as file:
-                manifest = parse_json(file.read(MANIFEST_LIMIT))
+            with interruptible(open)(options.manifest, "rb") as file:
+                manifest = parse_object(interruptible(file.read)(MANIFEST_LIMIT))
         except OSError as error:
             raise Mistake(f"cannot read {options.manifest}: {error.strerror}")
         except ValueError as error:
-            raise Mistake(f"{options.manifest} is not JSON: {error}")
-        if not isinstance(manifest, dict):
-            raise Mistake(f"{options.manifest} is not a JSON object")
+            raise Mistake(f"{options.manifest} {error}")
         manifest = {key: value for key, value in manifest.items() if key not in ("state", "icon")}
         if not is_v1(manifest):
             manifest = {"v": 2, "uuid": None, "owner": NOBODY, "public": True, "disabled": False,
@@ -3881,6 +3885,8 @@ def option_parser() -> argparse.ArgumentParser:
                           help="least level to log: " + ", ".join(LEVELS)
                                + " (default: loglevel of the configuration, info)")
     sub = command("import", run_import, "publish an image, read from standard input")
+    sub.usage = ("%(prog)s [OPTION ...] NAME VERSION DESCRIPTION [FIELD=VALUE ...] < IMAGE\n"
+                 "       %(prog)s [OPTION ...] --manifest FILE [FIELD=VALUE ...] < IMAGE")
     sub.add_argument("words", nargs="*", metavar="NAME VERSION DESCRIPTION [FIELD=VALUE ...]",
                      help="what it is; any field of a manifest, as JSON or a text")
     sub.add_argument("--manifest", metavar="FILE", help="take the fields from this manifest")

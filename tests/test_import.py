@@ -469,6 +469,19 @@ class TestTrouble(ImportCase):
                     (), process.returncode, process.stdout.read(), process.stderr.read()),
                     f"ended by {number.name}")
 
+    def test_a_signal_while_a_file_keeps_it_waiting(self):
+        pipe = os.path.join(self.directory, "pipe")
+        os.mkfifo(pipe)
+        for option in ("--manifest", "--file"):
+            with self.subTest(option):
+                process = self.start(option, pipe, *WORDS)
+                with open(pipe, "wb"):    # which waits until the import opens it
+                    process.send_signal(signal.SIGTERM)
+                    process.wait(PATIENCE)
+                self.assertRefused(subprocess.CompletedProcess(
+                    (), process.returncode, process.stdout.read(), process.stderr.read()),
+                    "ended by SIGTERM")
+
     def test_a_signal_where_an_exception_would_be_lost(self):
         # Python drops what is raised in __del__; the command must end all the same.
         code = """if True:
