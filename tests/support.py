@@ -369,3 +369,27 @@ class ServerCase(unittest.TestCase):
 def readable(sock, seconds):
     """Whether a socket has bytes (or its end) to read within some seconds."""
     return bool(select.select([sock], [], [], seconds)[0])
+
+
+class OneServer:
+    """For a ServerCase whose cases all ask one server, and must leave it well."""
+
+    unix = False
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.home = tempfile.mkdtemp(prefix="imgserver-test-")
+        cls.addClassCleanup(shutil.rmtree, cls.home, ignore_errors=True)
+        cls.images = os.path.join(cls.home, "images")
+        cls.fill()
+        cls.server = Server(cls.home, cls.images, unix=cls.unix)
+        cls.addClassCleanup(cls.server.kill)
+
+    def setUp(self):
+        super().setUp()
+        self.logged = len(self.server.log())
+
+    def tearDown(self):
+        self.assertIsNone(self.server.process.poll())
+        self.assertNotIn("Traceback", self.server.log()[self.logged:])

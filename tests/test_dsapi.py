@@ -254,9 +254,9 @@ class Filters(Case):
                 self.assertEqual(answer.body.decode("ascii"), json.dumps(answer.json(), indent=2))
 
     def test_order_is_by_time_then_uuid(self):
-        for number, time in ((1, "2020-01-01T00:00:00Z"), (2, "2011-01-01T00:00:00Z"),
+        for number, stamp in ((1, "2020-01-01T00:00:00Z"), (2, "2011-01-01T00:00:00Z"),
                              (3, "2015-01-01T00:00:00Z"), (4, "2011-01-01T00:00:00Z")):
-            support.write_image(self.serve_dir, uuid_of(number), published_at=time)
+            support.write_image(self.serve_dir, uuid_of(number), published_at=stamp)
         server = self.serve()
         for target in ("/datasets", "/datasets?name=test"):
             with self.subTest(target):

@@ -1,11 +1,8 @@
 """Where a request begins and ends: heads, limits, bodies, pipelines, over both sockets."""
 
-import os
-import shutil
-import tempfile
 import time
 
-from tests.support import Server, ServerCase, uuid_of, wait_for, write_image
+from tests.support import OneServer, ServerCase, uuid_of, wait_for, write_image
 
 IMAGE = uuid_of(1)
 DATA = b"one small image"
@@ -110,29 +107,12 @@ def request(method, target="/ping", fields=b"", version="1.1"):
     return f"{method} {target} HTTP/{version}\r\nHost: a\r\n".encode() + fields + b"\r\n"
 
 
-class Framing:
+class Framing(OneServer):
     """The cases; each is run once on TCP and once on a Unix socket."""
 
-    unix = False
-
     @classmethod
-    def setUpClass(cls):
-        super().setUpClass()
-        cls.home = tempfile.mkdtemp(prefix="imgserver-test-")
-        cls.addClassCleanup(shutil.rmtree, cls.home, ignore_errors=True)
-        images = os.path.join(cls.home, "images")
-        os.mkdir(images)
-        write_image(images, IMAGE, DATA)
-        cls.server = Server(cls.home, images, unix=cls.unix)
-        cls.addClassCleanup(cls.server.kill)
-
-    def setUp(self):
-        super().setUp()
-        self.logged = len(self.server.log())
-
-    def tearDown(self):
-        self.assertIsNone(self.server.process.poll())
-        self.assertNotIn("Traceback", self.server.log()[self.logged:])
+    def fill(cls):
+        write_image(cls.images, IMAGE, DATA)
 
     def refused(self, data, status, code=None):
         """`data` gets one error answer, which ends the connection though the client stays."""

@@ -1,13 +1,11 @@
 """What can be reached by a request target, and what cannot, over both sockets."""
 
 import os
-import shutil
 import socket
-import tempfile
 import time
 import unittest
 
-from tests.support import Server, ServerCase, uuid_of, write_image, write_manifest, write_v2
+from tests.support import OneServer, ServerCase, uuid_of, write_image, write_manifest, write_v2
 
 U = uuid_of(1)
 OTHER = uuid_of(2)
@@ -114,17 +112,11 @@ MALFORMED = (
 )
 
 
-class Paths:
+class Paths(OneServer):
     """Requests to one directory with much in it that is not to be had."""
 
-    unix = False
-
     @classmethod
-    def setUpClass(cls):
-        super().setUpClass()
-        cls.home = tempfile.mkdtemp(prefix="imgserver-test-")
-        cls.addClassCleanup(shutil.rmtree, cls.home, ignore_errors=True)
-        cls.images = os.path.join(cls.home, "images")
+    def fill(cls):
         for number in (1, 2, 0xabc):
             write_image(cls.images, uuid_of(number), DATA)
         os.rename(os.path.join(cls.images, OTHER), os.path.join(cls.images, f".incoming-{OTHER}"))
@@ -138,16 +130,6 @@ class Paths:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(path, "w") as file:
                 file.write(SECRET)
-        cls.server = Server(cls.home, cls.images, unix=cls.unix)
-        cls.addClassCleanup(cls.server.kill)
-
-    def setUp(self):
-        super().setUp()
-        self.logged = len(self.server.log())
-
-    def tearDown(self):
-        self.assertIsNone(self.server.process.poll())
-        self.assertNotIn("Traceback", self.server.log()[self.logged:])
 
     def refused(self, target, status):
         answer = self.server.get(target)
