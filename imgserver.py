@@ -868,12 +868,14 @@ class Image:
     def directory(self) -> str:
         return self.place + self.uuid
 
-    def unchanged(self, now, for_list=False) -> bool:
-        """Whether the image on disk is still the one that was read.
+    def current(self, api, for_list=False) -> bool:
+        """Whether it is rendered for api, and on disk still what was read.
 
         Its manifest and file are looked at each time; its directory, where an icon or a
         file that no manifest names may have come, twice a second and for lists.
         """
+        if self.problem is None and getattr(self, api) is None:
+            return False
         try:                              # key_of and key_at, written out: each request is here
             status = os.stat(f"{self.place}{self.uuid}/{MANIFEST}")
             if (status.st_ctime_ns, status.st_size, status.st_ino) != self.manifest_key:
@@ -887,6 +889,7 @@ class Image:
                     key_at(f"{self.directory}/{MANIFEST}"),
                     self.file and key_at(f"{self.directory}/{self.file}")):
                 return False
+        now = time.monotonic()
         if for_list or now - self.checked >= RECHECK / 2:
             if self.try_again or changed_at(self.directory) != self.directory_changed:
                 return False
@@ -1143,23 +1146,27 @@ class Store:
         Raises Refusal (404) where there is none that is sound, Cold where it must be read,
         OSError where serve_dir is gone.
         """
-        image = self._images.get(uuid)
-        if image is None or not self._current(image, api):
-            if image is None and not os.path.lexists(f"{self.directory}/{uuid}"):
-                os.stat(self.directory)
-                raise not_found(f"image {uuid} not found")
-            image = self._read(uuid, api, may_wait)
+        image = self._find(uuid, api, may_wait)
+        if image is None:
+            os.stat(self.directory)
         if image is None or image.problem or image.origin and self._loops_back(
-                image, lambda origin: self._origin(origin, api, may_wait)):
+                image, lambda origin: self._find(origin, api, may_wait)):
             raise not_found(f"image {uuid} not found")
         return image
 
-    def _origin(self, uuid, api, may_wait) -> Image | None:
-        """An image as a link in a chain of origins, as it is on disk now; None: not here."""
+    def _find(self, uuid, api, may_wait) -> Image | None:
+        """An image, sound or not, as it is on disk now; None: not here.  Raises Cold."""
         image = self._images.get(uuid)
-        if image is None and os.path.lexists(f"{self.directory}/{uuid}") \
-                or image is not None and not self._current(image, api):
-            image = self._read(uuid, api, may_wait)
+        if image is not None and image.current(api):
+            return image
+        if image is None and not os.path.lexists(f"{self.directory}/{uuid}"):
+            return None
+        if not may_wait:
+            raise Cold
+        with self._lock:
+            image = self._images.get(uuid)
+            if image is None or not image.current(api):
+                image = self._load(uuid, api)
         return image
 
     def unactivated(self, uuid) -> Image:
@@ -1167,21 +1174,6 @@ class Store:
         image = self._reader.read(uuid, f"{self.directory}/{INCOMING}", (IMGAPI,))
         if image is None or image.problem:
             raise not_found(f"image {uuid} not found")
-        return image
-
-    @staticmethod
-    def _current(image, api, for_list=False) -> bool:
-        return ((image.problem is not None or getattr(image, api) is not None)
-                and image.unchanged(time.monotonic(), for_list))
-
-    def _read(self, uuid, api, may_wait) -> Image | None:
-        """Read an image that is not known, or has changed; None where there is none."""
-        if not may_wait:
-            raise Cold
-        with self._lock:
-            image = self._images.get(uuid)
-            if image is None or not self._current(image, api):
-                image = self._load(uuid, api)
         return image
 
     def _load(self, uuid, api) -> Image | None:
@@ -1236,7 +1228,7 @@ class Store:
         now = time.monotonic()
         if self._fresh(api, now, RECHECK):
             if (now - self._checked < RECHECK_SOON
-                    or not may_wait and (self._rechecking or self._look_ahead(now))):
+                    or not may_wait and (self._rechecking or self._look_ahead(api, now))):
                 return self._snapshot
             # This one has a thread look again; the others are still served.
             self._rechecking = True
@@ -1286,7 +1278,7 @@ class Store:
         return (api in self._apis and now - self._checked < age
                 and os.stat(self.directory).st_mtime_ns == self._seen)
 
-    def _look_ahead(self, now) -> bool:
+    def _look_ahead(self, api, now) -> bool:
         """In the loop: look at as many images as are due now.  False: let a thread look.
 
         A thread that looks at ten thousand trades the interpreter's lock with the loop at
@@ -1302,7 +1294,7 @@ class Store:
         time_given = (RECHECK_EARLY - RECHECK_SOON) / 2       # the other half is in reserve
         due = len(images) * min(1, (now - since) / time_given)
         while count < due:
-            if (images[count].device != self._device or not images[count].unchanged(now, True)
+            if (images[count].device != self._device or not images[count].current(api, True)
                     or time.monotonic() - now > LOOK_AHEAD):
                 self._ahead = None
                 return False
@@ -1322,7 +1314,7 @@ class Store:
         for uuid in sorted(names | set(self._images)):
             image = self._images.get(uuid)
             if image is None or uuid not in names \
-                    or everything and not self._current(image, api, True):
+                    or everything and not image.current(api, True):
                 self._load(uuid, api)
         if self._changed:
             self._changed = False
