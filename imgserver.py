@@ -1829,16 +1829,17 @@ class Import:
 
 # -- requests and responses --------------------------------------------------------------
 #
-# A request is parsed from bytes, a response is a value.  Nothing here knows a socket.
+# A request is parsed from its bytes, each of which is one character here (latin-1); a
+# response is a value.  Nothing here knows a socket.
 
-_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_REQUEST_LINE = rb"(" + _TOKEN + rb") ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r?\n"
-_FIELD_LINE = _TOKEN + rb":[^\x00-\x08\n-\x1f\x7f]*\r?\n"
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_REQUEST_LINE = rf"(({_TOKEN}) ([!-~\x80-\xff]+) HTTP/([0-9]\.[0-9]))\r?\n"
+_FIELD_LINE = _TOKEN + r":[^\x00-\x08\n-\x1f\x7f]*\r?\n"
 # A request head, to its blank line (RFC 9112 §2.1): line ends may be bare LF (§2.2), fields
 # are not folded and have no space before the colon (§5.1, §5.2).
-_HEAD = re.compile(_REQUEST_LINE + rb"((?:" + _FIELD_LINE + rb")*)\r?\n")
+_HEAD = re.compile(rf"{_REQUEST_LINE}((?:{_FIELD_LINE})*)\r?\n")
 _BEGINNING = re.compile(_REQUEST_LINE)
-_HEAD_END = re.compile(rb"\n\r?\n")
+_HEAD_END = re.compile(r"\n\r?\n")
 _HOST = re.compile(r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?")
 _LENGTH = re.compile("[0-9]{1,19}")
 _RANGE = re.compile("bytes=([0-9]{0,19})-([0-9]{0,19})")
@@ -1875,12 +1876,11 @@ def parse_head(match) -> Request:
     """
     request = Request()
     request.may_wait = False
-    method, target, major, minor, block = match.groups()
-    request.method, request.target = method.decode(), target.decode("latin-1")
-    if major != b"1":
+    _, request.method, request.target, version, block = match.groups()
+    if version[0] != "1":
         raise Refusal(505, "HttpVersionNotSupported", "HTTP/1.0 and HTTP/1.1 are spoken here")
-    request.is_1_0 = minor == b"0"
-    request.headers = headers = parse_fields(block.decode("latin-1"))
+    request.is_1_0 = version == "1.0"
+    request.headers = headers = parse_fields(block)
     request.host = host = headers.get("host")
     if host is not None:
         if not names_host(host):
@@ -1899,7 +1899,7 @@ def parse_head(match) -> Request:
     return request
 
 
-def explain_head(data: bytes):
+def explain_head(data):
     """Why `data` is no request head.  Returns if it may only be incomplete.
 
     Raises Refusal for the beginning of what can become no request (TLS, HTTP/0.9) at once.
@@ -1907,15 +1907,15 @@ def explain_head(data: bytes):
     end = _HEAD_END.search(data)
     head = data[:end.end()] if end else data
     check_size(head)
-    if b"\n" in head and not _BEGINNING.match(head) or not data[:1].isalpha():
+    if "\n" in head and not _BEGINNING.match(head) or not re.match("[A-Za-z]", data):
         raise bad_request("the request line is not that of HTTP/1.1")
     if end:
         raise bad_request("a header line is not well formed")
 
 
-def check_size(head: bytes):
+def check_size(head):
     """Refuse a head, whole or not, that is larger than any client of ours sends."""
-    if len(head.partition(b"\n")[0]) > HEAD_LINE_LIMIT:
+    if len(head.partition("\n")[0]) > HEAD_LINE_LIMIT:
         raise Refusal(414, "RequestURITooLong", f"a request line over {HEAD_LINE_LIMIT} bytes")
     if len(head) > HEAD_LIMIT:
         raise Refusal(431, "RequestHeaderFieldsTooLarge", f"a head over {HEAD_LIMIT} bytes")
@@ -2716,7 +2716,7 @@ class Handler(BaseHTTPRequestHandler):
         self.requestline = self.address = ""
         self.state = READING
         self.deadline = self.server.now + self.server.config.header_timeout
-        self.buffer = b""
+        self.buffer = ""                  # what came and is not parsed yet, as latin-1
         self.asked = None                 # the Request that is being answered
         self.out = []                     # parts of answers that are to be sent
         self.held = 0                     # bytes in them
@@ -2748,6 +2748,7 @@ class Handler(BaseHTTPRequestHandler):
         if not data:
             self.server.drop(self)
         elif self.state is READING:
+            data = data.decode("latin-1")
             self.buffer = self.buffer + data if self.buffer else data
             self.advance()
 
@@ -2782,8 +2783,8 @@ class Handler(BaseHTTPRequestHandler):
         Raises Refusal for what is no request; the connection is of no further use then.
         """
         self.asked = None
-        if self.buffer[0] in b"\r\n":
-            self.buffer = self.buffer.lstrip(b"\r\n")     # RFC 9112 §2.2
+        if self.buffer[0] in "\r\n":
+            self.buffer = self.buffer.lstrip("\r\n")      # RFC 9112 §2.2
         # Of what was incomplete before, only the new bytes are searched for its end: matching
         # all of it again for each byte of a slow client would cost it little and us much.
         match = None
@@ -2793,7 +2794,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wait_for_more()
             return False
         end = match.end()
-        self.requestline = self.buffer[:match.end(4)].decode("latin-1")
+        self.requestline = match[1]
         if end > HEAD_LINE_LIMIT:
             check_size(self.buffer[:end])
         self.buffer = self.buffer[end:]
@@ -2814,12 +2815,11 @@ class Handler(BaseHTTPRequestHandler):
         """No whole request is there.  Raises Refusal where there will be none."""
         if not self.buffer:
             return
-        if self.partial and self.buffer.find(b"\n", self.scanned) < 0:
-            has_line = self.buffer.find(b"\n", 0, HEAD_LINE_LIMIT + 1) >= 0
+        if self.partial and self.buffer.find("\n", self.scanned) < 0:
+            has_line = self.buffer.find("\n", 0, HEAD_LINE_LIMIT + 1) >= 0
             if len(self.buffer) <= (HEAD_LIMIT if has_line else HEAD_LINE_LIMIT):
                 return                    # nothing that could be judged is new
-        line = self.buffer[:HEAD_LINE_LIMIT].partition(b"\n")[0]
-        self.requestline = line.decode("latin-1").rstrip("\r")
+        self.requestline = self.buffer[:HEAD_LINE_LIMIT].partition("\n")[0].rstrip("\r")
         explain_head(self.buffer)
         self.scanned = max(0, len(self.buffer) - 2)
         if not self.partial:
@@ -3325,7 +3325,7 @@ class ImageServer(ThreadingHTTPServer):
         if not handler.unread and not handler.buffer:
             self.drop(handler)
             return
-        handler.state, handler.buffer = LINGERING, b""
+        handler.state, handler.buffer = LINGERING, ""
         handler.deadline = self.now + LINGER
         try:
             handler.connection.shutdown(socket.SHUT_WR)
