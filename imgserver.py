@@ -1588,7 +1588,9 @@ def hold_signals():
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     for number in ENDING:
-        signal.signal(number, interrupted)
+        # What the caller ignores stays so (nohup); SIGPIPE is ignored by Python itself.
+        if signal.getsignal(number) is not signal.SIG_IGN or number == signal.SIGPIPE:
+            signal.signal(number, interrupted)
 
 
 def interruptible(call):

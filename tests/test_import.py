@@ -448,9 +448,9 @@ class TestTrouble(ImportCase):
         os.mkdir(self.serve_dir)
         self.assertRefused(result, "cannot write to")
 
-    def begun(self):
+    def begun(self, **options):
         """An import in the middle of its data."""
-        process = self.start(*WORDS)
+        process = self.start(*WORDS, **options)
         process.stdin.write(STREAM[:-100])
         process.stdin.flush()
         wait_for(lambda: [name for name in os.listdir(self.serve_dir)
@@ -468,6 +468,12 @@ class TestTrouble(ImportCase):
                 self.assertRefused(subprocess.CompletedProcess(
                     (), process.returncode, process.stdout.read(), process.stderr.read()),
                     f"ended by {number.name}")
+
+    def test_a_signal_that_the_caller_ignores(self):
+        process = self.begun(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+        process.send_signal(signal.SIGHUP)
+        output, errors = process.communicate(STREAM[-100:], timeout=PATIENCE)
+        self.assertPublished(subprocess.CompletedProcess((), process.returncode, output, errors))
 
     def test_a_signal_while_a_file_keeps_it_waiting(self):
         pipe = os.path.join(self.directory, "pipe")
