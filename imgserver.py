@@ -395,7 +395,7 @@ def _channels(value):
 def parse_listen(value, any_port=False):
     """Where to listen: (host, port), host "" for every address; or the path of a socket.
 
-    Takes 8080, "8080", "HOST:PORT", "[IPV6]:PORT" and "/path".  Raises ValueError.
+    Takes 8080, "8080", "ADDRESS:PORT", "[IPV6]:PORT" and "/path".  Raises ValueError.
     """
     if isinstance(value, str) and value.startswith("/"):
         if len(os.fsencode(value)) > 107:         # sun_path[108], illumos and Linux
@@ -403,7 +403,7 @@ def parse_listen(value, any_port=False):
         return value
     match = re.fullmatch(r"(?:(\[[0-9A-Fa-f:.]+\]|[^\[\]:/\s]+):)?([0-9]{1,5})", str(value))
     if isinstance(value, bool) or not match:
-        raise ValueError("must be a port, HOST:PORT, or the path of a socket that starts with /")
+        raise ValueError("must be a port, ADDRESS:PORT, or the path of a socket that starts with /")
     host, port = (match[1] or "").strip("[]"), int(match[2])
     if not (0 if any_port else 1) <= port <= 65535:
         raise ValueError("must name a port from 1 to 65535")
@@ -451,6 +451,8 @@ class Config:
         for key in values or {}:
             if key not in SETTINGS and key != "comments":
                 self.warnings.append(f"config: {key!a} is no key of the configuration")
+        self.default_channel = next((channel["name"] for channel in self.channels
+                                     if channel.get("default")), None)
         self.listen = parse_listen(self.listen_port)
         self.serve_dir = os.path.abspath(os.path.join(directory, self.serve_dir))
 
@@ -1730,6 +1732,22 @@ def check_fields(manifest):
         raise Mistake(f"{field} {rules.get(field, 'is not what imgadm takes there')}")
 
 
+def choose_channels(config, manifest):
+    """Where there are channels, the default one is for images that name none, as in IMGAPI.
+
+    Raises Mistake for channels in which no client would see the image.
+    """
+    names = [channel["name"] for channel in config.channels]
+    if names and not manifest.get("channels"):
+        if config.default_channel is None:
+            raise Mistake("channels must be given, such as 'channels=[\"" + names[0] + "\"]': "
+                          "the configuration has no default one")
+        manifest["channels"] = [config.default_channel]
+    for name in manifest["channels"] if names else ():
+        if name not in names:
+            raise Mistake(f"there is no channel {name!a} in the configuration")
+
+
 def file_name(manifest, compression) -> str:
     """A name for the image file: NAME-VERSION.zfs.gz, fit for any URL and any shell."""
     kind = ".zvol" if manifest["type"] == "zvol" else ".zfs"
@@ -2268,8 +2286,6 @@ class Site:
     def __init__(self, config, store, log):
         self.config, self.store, self.log = config, store, log
         self.channels = {channel["name"]: channel for channel in config.channels}
-        self.default_channel = next((channel["name"] for channel in config.channels
-                                     if channel.get("default")), None)
         self._base = functools.lru_cache(maxsize=256)(self._make_base)
         # The suffix was made to add a port: not to a Host header that has one.
         self._plain_suffix = re.sub("^:[0-9]+", "", config.suffix)
@@ -2470,11 +2486,11 @@ class Site:
             return None
         name = one(query, "channel")
         if name is None:
-            if self.default_channel is None:
+            if self.config.default_channel is None:
                 raise Refusal(422, "ValidationFailed",
                               "channel not specified and the server has no default channel",
                               [{"field": "channel", "code": "MissingParameter"}])
-            return self.default_channel
+            return self.config.default_channel
         if name not in self.channels and not (name == "*" and everything):
             raise Refusal(422, "ValidationFailed", f"unknown channel: {name}",
                           [{"field": "channel", "code": "Invalid"}])
@@ -3614,6 +3630,7 @@ def manifest_to_import(config, options) -> dict:
             or not all(isinstance(item, dict) for item in manifest.get("files", [])):
         raise Mistake("files of the manifest must hold one file")
     check_fields(manifest)
+    choose_channels(config, manifest)
     return manifest
 
 
@@ -3872,7 +3889,7 @@ def option_parser() -> argparse.ArgumentParser:
 
     serve = command("serve", run_serve, "serve the images (the default)")
     for each in (parser, serve):
-        each.add_argument("--listen", metavar="PORT|HOST:PORT|/PATH", default=argparse.SUPPRESS,
+        each.add_argument("--listen", metavar="PORT|ADDRESS:PORT|/PATH", default=argparse.SUPPRESS,
                           help="where to listen: TCP, or a Unix socket; port 0 takes any "
                                "(default: listen_port of the configuration, 80)")
         each.add_argument("--loglevel", metavar="LEVEL", default=argparse.SUPPRESS,

@@ -240,6 +240,28 @@ class TestManifest(ImportCase):
         _, manifest = self.publish("--config", config, *WORDS)
         self.assertEqual((manifest["creator_uuid"], manifest["vendor_uuid"]), (NOBODY, NOBODY))
 
+    def test_channels(self):
+        config = os.path.join(self.directory, "config.json")
+        default, dev = {"name": "release", "default": True}, {"name": "dev"}
+        for configured, words, wanted in (
+                ([], (), None), ([default, dev], (), ["release"]),
+                ([default, dev], ("channels=[]",), ["release"]),
+                ([default, dev], ('channels=["dev"]',), ["dev"]),
+                ([dev], ('channels=["dev"]',), ["dev"]),
+                ([dev], (), "channels must be given"),
+                ([default, dev], ('channels=["dev", "other"]',), "there is no channel 'other'"),
+                ([default, dev], ("channels=dev",), "channels is not what")):
+            with self.subTest(configured=configured, words=words):
+                with open(config, "w") as file:
+                    json.dump({"channels": configured}, file)
+                before = os.listdir(self.serve_dir)
+                result = self.run_import("--config", config, *WORDS, *words)
+                if isinstance(wanted, str):
+                    self.assertRefused(result, wanted, left=before)
+                else:
+                    manifest = self.manifest(self.assertPublished(result))
+                    self.assertEqual(manifest.get("channels"), wanted)
+
     def test_both_apis_serve_it(self):
         uuid, _ = self.publish(*WORDS)
         server = self.serve()
