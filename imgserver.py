@@ -105,6 +105,7 @@ LOG_TARGET_LIMIT = 1000       # characters of a client's text in one log line
 
 CHUNK = 1 << 20               # bytes of an image handled at once by import and check
 LANE = 4                      # chunks a lane (hash, decompress) may lag behind
+HEED = 0.25                   # seconds a command may wait for its threads before it heeds a signal
 LZMA_MEMORY = 256 << 20       # bytes; xz -9 needs 65 MiB to decompress, a bomb asks for more
 ABANDONED = 24 * 3600         # seconds without a change until --clean takes an incomplete image
 
@@ -164,6 +165,7 @@ LEVELS = {"trace": 10, "debug": 20, "info": 30, "warn": 40, "error": 50, "fatal"
 INFO, WARN = LEVELS["info"], LEVELS["warn"]
 
 
+"".encode("unicode_escape")      # loads that codec now: later there may be no file left to open
 _is_plain = re.compile(r'[ !#-\[\]-~]*').fullmatch
 
 
@@ -1149,8 +1151,8 @@ class Store:
         OSError where serve_dir is gone.
         """
         image = self._find(uuid, api, may_wait)
-        if image is None:
-            os.stat(self.directory)
+        if image is None or image.try_again:
+            os.stat(f"{self.directory}/.")            # is it serve_dir that cannot be read?
         if image is None or image.problem or image.origin and self._loops_back(
                 image, lambda origin: self._find(origin, api, may_wait)):
             raise not_found(f"image {uuid} not found")
@@ -1358,10 +1360,11 @@ class Stream:
         self._order = None
         self._compound = False
         self._head = bytearray()
-        self._tail = b""
+        self._tail = b""                  # the last two records, if it ends with two
 
     def feed(self, data):
-        self._tail = (self._tail + data[-DRR_LENGTH:])[-DRR_LENGTH:]
+        """Take the next bytes of the stream, decompressed."""
+        self._tail = (self._tail + data[-2 * DRR_LENGTH:])[-2 * DRR_LENGTH:]
         if self._head is not None and len(self._head) < PROLOGUE:
             self._head += data[:PROLOGUE]
             self._read_begin()
@@ -1393,12 +1396,18 @@ class Stream:
         """What is wrong with the stream, once all of it was fed; None where nothing is."""
         if self.type is None:
             return "it is no ZFS send stream"
-        # The record says which snapshot has ended; the one that ends a package says none.
-        kind, = struct.unpack_from(self._order + "I", self._tail.rjust(DRR_LENGTH, b"\xff"))
-        guid, = struct.unpack_from(self._order + "Q", self._tail.rjust(DRR_LENGTH, b"\xff"), 40)
-        if kind != DRR_END or guid != (0 if self._compound else self.guid):
+        # An END says which snapshot it ends.  One more, of none, ends a package; libzfs writes
+        # that even where it has failed before.
+        before, last = self._ended(0), self._ended(DRR_LENGTH)
+        if (not before or last != 0) if self._compound else last != self.guid:
             return "the ZFS stream is cut short: its end record is missing"
         return None
+
+    def _ended(self, at):
+        """The guid in the END record at this place of the tail; None where there is none."""
+        tail = self._tail.rjust(2 * DRR_LENGTH, b"\xff")
+        kind, = struct.unpack_from(self._order + "I", tail, at)
+        return struct.unpack_from(self._order + "Q", tail, at + 40)[0] if kind == DRR_END else None
 
 
 class Decompressor:
@@ -1468,13 +1477,15 @@ class Lane(threading.Thread):
     """A thread that hands each chunk it is given to `work`, at most LANE chunks behind.
 
     zlib and hashlib give up the interpreter's lock for chunks of this size, so that lanes
-    run side by side.
+    run side by side.  A chunk may hold a gigabyte of compressed zeros: whoever waits for a
+    lane heeds signals.
     """
 
     def __init__(self, work):
         super().__init__(daemon=True)
         self._work, self._error = work, None
         self._chunks = queue.Queue(LANE)
+        self._done = threading.Event()
 
     def run(self):
         for chunk in iter(self._chunks.get, None):
@@ -1483,23 +1494,28 @@ class Lane(threading.Thread):
                     self._work(chunk)
             except Exception as error:    # told to whoever feeds the lane, at the next put
                 self._error = error
+        self._done.set()
 
     def put(self, chunk):
         """Raises what work has raised since."""
         if self._error is not None:
             raise self._error
-        self._chunks.put(chunk)
+        while True:
+            try:
+                return self._chunks.put(chunk, timeout=HEED)
+            except queue.Full:
+                heed_signals()
 
     def stop(self):
-        """End the thread; what it has not done yet stays undone."""
+        """Have the thread end; what it has not done yet stays undone."""
         self._error = self._error or Unsound("stopped")
         self._chunks.put(None)
-        self.join()
 
     def close(self):
         """Wait until all is done.  Raises what work has raised."""
-        self._chunks.put(None)
-        self.join()
+        self.put(None)
+        while not self._done.wait(HEED):
+            heed_signals()
         if self._error is not None:
             raise self._error
 
@@ -1513,6 +1529,7 @@ class Examination:
         self.stream = Stream()
         self._hashes = [hashlib.sha1(), hashlib.md5()]
         self._decompressor = None
+        self._given_up = False
 
     @property
     def sha1(self) -> str:
@@ -1533,7 +1550,7 @@ class Examination:
         try:
             for chunk in iter(lambda: read(CHUNK), b""):
                 if self.compression is None:
-                    chunk = self._first(chunk, read)
+                    self._begin(chunk)
                 for lane in lanes:
                     lane.put(chunk)
                 if write is not None:
@@ -1541,32 +1558,29 @@ class Examination:
                 self.size += len(chunk)
                 if progress is not None:
                     progress(self.size)
+            for lane in lanes:
+                lane.close()
         except BaseException:
+            self._given_up = True
             for lane in lanes:
                 lane.stop()
             raise
-        for lane in lanes:
-            lane.close()
         if self._decompressor is not None:
             self._decompressor.close()
 
-    def _first(self, chunk, read):
-        """The first chunk, long enough to tell how the file is compressed."""
-        while len(chunk) < 8:
-            more = read(CHUNK)
-            if not more:
-                break
-            chunk += more
+    def _begin(self, chunk):
+        """Tell from the first chunk how the file is compressed."""
         self.compression = compression_of(chunk[:8], "")
         if self.compression != "none":
             self._decompressor = Decompressor(self.compression)
-        return chunk
 
     def _look_inside(self, chunk):
         if self._decompressor is None:
             self.stream.feed(chunk)
             return
         for piece in self._decompressor.feed(chunk):
+            if self._given_up:
+                return
             self.stream.feed(piece)
 
 
@@ -1593,6 +1607,11 @@ def hold_signals():
         # What the caller ignores stays so (nohup); SIGPIPE is ignored by Python itself.
         if signal.getsignal(number) is not signal.SIG_IGN or number == signal.SIGPIPE:
             signal.signal(number, interrupted)
+
+
+def heed_signals():
+    """Let a signal that has come meanwhile end the command."""
+    interruptible(lambda: None)()
 
 
 def interruptible(call):
@@ -2069,8 +2088,12 @@ def etag_matches(header, etag) -> bool:
     return False
 
 
+LAST_SECOND = 253402300799        # 9999-12-31T23:59:59Z: a file of later times is shown as of then
+
+
 def http_date(seconds) -> str:
-    return email.utils.formatdate(seconds, usegmt=True)
+    """A time in seconds since 1970 as headers have it, within what datetime can say."""
+    return email.utils.formatdate(max(0, min(seconds, LAST_SECOND)), usegmt=True)
 
 
 def not_modified_since(header, seconds) -> bool:
@@ -2176,6 +2199,7 @@ QUERY_FIELDS_LIMIT = 100          # parameters of one query: IMGAPI knows fiftee
 def parse_query(query) -> dict:
     """The parameters of a query: name: [values].  Raises Refusal for too many."""
     try:
+        query = query.encode("latin-1").decode("utf-8", "replace")
         return urllib.parse.parse_qs(query, keep_blank_values=True, errors="replace",
                                      max_num_fields=QUERY_FIELDS_LIMIT)
     except ValueError:
@@ -2549,7 +2573,7 @@ class Site:
         text += "0000-01-01T00:00:00.000"[len(text):]
         try:
             time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S")
-            if not re.fullmatch(r"\.[0-9]{3}", text[19:]):
+            if not text.isascii() or not re.fullmatch(r"\.[0-9]{3}", text[19:]):
                 raise ValueError
         except ValueError:
             raise invalid("marker", f'invalid value for "marker" param: "{marker}" is not a '
@@ -2738,7 +2762,7 @@ class Handler(BaseHTTPRequestHandler):
         self.asked = None                 # the Request that is being answered
         self.out = []                     # parts of answers that are to be sent
         self.held = 0                     # bytes in them
-        self.started = 0.0                # when that began (monotonic)
+        self.started = self.server.now    # when the request being answered began (monotonic)
         self.answered = 0                 # requests so far
         self.partial = False              # a request has begun, and is not whole yet
         self.scanned = 0                  # bytes of it in which no head ends
@@ -3064,7 +3088,7 @@ class Handler(BaseHTTPRequestHandler):
         """Who is asking: a number, never a name; behind a Unix socket, whom the proxy names."""
         if self.address:
             return self.address
-        if self.client_address:
+        if isinstance(self.client_address, tuple):    # not so where a Unix socket has a name
             self.address = self.client_address[0]
             if self.address.startswith("::ffff:"):
                 self.address = self.address[7:]
@@ -3215,10 +3239,11 @@ class ImageServer(ThreadingHTTPServer):
                         key.data()
                     except Exception:
                         self.handle_error(key.data.__self__, None)
+                self._send_out()          # first, as what is answered has a new deadline
                 if self.now - looked >= tick:
                     looked = self.now
                     self._look_at_clocks()
-                self._send_out()
+                    self._send_out()
                 if self.now - flushed >= LOG_DELAY:
                     flushed = self.now
                     self.log.flush()
@@ -3276,9 +3301,12 @@ class ImageServer(ThreadingHTTPServer):
 
     def handle_error(self, request, client_address):
         """A fault of our own that nothing has caught: only this connection has to go."""
-        self.log.exception("internal error")
         if request in self._connections and request.state is not WORKING:
             self.drop(request)
+        try:
+            self.log.exception("internal error")
+        except Exception:
+            pass                          # not even that: the others are still to be served
 
     def _look_at_clocks(self):
         """End what has taken too long."""
@@ -3340,7 +3368,12 @@ class ImageServer(ThreadingHTTPServer):
         Closing a socket that holds unread bytes resets it, and the client would lose the
         answer that it was just sent (imgadm: "write EPIPE").
         """
-        if not handler.unread and not handler.buffer:
+        try:                              # what came while a thread was sending, nobody has read
+            waits = handler.unread or handler.buffer or handler.connection.recv(
+                1, socket.MSG_PEEK)
+        except OSError:
+            waits = False
+        if not waits:
             self.drop(handler)
             return
         handler.state, handler.buffer = LINGERING, ""
@@ -3964,7 +3997,8 @@ def main(arguments=None) -> int:
         if options.run is not run_serve:
             hold_signals()
         status = options.run(config, options)
-        sys.stdout.flush()
+        if sys.stdout is not None:        # it is where there was none at the start
+            sys.stdout.flush()
         return status
     except OSError as error:              # commands turn theirs into a Mistake, but for print
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -10,6 +10,7 @@ import struct
 import time
 import unittest
 
+import imgserver
 from tests.support import (PATIENCE, ServerCase, readable, uuid_of, wait_for, write_image,
                            write_v2)
 
@@ -194,6 +195,7 @@ class Whole(FileCase):
                 except (OSError, OverflowError):
                     continue                      # not every file system can hold it
                 self.assertEqual(server.get(FILE).body, DATA)
+        self.assertEqual(imgserver.http_date(2**40), "Fri, 31 Dec 9999 23:59:59 GMT")
 
 
 # -- os.sendfile that does what it may do --------------------------------------------------

@@ -399,6 +399,8 @@ class Filters(Case):
         (f"marker={NONE}", 404, "ResourceNotFound", f"image {NONE} not found"),
         ("marker=bogus", 422, "InvalidParameter",
          'invalid value for "marker" param: "bogus" is not a UUID or date string', "marker"),
+        ("marker=%D9%A2013", 422, "InvalidParameter",
+         'invalid value for "marker" param: "\u0662013" is not a UUID or date string', "marker"),
         ("marker=2013-99-99", 422, "InvalidParameter",
          'invalid value for "marker" param: "2013-99-99" is not a UUID or date string', "marker"),
     ]

@@ -50,12 +50,12 @@ class Signals:
 
     unix = False
 
-    def download(self, server):
+    def download(self, server, fields=b""):
         """A connection on which a big file is on its way, and stands."""
         connection = server.connect()
         self.addCleanup(connection.close)
         connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
-        connection.send(f"GET {FILE} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+        connection.send(f"GET {FILE} HTTP/1.1\r\nHost: a\r\n".encode() + fields + b"\r\n")
         self.assertTrue(readable(connection.sock, PATIENCE))
         return connection
 
@@ -140,6 +140,20 @@ class Signals:
             self.assertEqual(answer.headers.get("connection"), "close")
             self.assertEqual(begun.rest(), b"", "a further request was answered")
         self.assertEqual(server.process.wait(PATIENCE), 0)
+
+    def test_what_came_during_a_download_costs_none_of_its_bytes(self):
+        # Closing a socket that holds unread bytes would reset it (RFC 9112 9.6).
+        write_image(self.serve_dir, U, bytes(BIG))
+        for more, end in ((b"\r\n", b"Connection: close\r\n"), (PING, b"")):
+            with self.subTest(more):
+                server = self.serve(unix=self.unix)
+                connection = self.download(server, end)
+                connection.send(more)
+                server.send_signal(signal.SIGTERM)
+                server.wait_log("finishing 1 answers")
+                self.assertEqual(len(connection.answer().body), BIG)
+                self.assertTrue(connection.closed())
+                self.assertEqual(server.process.wait(PATIENCE), 0)
 
     def test_sighup_changes_nothing(self):
         write_image(self.serve_dir, U, bytes(BIG))
@@ -297,6 +311,19 @@ class Logs(ServerCase):
         server.wait_log(r'info 127\.0\.0\.1 "GET /ping ')
         self.assertNotIn("192.0.2.7", server.log())
 
+    def test_client_with_an_address_of_its_own_on_a_unix_socket(self):
+        server = self.serve(unix=True)
+        for address in ("", "\0imgserver-test", os.path.join(self.directory, "client")):
+            with self.subTest(address), server.connect() as ours, \
+                    socket.socket(socket.AF_UNIX) as sock:
+                sock.bind(address)
+                sock.connect(server.address)
+                ours.sock.close()
+                ours.sock = sock
+                self.assertEqual(ours.request("/ping", headers={"X-Real-IP": "192.0.2.7"}).status,
+                                 200)
+        wait_for(lambda: server.log().count(' info 192.0.2.7 "GET /ping ') == 3, "the log")
+
     def test_hostile_names_on_disk(self):
         for number, path in enumerate(("\x1b[2J", "a\nb", 'a"b', "é")):
             uuid = uuid_of(number + 1)
@@ -416,6 +443,12 @@ class Logs(ServerCase):
         self.ask_much(path, 50)
         process.terminate()
         self.assertEqual(process.stdout.read(), b"")
+
+
+    def test_stdout_closed(self):
+        server = self.serve(wrapper=("sh", "-c", 'exec "$@" >&-', "sh"))
+        self.assertEqual(server.get("/ping").status, 200)
+        self.assertEqual(server.stop(), 0)
 
 
 class Clock(ServerCase):

@@ -100,6 +100,21 @@ class Load:
         self.assertEqual(connection.request("/ping").status, 200)
         self.assertEqual(connection.rest(), b"")
 
+    def test_who_asks_in_time_is_answered_though_the_loop_is_late(self):
+        server = self.serve(unix=self.unix, config={"idle_timeout": 1.5}, prelude=(
+            "import time\n"
+            "real = imgserver.Site.ping\n"
+            "def ping(site, request):\n"
+            "    time.sleep(2.5 if request.query == 'late' else 0)\n"
+            "    return real(site, request)\n"
+            "imgserver.ROUTES['ping'] = ping"))
+        slow, quick = self.open(server, 2)
+        self.assertEqual(slow.request("/ping").status, 200)
+        self.assertEqual(quick.request("/ping").status, 200)
+        slow.send(b"GET /ping?late HTTP/1.1\r\nHost: a\r\n\r\n")
+        self.assertEqual(quick.request("/ping").status, 200)
+        self.assertEqual(slow.answer().status, 200)
+
     # too many connections
 
     def test_connections_above_the_limit_get_503_without_a_thread(self):
@@ -150,6 +165,18 @@ class Load:
         time.sleep(1.2)                          # some tries to accept again
         self.assertLess(self.cpu_time(server) - before, 0.5, "it spins")
         self.assertEqual(server.log().count("cannot accept connections: "), 1)
+        for connection in connections:
+            connection.close()
+        self.assertEqual(server.get("/ping").status, 200)
+
+    def test_no_file_left_and_a_line_that_must_be_escaped(self):
+        server = self.serve(unix=self.unix, config={"header_timeout": 10},
+                            prelude="imgserver.SPARE_FILES = 0\n" + FEW_FILES.format(40))
+        connections = self.open(server, 60)
+        server.wait_log("cannot accept connections: ")
+        self.assertError(connections[0].request('/a"b'), 404)
+        connections[1].send(b"\x16\x03\x01\x02\x00\x01")       # how TLS begins
+        self.assertError(connections[1].answer(), 400)
         for connection in connections:
             connection.close()
         self.assertEqual(server.get("/ping").status, 200)
