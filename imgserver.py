@@ -400,6 +400,8 @@ def parse_listen(value, any_port=False):
     Takes 8080, "8080", "ADDRESS:PORT", "[IPV6]:PORT" and "/path".  Raises ValueError.
     """
     if isinstance(value, str) and value.startswith("/"):
+        if "\0" in value:
+            raise ValueError("is no path")
         if len(os.fsencode(value)) > 107:         # sun_path[108], illumos and Linux
             raise ValueError("is too long for a Unix socket: 107 bytes are the most")
         return value
@@ -697,6 +699,11 @@ def problems(v2: dict) -> list:
     return list(dict.fromkeys(bad))
 
 
+def faults(manifest: dict, v2: dict) -> list:
+    """The fields for which a stored manifest, of which v2 is the v2 form, is not shown."""
+    return problems(v2) + [key for key in V1_TEXTS if not isinstance(manifest.get(key) or "", str)]
+
+
 def shown(v2: dict) -> dict:
     """What IMGAPI shows of a manifest: its fields in its order, unset ones left out."""
     result = {key: v2[key] for key in SHOWN if v2.get(key) is not None}
@@ -992,8 +999,7 @@ class Reader:
             image.icon, v2["icon"] = icons[0], True
         else:
             v2.pop("icon", None)
-        bad = problems(v2) + [key for key in V1_TEXTS
-                              if not isinstance(manifest.get(key) or "", str)]
+        bad = faults(manifest, v2)
         if bad:
             raise Unsound(f"{MANIFEST}: invalid " + ", ".join(bad))
         self._keep(image, v2, file)
@@ -1637,23 +1643,34 @@ def sync_directory(path):
         os.close(fd)
 
 
-def write_whole(path, data):
-    """Write a new file that the server's user can read, and flush it to disk."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    with open(fd, "wb") as file:
-        os.fchmod(fd, 0o644)              # whatever the umask of an ssh session is
-        file.write(data)
+@contextlib.contextmanager
+def new_file(path):
+    """A new binary file that the server's user can read; on disk when the block has ended."""
+    with open(path, "xb") as file:
+        os.fchmod(file.fileno(), 0o644)   # whatever the umask of an ssh session is
+        yield file
         file.flush()
-        os.fsync(fd)
+        os.fsync(file.fileno())
 
 
-def replace_file(path, data):
-    """Put `data` in the place of a file, by rename; its mode stays.  Raises Mistake."""
+def replace_file(path, data, keep_time=False):
+    """Put `data` in the place of a file, by rename; its owner and mode stay.  Raises Mistake.
+
+    keep_time: its mtime stays too.  Behind a symlink, it is the file there that is replaced.
+    """
+    path = os.path.realpath(path)
     aside = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.getpid()}")
     try:
-        write_whole(aside, data)
-        if os.path.exists(path):
-            os.chmod(aside, stat.S_IMODE(os.stat(path).st_mode))
+        with new_file(aside) as file:
+            file.write(data)
+            if os.path.exists(path):
+                before, ours = os.stat(path), os.fstat(file.fileno())
+                if (before.st_uid, before.st_gid) != (ours.st_uid, ours.st_gid):
+                    os.fchown(file.fileno(), before.st_uid, before.st_gid)
+                os.fchmod(file.fileno(), stat.S_IMODE(before.st_mode))
+                if keep_time:
+                    file.flush()
+                    os.utime(aside, ns=(before.st_atime_ns, before.st_mtime_ns))
         os.rename(aside, path)
         sync_directory(os.path.dirname(path))
     except BaseException as error:
@@ -1664,8 +1681,11 @@ def replace_file(path, data):
         raise
 
 
-def stage(serve_dir, uuid) -> str:
-    """Make the directory in which the image `uuid` is put together.  Raises Mistake."""
+def stage(serve_dir, uuid):
+    """Make the directory in which an image is put together: (its path, the directory, open).
+
+    Raises Mistake.
+    """
     path = os.path.join(serve_dir, INCOMING + uuid)
     if os.path.lexists(os.path.join(serve_dir, uuid)):
         raise Mistake(f"image {uuid} is here already")
@@ -1677,7 +1697,15 @@ def stage(serve_dir, uuid) -> str:
     except OSError as error:
         raise Mistake(f"cannot write to {serve_dir}: {error.strerror}")
     os.chmod(path, 0o755)
-    return path
+    return path, os.open(path, os.O_RDONLY)
+
+
+def is_still(path, fd) -> bool:
+    """Whether the file at `path` is the one that is open as fd."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except OSError:
+        return False
 
 
 def activate(config, uuid):
@@ -1713,6 +1741,7 @@ def new_manifest(config, uuid, fields) -> dict:
     """A v1 manifest, as the original import-image wrote it, of the fields that were given.
 
     v1, because every imgadm since 2012 takes it; imgadm 2 and later upgrade it themselves.
+    With an owner of its own, or who may see it, it is v2: v1 cannot say that.
     """
     now = stamp(time.time())
     given = {key: value for key, value in fields.items() if value is not None}
@@ -1727,6 +1756,10 @@ def new_manifest(config, uuid, fields) -> dict:
     manifest["urn"] = ":".join((config.image_creator, config.image_creator, manifest["name"],
                                 manifest["version"]))
     manifest.update(given)
+    if "owner" in given or "public" in given:
+        manifest = {**upgrade(manifest), "owner": given.get("owner", creator),
+                    "public": given.get("public", True)}
+        del manifest["state"]             # that is for the server to say
     return manifest
 
 
@@ -1743,12 +1776,12 @@ def check_fields(manifest):
         "origin": "must be the uuid of an image, in lower case",
         "published_at": "must look like 2026-01-31T12:00:00Z",
     }
-    bad = problems(v2)
-    for field in bad:
-        if field in ZVOL_FIELDS:
-            raise Mistake("a zvol needs nic_driver, disk_driver, cpu_type, and image_size in MiB"
-                          if v2.get("type") == "zvol" else f"{field} is for type zvol only")
-        raise Mistake(f"{field} {rules.get(field, 'is not what imgadm takes there')}")
+    bad = next(iter(faults(manifest, v2)), None)
+    if bad in ZVOL_FIELDS:
+        raise Mistake("a zvol needs nic_driver, disk_driver, cpu_type, and image_size in MiB"
+                      if v2.get("type") == "zvol" else f"{bad} is for type zvol only")
+    if bad is not None:
+        raise Mistake(f"{bad} {rules.get(bad, 'is not what imgadm takes there')}")
 
 
 def choose_channels(config, manifest):
@@ -1788,10 +1821,12 @@ class Import:
         Raises Mistake, in one sentence, for whatever is wrong with the data or the disk.
         """
         serve_dir = self.config.serve_dir
-        path = stage(serve_dir, self.uuid)
+        path, directory = stage(serve_dir, self.uuid)
         try:
             found = self._receive(source, os.path.join(path, ".file"))
             self._describe(found)
+            if not is_still(path, directory):         # there may be another one by now
+                raise Mistake(f"image {self.uuid} was discarded while it was imported")
             os.rename(os.path.join(path, ".file"),
                       os.path.join(path, self.manifest["files"][0]["path"]))
             replace_file(os.path.join(path, MANIFEST),
@@ -1799,22 +1834,28 @@ class Import:
             if activated:
                 activate(self.config, self.uuid)
         except BaseException as error:
-            shutil.rmtree(path, ignore_errors=True)
+            if is_still(path, directory):
+                shutil.rmtree(path, ignore_errors=True)
             if isinstance(error, Unsound):
                 raise Mistake(f"image refused: {error}")
             if isinstance(error, OSError):
                 raise Mistake(f"the image cannot be stored: {error.strerror}")
             raise
+        finally:
+            os.close(directory)
 
     def _receive(self, source, path) -> Examination:
+        def read(size):
+            try:
+                return interruptible(source.read)(size)
+            except OSError as error:
+                raise Mistake(f"the image cannot be read: {error.strerror}")
+
         found = Examination()
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        with open(fd, "wb") as file:
-            os.fchmod(fd, 0o644)
-            found.run(interruptible(source.read), file.write, self.progress)
+        with new_file(path) as file:
+            found.run(read, file.write, self.progress)
             file.flush()
-            os.fsync(fd)
-            if os.fstat(fd).st_size != found.size:
+            if os.fstat(file.fileno()).st_size != found.size:
                 raise OSError(errno.EIO, "the disk has not kept all of it")
         return found
 
@@ -1828,7 +1869,7 @@ class Import:
         if found.stream.guid:
             truth["dataset_guid"] = str(found.stream.guid)
         for key, value in truth.items():
-            if stored.get(key, value) != value:
+            if str(stored.get(key, value)) != str(value):
                 raise Unsound(f"its {key} is {value}, but the manifest says {stored[key]}")
         if self.with_stream:
             self._describe_stream(found.stream)
@@ -3616,8 +3657,6 @@ def parse_field(text):
         raise Mistake(f"{text!a} is not FIELD=VALUE")
     if name in ("v", "uuid", "files", "state"):
         raise Mistake(f"{name} cannot be set")
-    if not is_utf8(value):
-        raise Mistake(f"{name} is not UTF-8")
     try:
         return name, parse_json(os.fsencode(value))
     except ValueError:
@@ -3632,11 +3671,19 @@ def new_uuid() -> str:
 def manifest_to_import(config, options) -> dict:
     """The manifest that the options of `import` ask for.  Raises Mistake."""
     texts = options.words
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise Mistake(f"{text!a} is not UTF-8")
     given = {"os": options.os, "type": options.type, "origin": options.origin}
     if options.manifest:
         try:
             with interruptible(open)(options.manifest, "rb") as file:
-                manifest = parse_object(interruptible(file.read)(MANIFEST_LIMIT))
+                data = interruptible(file.read)(MANIFEST_LIMIT + 1)
+            if len(data) > MANIFEST_LIMIT:
+                raise Mistake(f"{options.manifest} is larger than {MANIFEST_LIMIT} bytes")
+            manifest = parse_object(data)
         except OSError as error:
             raise Mistake(f"cannot read {options.manifest}: {error.strerror}")
         except ValueError as error:
@@ -3654,25 +3701,17 @@ def manifest_to_import(config, options) -> dict:
         given.update(zip(("name", "version", "description"), texts))
         given.update(map(parse_field, texts[3:]))
         manifest = new_manifest(config, options.uuid or new_uuid(), given)
-    for text in ("name", "version", "description"):
-        if isinstance(manifest.get(text), str) and not is_utf8(manifest[text]):
-            raise Mistake(f"{text} is not UTF-8")
     if not isinstance(manifest["uuid"], str) or not is_uuid(manifest["uuid"]):
         raise Mistake(f"{manifest['uuid']!a} is not a UUID in lower case")
-    if not isinstance(manifest.get("files", []), list) \
-            or not all(isinstance(item, dict) for item in manifest.get("files", [])):
+    files = manifest.get("files", [])
+    if not isinstance(files, list) or len(files) > 1 \
+            or not all(isinstance(item, dict) for item in files):
         raise Mistake("files of the manifest must hold one file")
     check_fields(manifest)
+    if not options.stream_check and manifest["type"] in STREAM_TYPES.values():
+        raise Mistake(f"a {manifest['type']} is a ZFS stream: --no-stream-check needs another --type")
     choose_channels(config, manifest)
     return manifest
-
-
-def is_utf8(text) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def run_import(config, options):
@@ -3682,6 +3721,7 @@ def run_import(config, options):
             os.path.join(config.serve_dir, manifest["origin"], MANIFEST)):
         raise Mistake(f"its origin, image {manifest['origin']}, is not on this server")
     if options.file in (None, "-"):
+        os.set_blocking(0, True)          # the other end may have had it otherwise
         source = open(0, "rb", closefd=False)
         if source.isatty():
             raise Mistake("the image is read from standard input: `... < FILE`", 2)
@@ -3695,7 +3735,11 @@ def run_import(config, options):
         Import(config, manifest, options.stream_check, progress).run(source, options.activate)
     finally:
         progress.clear()
-    print(manifest["uuid"])
+    try:
+        print(manifest["uuid"], flush=True)
+    except OSError as error:
+        raise OSError(error.errno, f"image {manifest['uuid']} is stored, but that cannot be "
+                                   f"printed: {error.strerror}")
     return 0
 
 
@@ -3717,46 +3761,50 @@ def checked_uuid(text) -> str:
     return text
 
 
-def check_image(reader, config, uuid, quiet):
-    """Read all of an image: (what is wrong with it or None, the Examination or None)."""
-    directory = os.path.join(config.serve_dir, uuid)
+def check_image(reader, config, uuid, quiet) -> Examination:
+    """Read all of an image, and hold it against its manifest.  Raises Unsound."""
     image = reader.read(uuid, os.path.join(config.serve_dir, ""), (IMGAPI,))
     if image is None:
-        return f"there is no {MANIFEST}", None
+        raise Unsound(f"there is no {MANIFEST}")
     if image.problem:
-        return image.problem, None
+        raise Unsound(image.problem)
     found = Examination()
     progress = Progress(f"{uuid} {image.file}", quiet)
     try:
-        fd, _ = open_regular(os.path.join(directory, image.file))
+        fd, _ = open_regular(os.path.join(image.directory, image.file))
         with open(fd, "rb", buffering=0) as file:
             found.run(interruptible(file.read), progress=progress)
-    except Unsound as error:
-        return f"{image.file}: {error}", found
+        compare(found, image)
     except OSError as error:
-        return f"{image.file}: {error.strerror}", found
+        raise Unsound(f"{image.file}: {error.strerror}")
+    except Unsound as error:
+        raise Unsound(f"{image.file}: {error}")
     finally:
         progress.clear()
-    if found.size != image.size:
-        return f"{image.file}: its size is {found.size}, not {image.size}", found
-    if found.sha1 != image.sha1:
-        return f"{image.file}: its sha1 is {found.sha1}, not {image.sha1}", found
-    if image.md5 is not None and found.md5 != image.md5.hex():
-        return f"{image.file}: its md5 is {found.md5}, not {image.md5.hex()}", found
-    if found.stream.type is not None or image.type in STREAM_TYPES.values():
+    return found
+
+
+def compare(found, image):
+    """Hold what was found against what the manifest says.  Raises Unsound."""
+    is_stream = found.stream.type is not None or image.type in STREAM_TYPES.values()
+    pairs = [("size", found.size, image.size), ("sha1", found.sha1, image.sha1)]
+    if image.md5 is not None:
+        pairs.append(("md5", found.md5, image.md5.hex()))
+    if is_stream:
         promised = image.fields()["files"][0]["compression"]
-        if found.compression != promised:
-            return f"{image.file}: its compression is {found.compression}, not {promised}", found
-        trouble = found.stream.trouble()
-        if trouble:
-            return f"{image.file}: {trouble}", found
-    return None, found
+        pairs.append(("compression", found.compression, promised))
+    for name, value, promised in pairs:
+        if value != promised:
+            raise Unsound(f"its {name} is {value}, not {promised}")
+    trouble = is_stream and found.stream.trouble()
+    if trouble:
+        raise Unsound(trouble)
 
 
 def record_md5(directory, found):
     """Write the md5 of an image's file into its manifest, for Content-MD5; by rename.
 
-    Not where the manifest has become another since the file was read.
+    Its time stays, which may be what is shown as published_at.  Raises Unsound.  Not where the manifest has become another since the file was read.
     """
     try:
         manifest, _ = read_manifest(directory)
@@ -3766,7 +3814,11 @@ def record_md5(directory, found):
     except (OSError, Unsound, LookupError, TypeError, AttributeError):
         return
     file["md5"] = found.md5
-    replace_file(os.path.join(directory, MANIFEST), (render_json(manifest) + "\n").encode())
+    try:
+        replace_file(os.path.join(directory, MANIFEST),
+                     (render_json(manifest) + "\n").encode(), keep_time=True)
+    except Mistake as mistake:
+        raise Unsound(str(mistake))
 
 
 def incoming(serve_dir):
@@ -3790,25 +3842,30 @@ def run_check(config, options):
     reader = Reader(config)
     uuids = [checked_uuid(text) for text in options.uuid]
     uuids = uuids or sorted(name for name in os.listdir(config.serve_dir) if is_uuid(name))
+    say = interruptible(functools.partial(print, flush=True))     # to a pager, it may take long
     bad = 0
     for uuid in uuids:
-        trouble, found = check_image(reader, config, uuid, options.quiet)
-        if trouble:
+        try:
+            found = check_image(reader, config, uuid, options.quiet)
+            if options.record:
+                record_md5(os.path.join(config.serve_dir, uuid), found)
+        except Unsound as error:
             bad += 1
-            print(f"{uuid}: {printable(trouble)}", flush=True)
-        elif options.record:
-            record_md5(os.path.join(config.serve_dir, uuid), found)
+            say(f"{uuid}: {printable(str(error))}")
     for name in os.listdir(config.serve_dir) if options.clean else ():
         if name.startswith(DISCARDED):    # somebody was killed while removing it
             shutil.rmtree(os.path.join(config.serve_dir, name), ignore_errors=True)
     for uuid, whole, age in [] if options.uuid else list(incoming(config.serve_dir)):
         what = "waits to be activated" if whole else "was never finished, or is still coming"
         if options.clean and not whole and age > ABANDONED:
-            discard(config.serve_dir, uuid)
-            what = "was never finished: removed"
-        print(f"{INCOMING}{uuid}: {what}; last change {age / 3600:.0f} hours ago")
-    print(f"{len(uuids) - bad} of {len(uuids)} images are sound"
-          + ("" if uuids else f": there is none in {config.serve_dir}"))
+            try:
+                discard(config.serve_dir, uuid)
+                what = "was never finished: removed"
+            except Mistake as mistake:
+                what = f"was never finished: {mistake}"
+        say(f"{INCOMING}{uuid}: {what}; last change {age / 3600:.0f} hours ago")
+    say(f"{len(uuids) - bad} of {len(uuids)} images are sound"
+        + ("" if uuids else f": there is none in {config.serve_dir}"))
     return 1 if bad else 0
 
 
@@ -3886,7 +3943,10 @@ def run_smf(config, options):
     user, group = options.user, options.group
     if not user:
         import pwd
-        user = pwd.getpwuid(os.getuid()).pw_name
+        try:
+            user = pwd.getpwuid(os.getuid()).pw_name
+        except KeyError:
+            user = os.getuid()            # which SMF takes as well
     values = {"directory": directory, "user": user, "group": group or ":default",
               "privileges": privileges, "command": shlex.join(command).replace("%", "%%"),
               "stop": int(config.drain_time) + 30}
@@ -4000,8 +4060,11 @@ def main(arguments=None) -> int:
         if sys.stdout is not None:        # it is where there was none at the start
             sys.stdout.flush()
         return status
+    except RuntimeError as error:         # can't start new thread
+        sys.stderr.write(f"imgserver: {error}\n")
+        return 1
     except OSError as error:              # commands turn theirs into a Mistake, but for print
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)      # or Python would fail at its end again
         sys.stderr.write(f"imgserver: {error.strerror}\n")
         return 1
     except Mistake as mistake:

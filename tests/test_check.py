@@ -1,16 +1,19 @@
 """imgserver.py check: sound images are counted, each bad one is told, what is abandoned goes."""
 
 import base64
+import contextlib
 import gzip
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 
 from tests import streams
-from tests.support import IMGSERVER, PATIENCE, ServerCase, uuid_of, write_image, write_v2
+from tests.support import (IMGSERVER, PATIENCE, ROOT, ServerCase, uuid_of, wait_for, write_image,
+                           write_v2)
 
 IMAGE = gzip.compress(streams.stream())
 DAY = 24 * 3600
@@ -100,9 +103,36 @@ class TestCheck(CheckCase):
         self.assertRegex(result.stderr, r"\A[^\n]+is not a UUID[^\n]+\n\Z")
 
     def test_a_terminal_escape_in_a_manifest_is_not_passed_on(self):
-        write_image(self.serve_dir, uuid_of(1), IMAGE, name="\x1b[2J")
+        write_image(self.serve_dir, uuid_of(1), IMAGE, files=[
+            {"path": "image.zfs.gz", "sha1": "0" * 40, "size": "\x1b[2J"}])
         _, lines = self.check()
+        self.assertIn(r"\x1b[2J", lines[0])
         self.assertTrue(all(line.isprintable() for line in lines))
+
+    def test_a_reader_that_does_not_read_keeps_no_signal_away(self):
+        write_image(self.serve_dir, uuid_of(1), b"a text")
+        looked = os.path.join(self.directory, "looked")
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, reader)
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, bytes(4096))
+        os.set_blocking(writer, True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", "import sys; import imgserver\n"
+             "def check(*_):\n"
+             f"    open({looked!r}, 'w').close()\n"
+             "    raise imgserver.Unsound('bad')\n"
+             "imgserver.check_image = check\n"
+             "sys.exit(imgserver.main())", "check", "--dir", self.serve_dir],
+            stdout=writer, stderr=subprocess.PIPE, cwd=ROOT)
+        os.close(writer)
+        self.addCleanup(process.stderr.close)
+        wait_for(lambda: os.path.exists(looked), "the check")
+        process.terminate()
+        self.assertEqual(process.wait(PATIENCE), 128 + signal.SIGTERM)
+        self.assertIn(b"ended by SIGTERM", process.stderr.read())
 
 
 class TestIncoming(CheckCase):
@@ -180,6 +210,43 @@ class TestRecord(CheckCase):
                          ["image.zfs.gz", "manifest.json"])
         answer = self.serve().head(f"/images/{uuid_of(2)}/file")
         self.assertEqual(answer.headers["content-md5"], base64.b64encode(md5.digest()).decode())
+
+    def test_what_is_shown_stays_the_same(self):
+        write_v2(self.serve_dir, uuid_of(1), IMAGE)       # without published_at: its time counts
+        manifest = self.path(uuid_of(1), "manifest.json")
+        os.utime(manifest, (1e9, 1e9))
+        self.assertEqual(self.check("--record")[0], 0)
+        self.assertIn("md5", self.manifest(uuid_of(1))["files"][0])
+        image = self.serve().get(f"/images/{uuid_of(1)}").json()
+        self.assertEqual(image["published_at"], "2001-09-09T01:46:40Z")
+
+    def test_owner_and_symlink_stay(self):
+        write_v2(self.serve_dir, uuid_of(1), IMAGE)
+        manifest = self.path(uuid_of(1), "manifest.json")
+        aside = os.path.join(self.directory, "manifest.json")
+        os.rename(manifest, aside)
+        os.symlink(aside, manifest)
+        owner = (65534, 65533) if os.getuid() == 0 else (os.getuid(), os.getgid())
+        os.chown(aside, *owner)
+        os.chmod(aside, 0o640)
+        self.assertEqual(self.check("--record")[0], 0)
+        self.assertIn("md5", self.manifest(uuid_of(1))["files"][0])
+        self.assertTrue(os.path.islink(manifest))
+        status = os.stat(aside)
+        self.assertEqual((status.st_uid, status.st_gid, status.st_mode & 0o777), (*owner, 0o640))
+
+    def test_one_that_cannot_be_written_does_not_end_it(self):
+        for number in (1, 2):
+            write_image(self.serve_dir, uuid_of(number), IMAGE)
+        write_image(self.serve_dir, uuid_of(3), b"a text")
+        result = subprocess.run(
+            ["sh", "-c", 'ulimit -f 0; exec "$@"', "sh", sys.executable, IMGSERVER, "check",
+             "--record", "--dir", self.serve_dir],
+            stdout=subprocess.PIPE, encoding="utf-8", timeout=PATIENCE)
+        lines = result.stdout.splitlines()
+        self.assertEqual((result.returncode, len(lines)), (1, 4), lines)
+        for number, pattern in ((1, "cannot write"), (2, "cannot write"), (3, "no ZFS")):
+            self.assertRegex(lines[number - 1], f"^{uuid_of(number)}: .*{pattern}")
 
     def test_a_bad_image_gets_none(self):
         write_image(self.serve_dir, uuid_of(1), IMAGE[:-9])

@@ -152,6 +152,7 @@ class TestWords(ImportCase):
             ((*WORDS, "homepage=ftp://x"), "homepage"),
             ((*WORDS, "requirements={\"brands\": 1}"), "requirements"),
             ((*WORDS, "tags=[1]"), "tags"),
+            ((*WORDS, "creator_name=5"), "creator_name is not"),
             ((*WORDS, "published_at=today"), "published_at must look like"),
             ((*WORDS, "image_size=10"), "image_size is for type zvol only"),
             (zvol, "a zvol needs"),
@@ -164,8 +165,8 @@ class TestWords(ImportCase):
             (("--origin", uuid_of(9), *WORDS), "its origin, image .* is not on this server"),
             (("--manifest", "/nowhere"), "cannot read /nowhere"),
             (("--file", "/nowhere", *WORDS), "cannot read /nowhere"),
-            (("web", "1.0", b"\xff\xfe"), "description is not UTF-8"),
-            ((*WORDS, b"vendor=\xff\xfe"), "vendor is not UTF-8"),
+            (("web", "1.0", b"\xff\xfe"), "is not UTF-8"),
+            ((*WORDS, b"vendor=\xff\xfe"), "is not UTF-8"),
         )
         for words, pattern in cases:
             with self.subTest(words=words):
@@ -313,13 +314,33 @@ class TestManifest(ImportCase):
         for file, pattern in (({"sha1": "0" * 40}, "its sha1 is .* but the manifest says"),
                               ({"size": 5}, "its size is .* but the manifest says 5"),
                               ({"compression": "xz"}, "its compression is gzip, but"),
+                              ({"dataset_guid": "5"}, "its dataset_guid is .* says 5"),
                               ({"path": "../../x"}, "plain file name")):
             with self.subTest(file=file):
                 self.assertRefused(self.run_import(*self.pair(file=file)), pattern)
 
+    def test_a_number_for_a_guid_is_mended(self):
+        _, manifest = self.publish(*self.pair(file={"dataset_guid": streams.GUID}))
+        self.assertEqual(manifest["files"][0]["dataset_guid"], str(streams.GUID))
+
+    def test_whose_it_is_and_who_may_see_it(self):
+        for words, owner, public, acl in (
+                (("public=false", f"owner={uuid_of(5)}"), uuid_of(5), False, None),
+                (("public=false", f'acl=["{uuid_of(6)}"]'), NOBODY, False, [uuid_of(6)]),
+                ((f"owner={uuid_of(5)}",), uuid_of(5), True, None),
+                ((f"creator_uuid={uuid_of(5)}",), uuid_of(5), True, None)):
+            with self.subTest(words):
+                uuid, _ = self.publish(*WORDS, *words, 'requirements={"min_ram": 64}')
+                server = self.serve()
+                image = server.get(f"/images/{uuid}").json()
+                self.assertEqual((image["owner"], image["public"], image.get("acl")),
+                                 (owner, public, acl))
+                self.assertEqual((image["name"], image["requirements"]), ("web", {"min_ram": 64}))
+                self.assertEqual(server.get(f"/datasets/{uuid}").status, 200)
+
     def test_manifests_that_are_none(self):
         path = os.path.join(self.directory, "m")
-        for data in (b"", b"{", b"[]", b'"x"', b'{"files": {}}', b'{"files": [5]}', b"\xff",
+        for data in (b"", b"{" + b" " * (1 << 20) + b"}", b'{"files": [{}, {}]}', b"{", b"[]", b'"x"', b'{"files": {}}', b'{"files": [5]}', b"\xff",
                      b'{"name": NaN}', b"[" * 100000, b'{"v": 2, "uuid": 5}'):
             with self.subTest(data=data[:20]):
                 with open(path, "wb") as file:
@@ -372,6 +393,7 @@ class TestData(ImportCase):
             ("the first record alone", STREAM[:streams.RECORD], "end record is missing"),
             ("the end of another", STREAM[:-312] + streams.end(5, "<"), "end record is missing"),
             ("a package without its end", streams.package(STREAM)[:-312], "end record is missing"),
+            ("a package of what is cut", streams.package(STREAM[:-312]), "end record is missing"),
             ("bytes behind the end", STREAM + b"12345678", "end record is missing"),
             ("a zvol", streams.stream(kind=streams.ZVOL), "is that of a zvol"),
             ("incremental", streams.stream(from_guid=5), "--origin must name"),
@@ -405,6 +427,22 @@ class TestData(ImportCase):
                            "does not build on", left)
         self.assertRefused(self.run_import("--origin", origin, *WORDS, data=STREAM),
                            "not incremental", left)
+
+    def test_what_is_no_stream_has_a_type_that_is_none(self):
+        self.assertRefused(self.run_import("--no-stream-check", *WORDS, data=b"a tarball"),
+                           "--no-stream-check needs another --type")
+
+    def test_standard_input_that_does_not_block(self):
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        process = subprocess.Popen(self.command(*WORDS), stdin=reader, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, env=self.environment())
+        os.close(reader)
+        wait_for(lambda: os.listdir(self.serve_dir), "the import")
+        with open(writer, "wb") as file:
+            file.write(IMAGE)
+        output, errors = process.communicate(timeout=PATIENCE)
+        self.assertPublished(subprocess.CompletedProcess((), process.returncode, output, errors))
 
     def test_what_is_no_stream_on_demand(self):
         uuid, manifest = self.publish("--no-stream-check", "--type", "other", *WORDS,
@@ -458,6 +496,14 @@ class TestTrouble(ImportCase):
                 self.assertRefused(result, "the image cannot be stored: File too large")
         self.publish(*WORDS, data=data)
 
+    def test_nowhere_to_print_the_uuid(self):
+        with open("/dev/full", "wb") as full:
+            result = subprocess.run(self.command(*WORDS), input=IMAGE, stdout=full,
+                                    stderr=subprocess.PIPE, env=self.environment())
+        [uuid] = os.listdir(self.serve_dir)
+        self.assertEqual(result.returncode, 1)
+        self.assertRegex(result.stderr.decode(), rf"\A[^\n]*image {uuid} is stored[^\n]*\n\Z")
+
     def test_no_room_for_the_manifest(self):
         # The image is small enough, the manifest with its long description is not.
         result = self.run_import("web", "1", "d" * 9000, command=[
@@ -490,6 +536,29 @@ class TestTrouble(ImportCase):
                 self.assertRefused(subprocess.CompletedProcess(
                     (), process.returncode, process.stdout.read(), process.stderr.read()),
                     f"ended by {number.name}")
+
+    def test_a_signal_while_a_lane_is_at_work(self):
+        for what, chunks in (("to take a chunk", 9), ("to end", 1)):
+            with self.subTest(what):
+                process = subprocess.Popen([sys.executable, "-c", f"""if True:
+                    import sys, time
+                    import imgserver
+                    imgserver.hold_signals()
+                    lane = imgserver.Lane(lambda chunk: time.sleep(3600))
+                    lane.start()
+                    print("ready", flush=True)
+                    try:
+                        for _ in range({chunks}):
+                            lane.put(b"x")
+                        lane.close()
+                    except imgserver.Mistake as mistake:
+                        sys.exit(mistake.status)
+                    """], stdout=subprocess.PIPE, cwd=ROOT)
+                self.addCleanup(process.stdout.close)
+                self.addCleanup(process.kill)
+                self.assertEqual(process.stdout.readline(), b"ready\n")
+                process.terminate()
+                self.assertEqual(process.wait(PATIENCE), 128 + signal.SIGTERM)
 
     def test_a_signal_that_the_caller_ignores(self):
         process = self.begun(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
@@ -620,6 +689,24 @@ class TestSteps(ImportCase):
                            left=[".incoming-" + uuid_of(3)])
         first.communicate(IMAGE, timeout=PATIENCE)
         self.assertEqual(os.listdir(self.serve_dir), [uuid_of(3)])
+
+    def test_discarded_and_imported_again_meanwhile(self):
+        for words in (), ("-n",):
+            with self.subTest(words):
+                first = self.start("--uuid", uuid_of(3), *words, *WORDS)
+                wait_for(lambda: os.listdir(self.serve_dir), "the first import")
+                result = self.run_import("-d", uuid_of(3), command=[
+                    sys.executable, IMGSERVER, "discard", "--dir", self.serve_dir, uuid_of(3)])
+                self.assertEqual((result.returncode, result.stderr), (0, b""))
+                self.assertPublished(self.run_import("--uuid", uuid_of(3), "-n", *WORDS))
+                output, errors = first.communicate(IMAGE, timeout=PATIENCE)
+                self.assertRefused(
+                    subprocess.CompletedProcess((), first.returncode, output, errors),
+                    "was discarded", left=[".incoming-" + uuid_of(3)])
+                result = self.run_import(command=[
+                    sys.executable, IMGSERVER, "activate", "--dir", self.serve_dir, uuid_of(3)])
+                self.assertEqual((result.returncode, result.stderr), (0, b""))
+                shutil.rmtree(os.path.join(self.serve_dir, uuid_of(3)))
 
     def test_not_activated_then_activated(self):
         server = self.serve()

@@ -59,7 +59,14 @@ esac
 [ "$1" = -n ] && { shift; exec < /dev/null; }
 if [ -e "no-ssh" ]; then cat > /dev/null; exit 255; fi
 case $2 in
-    *"'-a'"*) [ ! -e no-activate ] || exit 1 ;;
+    *"'-a'"*)
+        [ ! -e no-activate ] || exit 1
+        if [ -e slow ]; then
+            sh -c "$2" || exit
+            echo > activated
+            until [ -e go ]; do sleep 0.05; done
+            exit 0
+        fi ;;
 esac
 exec sh -c "$2"
 """,
@@ -352,7 +359,7 @@ class TestTrouble(MkimgCase):
             ("fail-zfs-send", "zfs send has failed"),
             ("half", "zfs send has failed"),
             ("late", "zfs send has failed"),          # the stream is whole, the status is not
-            ("no-activate", "cannot be activated"),
+            ("no-activate", "activating image .* has failed"),
         )
         for name, pattern in cases:
             for compression in ("gzip", "none") if name in ("half", "late") else ("gzip",):
@@ -401,6 +408,24 @@ class TestTrouble(MkimgCase):
                     self.assertEqual(self.take("state"), "running\n")
                     self.assertRaises(ProcessLookupError, os.kill, sender, 0)
                     wait_for(lambda: os.listdir(self.serve_dir) == [], "the server's clean-up")
+
+    def test_an_interrupt_while_it_activates_comes_too_late(self):
+        need("setsid")
+        for name, shell in SHELLS.items():
+            if not shutil.which(shell[0]):
+                continue
+            with self.subTest(shell=name):
+                self.put("slow")
+                process = self.start(VM, *WORDS, shell=("setsid", *shell))
+                wait_for(lambda: os.path.exists(os.path.join(self.stand, "activated")),
+                         "the activation")
+                os.killpg(process.pid, signal.SIGINT)        # as a terminal does
+                self.put("go")
+                output, errors = process.communicate(timeout=PATIENCE)
+                self.assertEqual(process.returncode, 0, errors)
+                self.assertIn(output.split()[0], os.listdir(self.serve_dir))
+                for left in ("activated", "go", "slow"):
+                    os.unlink(os.path.join(self.stand, left))
 
     def test_it_is_quoted_once_for_the_server(self):
         self.published(VM, "web", "1", "it's")
