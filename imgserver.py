@@ -85,7 +85,9 @@ MD5_LIMIT = 16 << 20          # bytes; a file up to this size is hashed when it 
 
 HEAD_LINE_LIMIT = 8 << 10     # bytes of a request line; nginx and node allow 8 KiB too
 HEAD_LIMIT = 32 << 10         # bytes of a whole request head: imgadm sends less than 1 KiB
+HOSTS_KEPT = 256              # Host headers of which the check and the URL are remembered
 HEAD_FIELDS_LIMIT = 100       # header lines of one request
+QUERY_FIELDS_LIMIT = 100      # parameters of one query: IMGAPI knows fifteen
 RECEIVE = 16 << 10            # bytes asked of a socket at once: many whole requests
 ONE_PIECE = 64 << 10          # bytes; a body up to this size is copied behind its head
 PARTS = 64                    # parts of answers given to one sendmsg; POSIX allows 16 at least
@@ -101,6 +103,8 @@ THREAD_IDLE = 10.0            # seconds until a thread without work ends
 TICK = 1.0                    # seconds between two looks at the time limits
 LOG_DELAY = 0.2               # seconds a line may wait for others, so that a burst is one write
 LOG_LIMIT = 1 << 20           # bytes of log held while nobody reads it; then lines are dropped
+ADDRESS_LIMIT = 45            # characters of an IPv6 address that maps IPv4, the longest
+TRACEBACK_LIMIT = 4000        # characters of a traceback in one log line, the last ones
 LOG_TARGET_LIMIT = 1000       # characters of a client's text in one log line
 
 CHUNK = 1 << 20               # bytes of an image handled at once by import and check
@@ -109,6 +113,10 @@ HEED = 0.25                   # seconds a command may wait for its threads befor
 LZMA_MEMORY = 256 << 20       # bytes; xz -9 needs 65 MiB to decompress, a bomb asks for more
 ABANDONED = 24 * 3600         # seconds without a change until --clean takes an incomplete image
 
+JSON_TYPE = b"Content-Type: application/json\r\n"      # exactly: imgadm's dsapi ping compares it
+CORS = b"Access-Control-Allow-Origin: *\r\n"
+
+# What errno says of the system rather than of the file.
 SHORTAGE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE)     # end a command
@@ -150,6 +158,10 @@ class Mistake(Exception):
         self.status = status
 
 
+def bad_request(message) -> Refusal:
+    return Refusal(400, "BadRequestError", message)
+
+
 def not_found(message) -> Refusal:
     return Refusal(404, "ResourceNotFound", message)
 
@@ -176,6 +188,11 @@ def printable(text, limit=LOG_TARGET_LIMIT) -> str:
     if _is_plain(text):
         return text
     return text.encode("unicode_escape").decode("ascii").replace('"', '\\"')
+
+
+def stamp(seconds) -> str:
+    """A time in seconds since 1970 as the log and manifests have it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 class Log:
@@ -216,7 +233,7 @@ class Log:
         """It is `now`, in whole seconds since 1970."""
         if now != self._second:
             self._second = now
-            self._stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime(now))
+            self._stamp = stamp(now) + " "
 
     def info(self, text):
         self.line("info", text)
@@ -229,7 +246,8 @@ class Log:
 
     def exception(self, what):
         """A fault of our own: the traceback, on one line."""
-        self.line("error", what + ": " + printable(traceback.format_exc(), 4000))
+        self.line("error", what + ": " + printable(traceback.format_exc()[-TRACEBACK_LIMIT:],
+                                                          TRACEBACK_LIMIT))
 
     @property
     def pending(self) -> bool:
@@ -407,16 +425,22 @@ def parse_listen(value, any_port=False):
         return value
     match = re.fullmatch(r"(?:(\[[0-9A-Fa-f:.]+\]|[^\[\]:/\s]+):)?([0-9]{1,5})", str(value))
     if isinstance(value, bool) or not match:
-        raise ValueError("must be a port, ADDRESS:PORT, or the path of a socket that starts with /")
+        raise ValueError("must be a port, ADDRESS:PORT, or the path of a socket, which starts "
+                         "with /")
     host, port = (match[1] or "").strip("[]"), int(match[2])
     if not (0 if any_port else 1) <= port <= 65535:
         raise ValueError("must name a port from 1 to 65535")
     return host, port
 
 
+def _listen(value):
+    parse_listen(value)
+    return value
+
+
 # Every key of config.json: its default, and what checks it.  README.md says what each does.
 SETTINGS = {
-    "listen_port": (80, lambda value: (parse_listen(value), value)[1]),
+    "listen_port": (80, _listen),
     "prefix": ("http://", _text),
     "suffix": ("", _text),
     "loglevel": ("info", _loglevel),
@@ -518,7 +542,7 @@ _VERSION = re.compile(r"[A-Za-z0-9._/+-]{1,512}")
 
 
 def compression_of(head: bytes, name: str) -> str:
-    """How a file is compressed, by its first bytes, else by its name."""
+    """How a file is compressed, by its first bytes; by its name where it has none."""
     for magic, kind in MAGIC.items():
         if head.startswith(magic):
             return kind
@@ -529,6 +553,7 @@ def compression_of(head: bytes, name: str) -> str:
 
 
 def is_v1(manifest) -> bool:
+    """Whether a manifest is of the old form (DSAPI); most of those have no v at all."""
     return manifest.get("v", 1) == 1 and not isinstance(manifest.get("v"), bool)
 
 
@@ -749,17 +774,14 @@ def complete(manifest: dict, published_at: str) -> dict:
     these when it takes an image, and so does this.  A directory is active, whatever state
     its manifest gives, unless that is disabled or no image at all (creating, failed).
     """
-    v2 = upgrade(manifest) if is_v1(manifest) else manifest.copy()
-    for key in [key for key, value in v2.items() if value is None]:
-        del v2[key]
+    v2 = upgrade(manifest) if is_v1(manifest) else manifest
+    v2 = {key: value for key, value in v2.items() if value is not None}
     v2["owner"] = v2.get("owner") or NOBODY
     v2["disabled"] = bool(v2.get("disabled")) or v2.get("state") == "disabled"
     if v2.get("state") not in ("creating", "failed"):
         v2["state"] = "disabled" if v2["disabled"] else "active"
-    if v2.get("public") is None:
-        v2["public"] = True
-    if v2.get("published_at") is None:
-        v2["published_at"] = published_at
+    v2.setdefault("public", True)
+    v2.setdefault("published_at", published_at)
     return v2
 
 
@@ -770,6 +792,7 @@ def as_v1(manifest: dict, v2: dict, file: dict, creator: str) -> dict:
     and the fields that imgadm 1 wants after the download (imgadm of 2012: urn,
     description, creator_name, published_at).
     """
+    urn = (v2.get("urn") or "").split(":")
     if is_v1(manifest):
         # imgmanifest asserts that a v1 manifest has no owner, and no public when restricted.
         v1 = {key: value for key, value in manifest.items()
@@ -778,20 +801,14 @@ def as_v1(manifest: dict, v2: dict, file: dict, creator: str) -> dict:
     else:
         v1 = downgrade(v2)
         v1.pop("channels", None)
-    urn = (v2.get("urn") or "").split(":")
-    v1["creator_name"] = v1.get("creator_name") or (urn[1] if len(urn) > 1 else creator)
-    if not is_v1(manifest):
         v1["cloud_name"] = urn[0] or creator
+    v1["creator_name"] = v1.get("creator_name") or (urn[1] if len(urn) > 1 else creator)
     v1["urn"] = v1.get("urn") or ":".join(
         (v1.get("cloud_name") or creator, v1["creator_name"], v2["name"], v2["version"]))
     v1["description"] = v1.get("description") or f"{v2['name']} {v2['version']}"
     v1["published_at"] = v1.get("published_at") or v2["published_at"]
     v1["files"] = [file]
     return v1
-
-
-JSON_TYPE = b"Content-Type: application/json\r\n"      # exactly: imgadm's dsapi ping compares it
-CORS = b"Access-Control-Allow-Origin: *\r\n"
 
 
 # -- store -------------------------------------------------------------------------------
@@ -845,16 +862,11 @@ def changed_at(path):
     return key and key[0]
 
 
-def stamp(seconds) -> str:
-    """A time in seconds since 1970 as manifests have it."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
-
-
 class Image:
     """One image directory as it was last read: what is shown of it, or why nothing is.
 
     place       what stands before its uuid in the path of its directory
-    problem     None, or one sentence for the log; then the fields below it are not set
+    problem     None, or one sentence for the log; then nothing of its manifest is set
     try_again   the problem may be one of the moment, such as an error of the disk
     device      the file system that it is on; None where its files are on several
     dsapi       (before, after, etag) of its v1 manifest as bytes: files[0].url stands between
@@ -932,9 +944,6 @@ def read_manifest(directory):
         raise Unsound(f"{MANIFEST} {error}")
     finally:
         os.close(fd)
-
-
-_UNRESERVED = re.compile("[A-Za-z0-9._~-]*").fullmatch         # RFC 3986 §2.3
 
 
 class Reader:
@@ -1058,8 +1067,7 @@ class Reader:
 
     def _render_v1(self, v1, image):
         before, after = render_json(v1).split(self.mark)
-        path = image.path if _UNRESERVED(image.path) else urllib.parse.quote(image.path, safe="")
-        path = f"/datasets/{image.uuid}/{path}"
+        path = f"/datasets/{image.uuid}/{urllib.parse.quote(image.path, safe='')}"
         before, after = before.encode(), (path + after).encode()
         return before, after, etag_of(before, after, self.base_salt)
 
@@ -1090,6 +1098,7 @@ class Listing:
         self.zipped = None                # the Listing of its gzip form, once asked for
 
     def zip(self):
+        """Make its gzip form; which is slow, for a thread."""
         import gzip
         self.zipped = Listing(gzip.compress(self.body, 6, mtime=0), self.etag + "-gzip",
                               b"Content-Encoding: gzip\r\n")
@@ -1450,6 +1459,7 @@ class Decompressor:
                     if not data:
                         return
                     self._member = self._make()
+                # zlib hands back what it has not read; bz2 and lzma keep it, and say so.
                 piece = self._member.decompress(data, CHUNK)
                 data = getattr(self._member, "unconsumed_tail", b"")
                 if self._member.eof:
@@ -1597,6 +1607,7 @@ class Examination:
 # the rename.  Whatever ends a command before that leaves nothing on show.
 
 def interrupted(number, frame):
+    """The handler of signals that end a command: raises Mistake."""
     for each in ENDING:                   # the next one must not disturb the tidying up
         signal.signal(each, lambda number, frame: None)
     raise Mistake(f"ended by {signal.Signals(number).name}", 128 + number)
@@ -1929,10 +1940,6 @@ METHODS = frozenset(("GET", "HEAD", "OPTIONS", "POST", "PUT", "DELETE", "PATCH",
                      "CONNECT"))
 
 
-def bad_request(message) -> Refusal:
-    return Refusal(400, "BadRequestError", message)
-
-
 class Request:
     """One parsed request.
 
@@ -2001,7 +2008,7 @@ def check_size(head):
         raise Refusal(431, "RequestHeaderFieldsTooLarge", f"a head over {HEAD_LIMIT} bytes")
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(HOSTS_KEPT)
 def names_host(host) -> bool:
     """Whether a Host header is a name or address, with a port or without (RFC 9112 §3.2)."""
     match = _HOST.fullmatch(host)
@@ -2089,12 +2096,13 @@ class Response:
         self.length = len(body) if length is None else length
 
     def close(self):
+        """Close its file; may be called twice."""
         if self.file is not None:
             os.close(self.file)
             self.file = None
 
 
-def field(name, value) -> bytes:
+def header_line(name, value) -> bytes:
     """One header line.  Raises ValueError for what would end it early."""
     if not value.isprintable():
         raise ValueError(f"{name} cannot hold {value!a}")
@@ -2162,7 +2170,7 @@ def parse_range(header, size):
             return None
     if offset >= size:
         raise Refusal(416, "RequestedRangeNotSatisfiable", f"the file has {size} bytes",
-                      fields=field("Content-Range", f"bytes */{size}"))
+                      fields=header_line("Content-Range", f"bytes */{size}"))
     return offset, min(last, size - 1) - offset + 1
 
 
@@ -2190,7 +2198,7 @@ def file_response(request, fd, status, etag, fields, md5=None) -> Response:
             part = parse_range(headers["range"], size)
         if part is not None:
             offset, length = part
-            fields += field("Content-Range", f"bytes {offset}-{offset + length - 1}/{size}")
+            fields += header_line("Content-Range", f"bytes {offset}-{offset + length - 1}/{size}")
             response = Response(206, fields, b"", fd, offset, length)
         else:
             digest = md5() if md5 is not None else None
@@ -2210,31 +2218,26 @@ def file_response(request, fd, status, etag, fields, md5=None) -> Response:
 # raises Cold rather than wait for a disk; it is then called again in a thread.
 
 # Samples of the errors that IMGAPI knows, for /ping?error=NAME (sdc-imgapi, GET /ping).
-PING_ERRORS = {
-    "ValidationFailed": Refusal(422, "ValidationFailed", "boom", []),
-    "InvalidParameter": Refusal(422, "InvalidParameter", 'invalid "foo"',
-                                [{"field": "foo", "code": "Invalid"}]),
-    "ImageFilesImmutable": Refusal(422, "ImageFilesImmutable",
-                                   "cannot modify files on activated image"),
-    "ImageAlreadyActivated": Refusal(422, "ImageAlreadyActivated", "image is already activated"),
-    "NoActivationNoFile": Refusal(422, "NoActivationNoFile",
-                                  "image cannot be activated: it has no file"),
-    "OperatorOnly": Refusal(403, "OperatorOnly",
-                            "this endpoint may only be called by an operator"),
-    "ImageUuidAlreadyExists": Refusal(409, "ImageUuidAlreadyExists",
-                                      "image uuid already exists"),
-    "StorageIsDown": Refusal(503, "StorageIsDown", "storage is down"),
-    "StorageUnsupported": Refusal(503, "StorageUnsupported", "storage is unsupported"),
-    "RemoteSource": Refusal(503, "RemoteSourceError", ""),
-    "Internal": Refusal(500, "InternalError", "boom"),
+PING_ERRORS = {                   # what Refusal is made of
+    "ValidationFailed": (422, "ValidationFailed", "boom", []),
+    "InvalidParameter": (422, "InvalidParameter", 'invalid "foo"',
+                         [{"field": "foo", "code": "Invalid"}]),
+    "ImageFilesImmutable": (422, "ImageFilesImmutable", "cannot modify files on activated image"),
+    "ImageAlreadyActivated": (422, "ImageAlreadyActivated", "image is already activated"),
+    "NoActivationNoFile": (422, "NoActivationNoFile",
+                           "image cannot be activated: it has no file"),
+    "OperatorOnly": (403, "OperatorOnly", "this endpoint may only be called by an operator"),
+    "ImageUuidAlreadyExists": (409, "ImageUuidAlreadyExists", "image uuid already exists"),
+    "StorageIsDown": (503, "StorageIsDown", "storage is down"),
+    "StorageUnsupported": (503, "StorageUnsupported", "storage is unsupported"),
+    "RemoteSource": (503, "RemoteSourceError", ""),
+    "Internal": (500, "InternalError", "boom"),
 }
 PING_ERRORS_WITHOUT_SAMPLE = frozenset((
     "ResourceNotFound", "Upload", "Download", "OwnerDoesNotExist", "AccountDoesNotExist",
     "NotImageOwner", "NotMantaPathOwner", "OriginDoesNotExist", "OriginIsNotActive",
     "InsufficientServerVersion", "ImageHasDependentImages", "NotAvailable", "NotImplemented",
     "InvalidHeader", "ServiceUnavailable", "Unauthorized", "BadRequest"))
-
-QUERY_FIELDS_LIMIT = 100          # parameters of one query: IMGAPI knows fifteen
 
 
 def parse_query(query) -> dict:
@@ -2301,10 +2304,11 @@ def filters_of(query, account):
 
 
 def may_see(image, account) -> bool:
+    """Whether an account sees an image: its own, a public one, or one shared with it."""
     return image.owner == account or image.public or account in image.acl
 
 
-def sort_direction(query) -> bool:
+def newest_first(query) -> bool:
     """Whether the list is to be newest first.  Raises Refusal."""
     value = one(query, "sort") or "published_at"
     attribute, _, direction = value.partition(".")
@@ -2345,18 +2349,51 @@ def accepts_gzip(header) -> bool:
     return False
 
 
+def image_text(image, version) -> bytes:
+    """The v2 manifest of an image as a version of IMGAPI shows it."""
+    before, channels, _ = image.imgapi
+    return before + (channels if version == 2 else b"") + b"\n}"
+
+
+def admin_fields(query):
+    """Refuse inclAdminFields, which is for operators of the official server."""
+    value = one(query, "inclAdminFields")
+    if value not in (None, "true", "false"):
+        raise invalid("inclAdminFields", f'invalid "inclAdminFields": "{value}"')
+    if value == "true":
+        raise Refusal(401, "UnauthorizedError", 'Unauthorized (auth required to use '
+                                                '"inclAdminFields" parameter)')
+
+
+def open_of(image, name, what, fits):
+    """Open a file of an image: (fd, its stat).
+
+    Raises Refusal (404) where it has no such file, or fits(its size in bytes) is false.
+    """
+    try:
+        if name is not None:
+            fd, status = open_regular(os.path.join(image.directory, name))
+            if fits(status.st_size):
+                return fd, status
+            os.close(fd)
+    except OSError as error:
+        raise_shortage(error)
+    raise not_found(f'image "{image.uuid}" has no {what}')
+
+
 class Site:
     """Everything that can be asked for, over one store."""
 
     def __init__(self, config, store, log):
         self.config, self.store, self.log = config, store, log
         self.channels = {channel["name"]: channel for channel in config.channels}
-        self._base = functools.lru_cache(maxsize=256)(self._make_base)
+        # prefix + Host + suffix, as JSON: what files[].url begins with.
+        self.base = functools.lru_cache(HOSTS_KEPT)(self._make_base)
         # The suffix was made to add a port: not to a Host header that has one.
         self._plain_suffix = re.sub("^:[0-9]+", "", config.suffix)
 
     def answer(self, request) -> Response:
-        """The Response to a Request.  Raises Cold; every fault is a Response."""
+        """The Response to a Request, be it a refusal.  Raises Cold, and faults of our own."""
         try:
             route = self._route(request)
             if len(request.segments) > 1:
@@ -2401,7 +2438,7 @@ class Site:
         allow = b"GET, HEAD, OPTIONS"
         fields = b"Allow: %b\r\n%bAccess-Control-Allow-Methods: %b\r\n" % (allow, CORS, allow)
         if re.fullmatch(r"[A-Za-z0-9, -]{1,500}", headers):
-            fields += field("Access-Control-Allow-Headers", headers)
+            fields += header_line("Access-Control-Allow-Headers", headers)
         return Response(204, fields)
 
     # both
@@ -2423,11 +2460,12 @@ class Site:
             kind = "text/html; charset=utf-8" if name.endswith("html") else "application/json"
             etag = hashlib.sha1(repr(key_of(status)).encode()).hexdigest()
             return file_response(request, fd, status, etag,
-                                 field("Content-Type", kind) + b"Vary: Accept\r\n" + CORS)
+                                 header_line("Content-Type", kind) + b"Vary: Accept\r\n" + CORS)
         return json_response({"server": f"imgserver/{__version__}", "datasets": "/datasets",
                               "images": "/images", "ping": "/ping"})
 
     def ping(self, request):
+        """What tells both kinds of source what this is; ?error=NAME is answered by a sample."""
         if request.query:
             query = parse_query(request.query)
             if "error" in query:
@@ -2439,8 +2477,7 @@ class Site:
     def _ping_error(name):
         name = name[:-len("Error")] if name.endswith("Error") else name
         if name in PING_ERRORS:
-            sample = PING_ERRORS[name]
-            return Refusal(sample.status, sample.code, sample.message, sample.errors)
+            return Refusal(*PING_ERRORS[name])
         if name in PING_ERRORS_WITHOUT_SAMPLE:
             return Refusal(500, "InternalError", f'do not have a sample "{name}Error" error')
         return invalid("error", f"unknown error: {name}Error", "Missing")
@@ -2469,18 +2506,11 @@ class Site:
             return Response(304, listing.fields)
         return Response(200, listing.fields, listing.body)
 
-    def image_file(self, request, image):
+    def stored_file(self, request, image):
         """The file of an image, of which the manifest may have been true a moment ago only."""
         if not request.may_wait:
             raise Cold
-        try:
-            fd, status = open_regular(os.path.join(image.directory, image.file))
-        except OSError as error:
-            raise_shortage(error)
-            raise not_found(f'image "{image.uuid}" has no file')
-        if status.st_size != image.size:
-            os.close(fd)
-            raise not_found(f'image "{image.uuid}" has no file')
+        fd, status = open_of(image, image.file, "file", lambda size: size == image.size)
 
         def md5():
             if image.md5 is None and image.size <= MD5_LIMIT:
@@ -2492,10 +2522,6 @@ class Site:
 
     # DSAPI
 
-    def base(self, request) -> bytes:
-        """prefix + Host + suffix, as JSON: what files[].url begins with."""
-        return self._base(request.host)
-
     def _make_base(self, host):
         suffix = self.config.suffix
         if suffix and _HOST.fullmatch(host)[2]:
@@ -2504,7 +2530,7 @@ class Site:
 
     def datasets(self, request):
         """All active images, v1; filters as dsapid has them: by prefix, or ~part."""
-        base = self.base(request)
+        base = self.base(request.host)
         if request.query:
             query = parse_query(request.query)
             wanted = {name: one(query, name) for name in ("name", "version", "os", "type")}
@@ -2531,18 +2557,20 @@ class Site:
         return Response(200, JSON_TYPE + CORS, self.store.join(texts))
 
     def dataset(self, request, uuid):
+        """One manifest, v1."""
         before, after, etag = self.store.image(uuid, DSAPI, request.may_wait).dsapi
-        return self.manifest_response(request, etag, before, self.base(request), after)
+        return self.manifest_response(request, etag, before, self.base(request.host), after)
 
     def dataset_file(self, request, uuid):
+        """The file of an image, by the name that its v1 manifest gives."""
         image = self.store.image(uuid, DSAPI, request.may_wait)
         if request.segments[2] != image.path:
             raise not_found(f"{request.target} does not exist")
-        return self.image_file(request, image)
+        return self.stored_file(request, image)
 
     # IMGAPI
 
-    def channel_of(self, query, everything=True):
+    def channel_of(self, query):
         """The channel a request is about: None without channels, "*" for all.
 
         Raises Refusal as sdc-imgapi does.
@@ -2556,7 +2584,7 @@ class Site:
                               "channel not specified and the server has no default channel",
                               [{"field": "channel", "code": "MissingParameter"}])
             return self.config.default_channel
-        if name not in self.channels and not (name == "*" and everything):
+        if name not in self.channels and name != "*":
             raise Refusal(422, "ValidationFailed", f"unknown channel: {name}",
                           [{"field": "channel", "code": "Invalid"}])
         return name
@@ -2587,7 +2615,7 @@ class Site:
 
     def _select(self, request, query, channel):
         """The images that a query asks for: filtered, sorted, from the marker on, limited."""
-        backwards, limit, account = sort_direction(query), limit_of(query), one(query, "account")
+        backwards, limit, account = newest_first(query), limit_of(query), one(query, "account")
         state = one(query, "state") or "active"
         if state != "all" and state not in STATES:
             raise invalid("state", f'invalid state: "{state}"')
@@ -2621,7 +2649,7 @@ class Site:
                                     "UUID or date string")
         return text, "~" if backwards else ""
 
-    def one_image(self, request, uuid, everything=True):
+    def one_image(self, request, uuid):
         """The image of an IMGAPI request, in any state, if its channel and account show it."""
         query = parse_query(request.query) if request.query else {}
         version = parse_accept_version(request.headers, f"{request.method} {request.target}")
@@ -2629,7 +2657,7 @@ class Site:
         account = one(query, "account")
         if account is not None and not is_uuid(account):
             raise invalid("account", f'invalid "account": not a UUID: "{account}"')
-        channel = self.channel_of(query, everything)
+        channel = self.channel_of(query)
         try:
             image = self.store.image(uuid, IMGAPI, request.may_wait)
         except Refusal:
@@ -2643,66 +2671,45 @@ class Site:
         return image, version, query
 
     def image(self, request, uuid):
+        """One manifest, v2."""
         image, version, _ = self.one_image(request, uuid)
         before, channels, etag = image.imgapi
         if version == 1 and channels:
             channels, etag = b"", etag + b"-1"
         return self.manifest_response(request, etag, before, channels, b"\n}")
 
-    def image_only_file(self, request, uuid):
+    def image_file(self, request, uuid):
+        """The file of an image; ?index=0 is the only one."""
         image, _, query = self.one_image(request, uuid)
         index = one(query, "index") or "0"
         if re.fullmatch("[0-9]+", index) and index.strip("0"):
             raise not_found(f'image "{uuid}" has no file at index {index.lstrip("0")}')
-        return self.image_file(request, image)
+        return self.stored_file(request, image)
 
     def image_icon(self, request, uuid):
         """The icon of an image, with the Content-MD5 that sdc-clients insist on."""
         image, _, _ = self.one_image(request, uuid)
         if not request.may_wait:
             raise Cold
-        missing = not_found(f'image "{uuid}" has no icon')
-        if image.icon is None:
-            raise missing
+        fd, status = open_of(image, image.icon, "icon", lambda size: size <= MD5_LIMIT)
         try:
-            fd, status = open_regular(os.path.join(image.directory, image.icon))
-        except OSError as error:
-            raise_shortage(error)
-            raise missing
-        try:
-            if status.st_size > MD5_LIMIT:
-                raise missing
             data = os.pread(fd, status.st_size, 0)
-        except (OSError, Refusal):
+        except OSError:
             os.close(fd)
             raise
         return file_response(request, fd, status, hashlib.sha1(data).hexdigest(),
-                             field("Content-Type", ICONS[image.icon]) + CORS,
+                             header_line("Content-Type", ICONS[image.icon]) + CORS,
                              hashlib.md5(data).digest)
 
     def channel_list(self, request):
+        """The channels as they are configured; 404 where there are none."""
         if not self.channels:
             raise not_found(f"{request.target} does not exist")
         return json_response(self.config.channels)
 
     def state(self, request):
+        """For operators of the official server: refused, as it does."""
         raise Refusal(401, "UnauthorizedError", "Unauthorized")
-
-
-def image_text(image, version) -> bytes:
-    """The v2 manifest of an image as a version of IMGAPI shows it."""
-    before, channels, _ = image.imgapi
-    return before + (channels if version == 2 else b"") + b"\n}"
-
-
-def admin_fields(query):
-    """Refuse inclAdminFields, which is for operators of the official server."""
-    value = one(query, "inclAdminFields")
-    if value not in (None, "true", "false"):
-        raise invalid("inclAdminFields", f'invalid "inclAdminFields": "{value}"')
-    if value == "true":
-        raise Refusal(401, "UnauthorizedError", 'Unauthorized (auth required to use '
-                                                '"inclAdminFields" parameter)')
 
 
 ROUTES = {
@@ -2713,7 +2720,7 @@ ROUTES = {
     "datasets/:uuid/:file": Site.dataset_file,
     "images": Site.images,
     "images/:uuid": Site.image,
-    "images/:uuid/file": Site.image_only_file,
+    "images/:uuid/file": Site.image_file,
     "images/:uuid/icon": Site.image_icon,
     "channels": Site.channel_list,
     "state": Site.state,
@@ -2778,7 +2785,7 @@ class Copier:
 
 
 def unsent(sock):
-    """Bytes in the socket's send queue: what the client has not taken yet; None: not known.
+    """How full the socket's send queue is, only good to be compared; None: not known.
 
     A slow reader takes bytes long before the queue has room for more.  illumos cannot tell.
     """
@@ -2854,11 +2861,15 @@ class Handler(BaseHTTPRequestHandler):
             self.server.work(self, self.answer_slowly)
             return False
         except Refusal as refusal:
-            self.close_connection = self.unread = True
-            response = refusal_response(refusal)
+            return self.refuse(refusal)
         except Exception:
             response = self.fault()
         return self.put(response)
+
+    def refuse(self, refusal):
+        """Answer what is no request, or is not taken: the last answer of this connection."""
+        self.close_connection = self.unread = True
+        return self.put(refusal_response(refusal))
 
     def parse_request(self):
         """Take one request off the buffer.  Returns whether it is all there.
@@ -2921,13 +2932,13 @@ class Handler(BaseHTTPRequestHandler):
     def head(self, response) -> bytes:
         """The head of a response as it is sent."""
         status = response.status
-        length = b"" if status in (204, 304) else b"Content-Length: %d\r\n" % response.length
+        framing = b"" if status in (204, 304) else b"Content-Length: %d\r\n" % response.length
         if self.close_connection:
-            length += b"Connection: close\r\n"
+            framing += b"Connection: close\r\n"
         elif self.asked.is_1_0:
-            length += b"Connection: keep-alive\r\n"
+            framing += b"Connection: keep-alive\r\n"
         return b"%b%b\r\n%b%b\r\n" % (STATUS_LINES[status], self.server.date,
-                                       response.fields, length)
+                                       response.fields, framing)
 
     def has_body(self):
         return not self.requestline.startswith("HEAD ")
@@ -2979,7 +2990,7 @@ class Handler(BaseHTTPRequestHandler):
     def after_answer(self):
         """What was asked so far is answered: go on, or end."""
         if self.close_connection:
-            self.server.part(self)
+            self.server.close_or_linger(self)
             return
         config = self.server.config
         self.deadline = self.server.now + (config.header_timeout if self.partial
@@ -3117,9 +3128,7 @@ class Handler(BaseHTTPRequestHandler):
             self.partial = False
             self.started = time.monotonic()
             self.asked = None
-            self.close_connection = self.unread = True
-            self.put(refusal_response(Refusal(408, "RequestTimeout",
-                                              "the request has not come to its end")))
+            self.refuse(Refusal(408, "RequestTimeout", "the request has not come to its end"))
         else:
             self.server.drop(self)
 
@@ -3136,7 +3145,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.address
         headers = self.asked.headers if self.asked is not None else {}
         address = headers.get("x-real-ip") or headers.get("x-forwarded-for", "").split(",")[-1]
-        return printable(address.strip(), 45) or "unix"
+        return printable(address.strip(), ADDRESS_LIMIT) or "unix"
 
     def log_request(self, code="-", size="-"):
         """The line of a request: who, what, status, bytes of the body, time taken."""
@@ -3188,7 +3197,6 @@ class ImageServer(ThreadingHTTPServer):
     """
 
     request_queue_size = 1024             # a fleet that boots imports all at once
-    allow_reuse_port = False              # a second server must fail, not share the port
 
     def __init__(self, config, log):
         self.config, self.log = config, log
@@ -3207,10 +3215,10 @@ class ImageServer(ThreadingHTTPServer):
         self._second = 0
         self._look_at_time()
         self._ended = threading.Event()
-        host, port = self.place()
+        host, port = self.choose_address()
         super().__init__((host, port), Handler)
 
-    def place(self):
+    def choose_address(self):
         """The address to bind, and address_family with it.  Raises Mistake."""
         host, port = self.config.listen
         if not host:
@@ -3235,7 +3243,6 @@ class ImageServer(ThreadingHTTPServer):
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = self.server_address[:2]
 
     def server_activate(self):
         super().server_activate()
@@ -3266,6 +3273,7 @@ class ImageServer(ThreadingHTTPServer):
     def serve_forever(self, poll_interval=TICK):
         """Serve until shutdown() or a signal; then finish what has begun, for drain_time."""
         config = self.config
+        # So often that no limit is overrun by more than a quarter.
         tick = min(poll_interval, config.header_timeout / 4, config.idle_timeout / 4,
                    config.stall_timeout / 4)
         looked = flushed = self.now
@@ -3325,9 +3333,8 @@ class ImageServer(ThreadingHTTPServer):
     def refuse(self, handler, why):
         """Answer 503 in place of whatever was asked."""
         self.log.warn(f"{handler.address_string()} is told to come back: {why}")
-        handler.close_connection = handler.unread = True
-        handler.put(refusal_response(Refusal(503, "ServiceUnavailableError", why,
-                                             fields=b"Retry-After: 5\r\n")))
+        handler.refuse(Refusal(503, "ServiceUnavailableError", why,
+                               fields=b"Retry-After: 5\r\n"))
 
     def _send_out(self):
         """Send the answers of this turn."""
@@ -3403,7 +3410,7 @@ class ImageServer(ThreadingHTTPServer):
             except Exception:
                 self.handle_error(handler, None)
 
-    def part(self, handler):
+    def close_or_linger(self, handler):
         """READING to CLOSED, by way of LINGERING where the client may still be sending.
 
         Closing a socket that holds unread bytes resets it, and the client would lose the
@@ -3504,10 +3511,9 @@ class UnixImageServer(ImageServer):
     """The same on a Unix socket, for nginx on the same machine."""
 
     address_family = socket.AF_UNIX
-    allow_reuse_address = False
     _identity = None                      # (device, inode) of our socket file while it is there
 
-    def place(self):
+    def choose_address(self):
         return self.config.listen, None
 
     def server_bind(self):
@@ -3515,7 +3521,6 @@ class UnixImageServer(ImageServer):
 
         Raises Mistake where a server answers there, or what is there is no socket.
         """
-        self.server_name, self.server_port = "localhost", 0
         self.server_address = path = self.config.listen
         with alone(path):
             self._clear(path)
@@ -3668,6 +3673,13 @@ def new_uuid() -> str:
     return str(uuid.uuid4())
 
 
+def checked_uuid(text) -> str:
+    """`text`, if it is a UUID as imgadm has them.  Raises Mistake."""
+    if not is_uuid(text):
+        raise Mistake(f"{text!a} is not a UUID in lower case", 2)
+    return text
+
+
 def manifest_to_import(config, options) -> dict:
     """The manifest that the options of `import` ask for.  Raises Mistake."""
     texts = options.words
@@ -3709,7 +3721,8 @@ def manifest_to_import(config, options) -> dict:
         raise Mistake("files of the manifest must hold one file")
     check_fields(manifest)
     if not options.stream_check and manifest["type"] in STREAM_TYPES.values():
-        raise Mistake(f"a {manifest['type']} is a ZFS stream: --no-stream-check needs another --type")
+        raise Mistake(f"a {manifest['type']} is a ZFS stream: --no-stream-check needs "
+                      "another --type")
     choose_channels(config, manifest)
     return manifest
 
@@ -3755,12 +3768,6 @@ def run_discard(config, options):
     return 0
 
 
-def checked_uuid(text) -> str:
-    if not is_uuid(text):
-        raise Mistake(f"{text!a} is not a UUID in lower case", 2)
-    return text
-
-
 def check_image(reader, config, uuid, quiet) -> Examination:
     """Read all of an image, and hold it against its manifest.  Raises Unsound."""
     image = reader.read(uuid, os.path.join(config.serve_dir, ""), (IMGAPI,))
@@ -3804,7 +3811,8 @@ def compare(found, image):
 def record_md5(directory, found):
     """Write the md5 of an image's file into its manifest, for Content-MD5; by rename.
 
-    Its time stays, which may be what is shown as published_at.  Raises Unsound.  Not where the manifest has become another since the file was read.
+    Its time stays, which may be what is shown as published_at.  Not where the manifest has
+    become another since the file was read.  Raises Unsound where it cannot be written.
     """
     try:
         manifest, _ = read_manifest(directory)
@@ -3955,7 +3963,8 @@ def run_smf(config, options):
     return 0
 
 
-def default_config():
+def default_config() -> str:
+    """The path of the config.json beside this file."""
     return os.path.join(os.path.dirname(os.path.abspath(__file__)), "config.json")
 
 

@@ -227,13 +227,24 @@ def reachable(address):
 
 # -- the server --------------------------------------------------------------------------
 
+def command(*words, prelude=None, python=sys.executable):
+    """The command line of imgserver.py with these words.
+
+    prelude   Python that runs in the process before its main: to put a stand-in in the
+              place of a system call, with `imgserver` imported
+    """
+    if prelude is None:
+        return [python, IMGSERVER, *words]
+    return [python, "-c", f"import sys; sys.path.insert(0, {ROOT!r}); import imgserver\n"
+                          f"{prelude}\nsys.exit(imgserver.main())", *words]
+
+
 class Server:
     """imgserver.py in a process of its own.
 
     config    dict for its config.json; None: none is written, options alone decide
     unix      listen on a Unix socket instead of TCP
-    prelude   Python that runs in the process before the server's main: to put a stand-in
-              in the place of a system call, with `imgserver` imported
+    prelude   as `command` takes it
     """
 
     def __init__(self, directory, serve_dir, config=None, unix=False, options=(), prelude=None,
@@ -247,16 +258,10 @@ class Server:
         with open(config_path, "w") as file:
             json.dump(config or {}, file)
         arguments += ["--config", config_path]
-        if prelude is None:
-            command = [*wrapper, python, IMGSERVER]
-        else:
-            program = (f"import sys; sys.path.insert(0, {ROOT!r}); import imgserver\n"
-                       f"{prelude}\nsys.exit(imgserver.main())")
-            command = [*wrapper, python, "-c", program]
         with open(self.log_path, "wb") as log:
-            self.process = subprocess.Popen(command + arguments, stderr=log,
-                                            stdin=subprocess.DEVNULL,
-                                            env={**os.environ, **(environment or {})})
+            self.process = subprocess.Popen(
+                [*wrapper, *command(*arguments, prelude=prelude, python=python)], stderr=log,
+                stdin=subprocess.DEVNULL, env={**os.environ, **(environment or {})})
         try:
             match = self.wait_log(r"imgserver \S+ serves .* on (\S+)")
         except AssertionError:

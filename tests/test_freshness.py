@@ -14,7 +14,7 @@ from tests.support import ServerCase, uuid_of, write_image
 U = uuid_of(1)
 
 
-class Freshness(ServerCase):
+class Looks(ServerCase):
 
     def setUp(self):
         super().setUp()
@@ -24,8 +24,8 @@ class Freshness(ServerCase):
         os.utime(self.serve_dir, (past, past))
         self.store.snapshot(imgserver.DSAPI, True)
 
-    def new_store(self, **settings):
-        config = imgserver.Config({"serve_dir": self.serve_dir, **settings})
+    def new_store(self):
+        config = imgserver.Config({"serve_dir": self.serve_dir})
         self.log = imgserver.Log("info", os.open(os.devnull, os.O_WRONLY))
         self.addCleanup(os.close, self.log.fd)
         return imgserver.Store(config, self.log)
@@ -50,6 +50,14 @@ class Freshness(ServerCase):
         self.assertEqual(self.names(), ["test"])
         self.assertEqual(self.names(may_wait=True), ["edited"])
         self.assertEqual(self.names(), ["edited"])
+
+    def test_few_lists_are_kept_the_latest_ones(self):
+        def render(snapshot, api, number):
+            return number
+        for number in range(imgserver.LISTS_KEPT + 3):
+            self.store.listing(imgserver.DSAPI, (number,), render, True)
+        kept = self.store.snapshot(imgserver.DSAPI, True).listings
+        self.assertEqual(list(kept.values()), list(range(3, imgserver.LISTS_KEPT + 3)))
 
     def test_nobody_is_served_what_is_too_old(self):
         self.older(imgserver.RECHECK)

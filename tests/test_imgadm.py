@@ -313,10 +313,9 @@ class Client(support.ServerCase):
                  "imgserver.Reader._look_at_file = staticmethod(look)\n")
         self.expect("checksum", spoil.format("file['sha1'] = 'ab' * 20"))
         self.expect("mismatch between expected size", spoil.format("file['size'] += 1") +
-                    "imgserver.Site.image_file = lambda site, request, image: imgserver.Response("
+                    "imgserver.Site.stored_file = lambda site, request, image: imgserver.Response("
                     "200, b'', b'short')")
         self.expect("compression", spoil.format("file['compression'] = 'xz'"), imgadm.Imgadm2)
         self.expect('did not include a "Content-MD5"', "imgserver.MD5_LIMIT = 0",
                     imgadm.Imgadm2, "imgapi")
-        self.expect("unescaped", "imgserver.urllib.parse.quote = lambda text, **_: text + ' '\n"
-                                 "imgserver._UNRESERVED = lambda text: False")
+        self.expect("unescaped", "imgserver.urllib.parse.quote = lambda text, **_: text + ' '")

@@ -340,8 +340,9 @@ class TestManifest(ImportCase):
 
     def test_manifests_that_are_none(self):
         path = os.path.join(self.directory, "m")
-        for data in (b"", b"{" + b" " * (1 << 20) + b"}", b'{"files": [{}, {}]}', b"{", b"[]", b'"x"', b'{"files": {}}', b'{"files": [5]}', b"\xff",
-                     b'{"name": NaN}', b"[" * 100000, b'{"v": 2, "uuid": 5}'):
+        for data in (b"", b"{" + b" " * (1 << 20) + b"}", b"{", b"[]", b'"x"', b'{"files": {}}',
+                     b'{"files": [5]}', b'{"files": [{}, {}]}', b"\xff", b'{"name": NaN}',
+                     b"[" * 100000, b'{"v": 2, "uuid": 5}'):
             with self.subTest(data=data[:20]):
                 with open(path, "wb") as file:
                     file.write(data)

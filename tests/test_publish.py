@@ -3,13 +3,13 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
-import sys
 import unittest
 
 import imgserver
 from tests import streams
-from tests.support import IMGSERVER, ServerCase, uuid_of, write_image, write_manifest
+from tests.support import ServerCase, command, uuid_of, write_image, write_manifest
 
 U = uuid_of(1)
 DATA = streams.pack(streams.stream())
@@ -19,12 +19,7 @@ class PublishCase(ServerCase):
 
     def run_command(self, *words, data=b"", prelude=None):
         """Run imgserver.py on this serve_dir; returns (status, stdout, stderr)."""
-        command = [IMGSERVER]
-        if prelude is not None:
-            root = os.path.dirname(IMGSERVER)
-            command = ["-c", f"import sys; sys.path.insert(0, {root!r}); import imgserver\n"
-                             f"{prelude}\nsys.exit(imgserver.main())"]
-        result = subprocess.run([sys.executable, *command, "--dir", self.serve_dir, *words],
+        result = subprocess.run(command("--dir", self.serve_dir, *words, prelude=prelude),
                                 input=data, capture_output=True, timeout=60)
         return result.returncode, result.stdout.decode().strip(), result.stderr.decode().strip()
 
@@ -40,6 +35,34 @@ class PublishCase(ServerCase):
         with open(path, "w") as out:
             json.dump(manifest, out)
         return self.run_command("import", "--manifest", path, data=DATA)
+
+
+class Order(PublishCase):
+
+    def test_what_is_on_disk_before_it_is_on_show(self):
+        done = os.path.join(self.directory, "done")
+        status, uuid, _ = self.run_command("import", "web", "1", "Web", data=DATA, prelude=f"""
+import os, stat
+fsync, rename = os.fsync, os.rename
+def note(*words):
+    with open({done!r}, "a") as file:
+        print(*words, file=file)
+def synced(fd):
+    is_directory = stat.S_ISDIR(os.fstat(fd).st_mode)
+    name = os.path.basename(os.readlink(f"/proc/self/fd/{{fd}}"))
+    note("sync", "directory" if is_directory else name)
+    fsync(fd)
+def renamed(old, new):
+    note("rename", os.path.basename(new))
+    rename(old, new)
+os.fsync, os.rename = synced, renamed
+""")
+        self.assertEqual(status, 0)
+        with open(done) as file:
+            lines = [re.sub(r"\.[0-9]+$", "", line) for line in file.read().splitlines()]
+        self.assertEqual(lines, [
+            "sync .file", "rename web-1.zfs.gz", "sync .manifest.json", "rename manifest.json",
+            "sync directory", f"rename {uuid}", "sync directory"])
 
 
 class Activation(PublishCase):

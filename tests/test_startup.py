@@ -11,7 +11,7 @@ import subprocess
 import sys
 import unittest
 
-from tests.support import (IMGSERVER, PATIENCE, ROOT, Connection, ServerCase, uuid_of, wait_for,
+from tests.support import (PATIENCE, ROOT, Connection, ServerCase, command, uuid_of, wait_for,
                            write_image)
 
 CONFIG_ERROR = 96
@@ -104,16 +104,9 @@ os.stat = stat_again
 
 class Starting(ServerCase):
 
-    def command(self, *arguments, prelude=None):
-        if prelude is None:
-            return [sys.executable, IMGSERVER, *arguments]
-        program = (f"import sys; sys.path.insert(0, {ROOT!r}); import imgserver\n"
-                   f"{prelude}\nsys.exit(imgserver.main())")
-        return [sys.executable, "-c", program, *arguments]
-
     def fails(self, status, *arguments, **options):
         """It ends with `status` and one sentence, which is returned."""
-        done = subprocess.run(self.command(*arguments, **options), stdin=subprocess.DEVNULL,
+        done = subprocess.run(command(*arguments, **options), stdin=subprocess.DEVNULL,
                               capture_output=True, timeout=PATIENCE, cwd=self.directory)
         error = done.stderr.decode("ascii")
         self.assertEqual(done.returncode, status, error)
@@ -321,7 +314,7 @@ class Ports(Starting):
                 self.assertIsNone(process.poll(), "it has ended")
 
     def start(self, *arguments):
-        process = subprocess.Popen(self.command(*arguments), stdin=subprocess.DEVNULL,
+        process = subprocess.Popen(command(*arguments), stdin=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL)
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
@@ -427,7 +420,7 @@ class UnixSockets(Starting):
     def test_listen_port_of_the_configuration_may_be_a_path(self):
         path = self.path()
         process = subprocess.Popen(
-            self.command("--config", self.config({"listen_port": path})),
+            command("--config", self.config({"listen_port": path})),
             stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
@@ -493,7 +486,7 @@ class UnixSockets(Starting):
                                for _ in range(8)])
 
     def race(self, *arguments, **options):
-        process = subprocess.Popen(self.command(*arguments, **options), stderr=subprocess.PIPE,
+        process = subprocess.Popen(command(*arguments, **options), stderr=subprocess.PIPE,
                                    stdin=subprocess.DEVNULL)
         self.addCleanup(process.stderr.close)
         self.addCleanup(process.wait)
