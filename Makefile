@@ -3,7 +3,10 @@
 #     make            config, smf and info: ready to run where it is
 #     make test       the tests, which need nothing but Python
 #     make check      the tests, and shellcheck where it is installed
+#     make bench      beside nginx: some fifteen minutes
 #     make install    copy it to PREFIX, with a configuration and a service of its own
+#     make uninstall  remove what that has made, but neither configuration nor images
+#     make clean      remove what Python has compiled here
 #
 # PYTHON=... chooses another Python; SMF_FLAGS='--user U --group G' who runs the service.
 
@@ -38,11 +41,12 @@ smf:
 	umask 022 && "$$python" $(COMPILE) .
 
 info:
-	@echo 'Run it as a service, or by hand:'
-	@echo '    svccfg import $(MANIFEST) && svcadm enable image-server'
-	@echo '    ./imgserver.py'
-	@echo 'and on each machine that wants its images, with listen_port of config.json as PORT:'
-	@echo '    imgadm sources -a http://HOST:PORT'
+	@$(FIND_PYTHON); \
+	echo 'Run it as a service, or by hand:'; \
+	echo '    svccfg import $(MANIFEST) && svcadm enable image-server'; \
+	echo "    $$python imgserver.py"; \
+	echo 'and on each machine that wants its images, with its address or that of a proxy before it:'; \
+	echo '    imgadm sources -a http://HOST:PORT'
 
 test:
 	@$(FIND_PYTHON); "$$python" -m unittest discover -s tests -t .

@@ -4015,7 +4015,7 @@ def option_parser() -> argparse.ArgumentParser:
     sub.add_argument("-q", "--quiet", action="store_true", help="no progress on a terminal")
     command("activate", run_activate, "put an unactivated image on show").add_argument(
         "uuid", metavar="UUID")
-    command("discard", run_discard, "throw an unactivated image away").add_argument(
+    command("discard", run_discard, "throw an image away that is not active").add_argument(
         "uuid", metavar="UUID")
     sub = command("check", run_check, "read every image again, and compare with its manifest")
     sub.add_argument("uuid", nargs="*", metavar="UUID", help="only these images")
