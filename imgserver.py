@@ -1619,25 +1619,34 @@ def hold_signals():
     Raised at just any moment, its exception could be lost: Python drops what is raised in a
     weak reference's callback or in __del__.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING + (signal.SIGALRM,))
     for number in ENDING:
         # What the caller ignores stays so (nohup); SIGPIPE is ignored by Python itself.
         if signal.getsignal(number) is not signal.SIG_IGN or number == signal.SIGPIPE:
             signal.signal(number, interrupted)
+    signal.signal(signal.SIGALRM, lambda number, frame: None)
 
 
 def heed_signals():
     """Let a signal that has come meanwhile end the command."""
-    interruptible(lambda: None)()
+    held = signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+    signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 def interruptible(call):
-    """`call`, as one that may wait for long: while it does, a signal ends the command."""
+    """`call`, as one that may wait for long: while it does, a signal ends the command.
+
+    For commands that have called hold_signals.
+    """
     def calling(*arguments):
-        held = signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+        held = signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING + (signal.SIGALRM,))
         try:
+            # A signal that came just before a system call would wait until that ends; the
+            # next tick ends it with EINTR, and Python looks.
+            signal.setitimer(signal.ITIMER_REAL, HEED, HEED)
             return call(*arguments)
         finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
     return calling
 
@@ -1665,7 +1674,9 @@ def new_file(path):
 
 
 def replace_file(path, data, keep_time=False):
-    """Put `data` in the place of a file, by rename; its owner and mode stay.  Raises Mistake.
+    """Put `data` in the place of a file, by rename.  Raises Mistake.
+
+    Its mode stays, and its owner unless we may not give files away and all may read it.
 
     keep_time: its mtime stays too.  Behind a symlink, it is the file there that is replaced.
     """
@@ -1677,7 +1688,11 @@ def replace_file(path, data, keep_time=False):
             if os.path.exists(path):
                 before, ours = os.stat(path), os.fstat(file.fileno())
                 if (before.st_uid, before.st_gid) != (ours.st_uid, ours.st_gid):
-                    os.fchown(file.fileno(), before.st_uid, before.st_gid)
+                    try:
+                        os.fchown(file.fileno(), before.st_uid, before.st_gid)
+                    except PermissionError:
+                        if not before.st_mode & stat.S_IROTH:
+                            raise         # somebody could no longer read it
                 os.fchmod(file.fileno(), stat.S_IMODE(before.st_mode))
                 if keep_time:
                     file.flush()
@@ -1768,8 +1783,8 @@ def new_manifest(config, uuid, fields) -> dict:
                                 manifest["version"]))
     manifest.update(given)
     if "owner" in given or "public" in given:
-        manifest = {**upgrade(manifest), "owner": given.get("owner", creator),
-                    "public": given.get("public", True)}
+        manifest = upgrade(manifest)
+        manifest.update((key, given[key]) for key in ("owner", "public") if key in given)
         del manifest["state"]             # that is for the server to say
     return manifest
 

@@ -335,6 +335,12 @@ class Server:
         self.process.wait()
 
 
+def default_signals():
+    """For a child process: its signals as a login has them, whatever nohup or a pipe did."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class ServerCase(unittest.TestCase):
     """A test with a directory of its own, and servers that end with it."""
 

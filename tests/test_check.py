@@ -12,19 +12,20 @@ import sys
 import time
 
 from tests import streams
-from tests.support import (IMGSERVER, PATIENCE, ROOT, ServerCase, uuid_of, wait_for, write_image,
-                           write_v2)
+from tests.support import (IMGSERVER, PATIENCE, ROOT, ServerCase, command, uuid_of, wait_for,
+                           write_image, write_v2)
 
 IMAGE = gzip.compress(streams.stream())
 DAY = 24 * 3600
+NOT_ROOT = "import os, zlib; os.setgroups([]); os.setgid(65534); os.setuid(65534)"
 
 
 class CheckCase(ServerCase):
 
-    def check(self, *words, before=()):
+    def check(self, *words, prelude=None):
         """Run it; returns (exit status, lines)."""
         result = subprocess.run(
-            [sys.executable, IMGSERVER, *before, "check", "--dir", self.serve_dir, *words],
+            command("check", "--dir", self.serve_dir, *words, prelude=prelude),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", timeout=PATIENCE)
         self.assertEqual(result.stderr, "")
         return result.returncode, result.stdout.splitlines()
@@ -234,6 +235,20 @@ class TestRecord(CheckCase):
         self.assertTrue(os.path.islink(manifest))
         status = os.stat(aside)
         self.assertEqual((status.st_uid, status.st_gid, status.st_mode & 0o777), (*owner, 0o640))
+
+    def test_owner_of_what_is_not_ours(self):
+        if os.getuid() != 0:
+            self.skipTest("only root can give a file away")
+        for mode, status in ((0o644, 0), (0o640, 1)):
+            with self.subTest(mode=oct(mode)):
+                write_v2(self.serve_dir, uuid_of(1), IMAGE)
+                manifest = self.path(uuid_of(1), "manifest.json")
+                os.chown(manifest, 0, 65534)
+                os.chmod(manifest, mode)
+                for path in (self.directory, self.serve_dir, os.path.dirname(manifest)):
+                    os.chown(path, 65534, 65534)
+                self.assertEqual(self.check("--record", prelude=NOT_ROOT)[0], status)
+                self.assertEqual(os.stat(manifest).st_uid, 0 if status else 65534)
 
     def test_one_that_cannot_be_written_does_not_end_it(self):
         for number in (1, 2):

@@ -17,8 +17,8 @@ import threading
 import time
 
 from tests import streams
-from tests.support import (IMGSERVER, NOBODY, PATIENCE, ROOT, ServerCase, need, uuid_of,
-                           wait_for, write_image)
+from tests.support import (IMGSERVER, NOBODY, PATIENCE, ROOT, ServerCase, default_signals, need,
+                           uuid_of, wait_for, write_image)
 
 IMPORT = os.path.join(ROOT, "import-image")
 SHELLS = {"dash": ["dash"], "ksh93": ["ksh93"], "bash": ["bash"], "busybox": ["busybox", "sh"]}
@@ -328,6 +328,9 @@ class TestManifest(ImportCase):
                 (("public=false", f"owner={uuid_of(5)}"), uuid_of(5), False, None),
                 (("public=false", f'acl=["{uuid_of(6)}"]'), NOBODY, False, [uuid_of(6)]),
                 ((f"owner={uuid_of(5)}",), uuid_of(5), True, None),
+                ((f"creator_uuid={uuid_of(5)}", "public=false"), uuid_of(5), False, None),
+                ((f"restricted_to_uuid={uuid_of(6)}", f"owner={uuid_of(5)}"), uuid_of(5), False,
+                 [uuid_of(6)]),
                 ((f"creator_uuid={uuid_of(5)}",), uuid_of(5), True, None)):
             with self.subTest(words):
                 uuid, _ = self.publish(*WORDS, *words, 'requirements={"min_ram": 64}')
@@ -436,10 +439,17 @@ class TestData(ImportCase):
     def test_standard_input_that_does_not_block(self):
         reader, writer = os.pipe()
         os.set_blocking(reader, False)
-        process = subprocess.Popen(self.command(*WORDS), stdin=reader, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, env=self.environment())
+        process = subprocess.Popen(self.command("--uuid", uuid_of(3), *WORDS), stdin=reader,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   env=self.environment())
         os.close(reader)
-        wait_for(lambda: os.listdir(self.serve_dir), "the import")
+        path = os.path.join(self.serve_dir, ".incoming-" + uuid_of(3), ".file")
+        wait_for(lambda: os.path.exists(path), "the import")
+
+        def waits():
+            with open(f"/proc/{process.pid}/wchan") as where:
+                return "pipe" in where.read()
+        wait_for(waits, "its first read")
         with open(writer, "wb") as file:
             file.write(IMAGE)
         output, errors = process.communicate(timeout=PATIENCE)
@@ -530,7 +540,9 @@ class TestTrouble(ImportCase):
     def test_signals(self):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
             with self.subTest(number=number):
-                process = self.begun()
+                self.serve_dir = os.path.join(self.directory, number.name)
+                os.mkdir(self.serve_dir)
+                process = self.begun(preexec_fn=default_signals)
                 process.send_signal(number)
                 process.wait(PATIENCE)
                 self.assertEqual(process.returncode, 128 + number)
@@ -692,10 +704,11 @@ class TestSteps(ImportCase):
         self.assertEqual(os.listdir(self.serve_dir), [uuid_of(3)])
 
     def test_discarded_and_imported_again_meanwhile(self):
+        path = os.path.join(self.serve_dir, ".incoming-" + uuid_of(3), ".file")
         for words in (), ("-n",):
             with self.subTest(words):
                 first = self.start("--uuid", uuid_of(3), *words, *WORDS)
-                wait_for(lambda: os.listdir(self.serve_dir), "the first import")
+                wait_for(lambda: os.path.exists(path), "the first import")
                 result = self.run_import("-d", uuid_of(3), command=[
                     sys.executable, IMGSERVER, "discard", "--dir", self.serve_dir, uuid_of(3)])
                 self.assertEqual((result.returncode, result.stderr), (0, b""))

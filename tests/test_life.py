@@ -313,7 +313,7 @@ class Logs(ServerCase):
 
     def test_client_with_an_address_of_its_own_on_a_unix_socket(self):
         server = self.serve(unix=True)
-        for address in ("", "\0imgserver-test", os.path.join(self.directory, "client")):
+        for address in ("", f"\0imgserver-{os.getpid()}", os.path.join(self.directory, "client")):
             with self.subTest(address), server.connect() as ours, \
                     socket.socket(socket.AF_UNIX) as sock:
                 sock.bind(address)

@@ -15,7 +15,8 @@ import subprocess
 import sys
 
 from tests import streams
-from tests.support import IMGSERVER, PATIENCE, ROOT, ServerCase, need, uuid_of, wait_for
+from tests.support import (IMGSERVER, PATIENCE, ROOT, ServerCase, default_signals, need, uuid_of,
+                           wait_for)
 
 MKIMG = os.path.join(ROOT, "mkimg")
 SHELLS = {"dash": ["dash"], "ksh93": ["ksh93"], "bash": ["bash"], "busybox": ["busybox", "sh"]}
@@ -88,12 +89,6 @@ DISK = {"path": f"/dev/zvol/rdsk/zones/{VM}-disk0", "zfs_filesystem": f"zones/{V
         "image_uuid": IMAGE, "size": 10240, "model": "virtio", "boot": True}
 BHYVE = {"uuid": VM, "brand": "bhyve", "state": "STATE", "bootrom": "uefi", "disks": [DISK],
          "nics": [{"model": "e1000"}]}
-
-
-def default_signals():
-    """A shell cannot trap what was ignored when it began, as nohup and & have it."""
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
-        signal.signal(number, signal.SIG_DFL)
 
 
 class MkimgCase(ServerCase):

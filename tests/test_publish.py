@@ -5,11 +5,13 @@ import json
 import os
 import re
 import subprocess
+import threading
 import unittest
 
 import imgserver
 from tests import streams
-from tests.support import ServerCase, command, uuid_of, write_image, write_manifest
+from tests.support import (PATIENCE, ServerCase, command, uuid_of, wait_for, write_image,
+                           write_manifest)
 
 U = uuid_of(1)
 DATA = streams.pack(streams.stream())
@@ -35,6 +37,34 @@ class PublishCase(ServerCase):
         with open(path, "w") as out:
             json.dump(manifest, out)
         return self.run_command("import", "--manifest", path, data=DATA)
+
+
+class Lanes(unittest.TestCase):
+
+    def test_what_is_given_up_is_not_unpacked_to_its_end(self):
+        begun = threading.Event()
+
+        class Endless:
+            @staticmethod
+            def feed(_):
+                begun.set()
+                return iter(lambda: b"x", b"")
+
+        class Look(imgserver.Examination):
+            def _begin(self, _):
+                self.compression, self._decompressor = "gzip", Endless
+
+        before = threading.active_count()
+        chunks = [b"chunk"]
+
+        def read(_):
+            if not chunks:
+                begun.wait(PATIENCE)
+            return chunks.pop()
+
+        with self.assertRaises(IndexError):
+            Look().run(read)
+        wait_for(lambda: threading.active_count() == before, "the lanes to end")
 
 
 class Order(PublishCase):

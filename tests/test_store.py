@@ -439,17 +439,19 @@ os.{call} = fails
                          "the image", 6)
                 self.assertEqual(server.get(f"/images/{GOOD}").status, 200)
 
-    def test_serve_dir_replaced_by_a_file(self):
+    def test_serve_dir_replaced_by_what_is_none(self):
         server = self.serve()
         targets = "/datasets", f"/datasets/{GOOD}", f"/images/{GOOD}", f"/images/{GOOD}/file"
         for target in targets:
             self.assertEqual(server.get(target).status, 200)
         os.rename(self.serve_dir, self.serve_dir + "2")
-        open(self.serve_dir, "w").close()
-        for target in targets:
-            with self.subTest(target):
-                self.assertError(server.get(target), 503)
-        os.unlink(self.serve_dir)
+        for what, make in (("a file", lambda: open(self.serve_dir, "w").close()),
+                           ("a loop", lambda: os.symlink(self.serve_dir, self.serve_dir))):
+            make()
+            for target in targets:
+                with self.subTest(what, target=target):
+                    self.assertError(server.get(target), 503)
+            os.unlink(self.serve_dir)
         os.rename(self.serve_dir + "2", self.serve_dir)
         for target in targets:
             self.assertEqual(server.get(target).status, 200)
