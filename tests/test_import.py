@@ -573,6 +573,26 @@ class TestTrouble(ImportCase):
                 process.terminate()
                 self.assertEqual(process.wait(PATIENCE), 128 + signal.SIGTERM)
 
+    def test_a_signal_that_ends_no_system_call(self):
+        # It comes to another thread, or just before the call: the read itself goes on.
+        result = subprocess.run([sys.executable, "-c", """if True:
+            import os, signal, sys, threading, time
+            import imgserver
+
+            def end():
+                while "pipe" not in open(f"/proc/{os.getpid()}/wchan").read():
+                    time.sleep(0.01)
+                signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+            threading.Thread(target=end, daemon=True).start()
+            imgserver.hold_signals()
+            try:
+                imgserver.interruptible(os.read)(os.pipe()[0], 1)
+            except imgserver.Mistake as mistake:
+                sys.exit(mistake.status)
+            """], cwd=ROOT, timeout=PATIENCE)
+        self.assertEqual(result.returncode, 128 + signal.SIGTERM)
+
     def test_a_signal_that_the_caller_ignores(self):
         process = self.begun(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
         process.send_signal(signal.SIGHUP)
