@@ -17,7 +17,9 @@ from tests.support import (IMGSERVER, PATIENCE, ROOT, ServerCase, command, uuid_
 
 IMAGE = gzip.compress(streams.stream())
 DAY = 24 * 3600
-NOT_ROOT = "import os, zlib; os.setgroups([]); os.setgid(65534); os.setuid(65534)"
+# What is imported late comes first: this Python may be where only root can read.
+NOT_ROOT = ("import os, gzip, locale; "
+            "os.setgroups([]); os.setgid(65534); os.setuid(65534)")
 
 
 class CheckCase(ServerCase):
