@@ -11,7 +11,7 @@ The data set's blocks are not real: nothing but `zfs receive` would miss that.
 import bz2
 import gzip
 import lzma
-import os
+import random
 import struct
 
 RECORD = 312                            # bytes of a record without its payload
@@ -53,7 +53,8 @@ def package(*streams, order="<", properties=b"\1" * 96):
 
 
 PACKERS = {
-    "gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress,
+    "gzip": lambda data: gzip.compress(data, mtime=0),          # the same bytes each time
+    "bzip2": bz2.compress, "xz": lzma.compress,
     "none": lambda data: data,
 }
 SUFFIXES = {"gzip": ".gz", "bzip2": ".bz2", "xz": ".xz", "none": ""}
@@ -65,5 +66,5 @@ def pack(data, compression="gzip"):
 
 
 def noise(size):
-    """Bytes that no compressor makes smaller."""
-    return os.urandom(size)
+    """Bytes that no compressor makes smaller; the same each time."""
+    return random.Random(size).getrandbits(8 * size).to_bytes(size, "big")

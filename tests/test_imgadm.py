@@ -1,18 +1,14 @@
 """imgadm 3.9.5, 2.6.13 and 1 list, show, import and update every image of a mixed directory."""
 
-import bz2
 import collections
-import gzip
-import lzma
 import os
 import shutil
 
-from tests import imgadm, support
+from tests import imgadm, streams, support
 from tests.support import uuid_of
 
 Example = collections.namedtuple("Example", "uuid stream path compression listed")
 
-COMPRESS = {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress, "none": bytes}
 ZVOL = {"type": "zvol", "nic_driver": "virtio", "disk_driver": "virtio", "cpu_type": "host"}
 
 
@@ -26,7 +22,7 @@ class Directory:
     def add(self, write, kind, path, **fields):
         uuid = uuid_of(len(self.examples) + 1)
         stream = f"the stream of {uuid}\n".encode() * 500
-        write(self.serve_dir, uuid, COMPRESS[kind](stream), path=path, **fields)
+        write(self.serve_dir, uuid, streams.pack(stream, kind), path=path, **fields)
         self.examples.append(Example(uuid, stream, path, kind,
                                      not fields.get("disabled")))
         return uuid
@@ -217,8 +213,8 @@ class Faults(support.ServerCase):
         other = os.path.join(self.directory, "other")
         os.mkdir(other)
         base, top = uuid_of(1), uuid_of(2)
-        support.write_image(other, base, gzip.compress(b"base"))
-        support.write_image(self.serve_dir, top, gzip.compress(b"top"), origin=base)
+        support.write_image(other, base, streams.pack(b"base"))
+        support.write_image(self.serve_dir, top, streams.pack(b"top"), origin=base)
 
         def test(client):
             self.assertEqual(client.import_image(top), b"top")
@@ -239,7 +235,7 @@ class Faults(support.ServerCase):
         self.each(test)
 
     def test_origin_that_nobody_has(self):
-        support.write_image(self.serve_dir, uuid_of(2), gzip.compress(b"top"), origin=uuid_of(1))
+        support.write_image(self.serve_dir, uuid_of(2), streams.pack(b"top"), origin=uuid_of(1))
 
         def test(client):
             with self.assertRaisesRegex(imgadm.Failure, "image not found"):
@@ -250,7 +246,7 @@ class Faults(support.ServerCase):
         """Of one, of two, and what rests on a cycle: imgadm would follow it for ever."""
         origins = {1: 1, 2: 3, 3: 2, 4: 3, 5: None}
         for number, origin in origins.items():
-            support.write_image(self.serve_dir, uuid_of(number), gzip.compress(b"x"),
+            support.write_image(self.serve_dir, uuid_of(number), streams.pack(b"x"),
                                 origin=origin and uuid_of(origin))
 
         def test(client):
@@ -260,9 +256,9 @@ class Faults(support.ServerCase):
         self.each(test)
 
     def test_disabled_image(self):
-        support.write_v2(self.serve_dir, uuid_of(1), gzip.compress(b"x"), disabled=True)
-        support.write_v2(self.serve_dir, uuid_of(2), gzip.compress(b"x"), state="disabled")
-        support.write_image(self.serve_dir, uuid_of(3), gzip.compress(b"x"), disabled=True)
+        support.write_v2(self.serve_dir, uuid_of(1), streams.pack(b"x"), disabled=True)
+        support.write_v2(self.serve_dir, uuid_of(2), streams.pack(b"x"), state="disabled")
+        support.write_image(self.serve_dir, uuid_of(3), streams.pack(b"x"), disabled=True)
 
         def test(client):
             self.assertEqual(client.avail(), [])
@@ -273,14 +269,14 @@ class Faults(support.ServerCase):
 
     def test_image_removed_between_show_and_import(self):
         def test(client):
-            support.write_image(self.serve_dir, uuid_of(1), gzip.compress(b"x"))
+            support.write_image(self.serve_dir, uuid_of(1), streams.pack(b"x"))
             self.assertIsNotNone(client.show(uuid_of(1)))
             shutil.rmtree(os.path.join(self.serve_dir, uuid_of(1)))
             self.assertNotFound(client, uuid_of(1))
         self.each(test)
 
     def test_errors_are_json_objects(self):
-        support.write_image(self.serve_dir, uuid_of(1), gzip.compress(b"x"))
+        support.write_image(self.serve_dir, uuid_of(1), streams.pack(b"x"))
         server = self.serve()
         for target in ("/nothing", "/images/nothing", "/datasets/nothing", f"/images/{uuid_of(9)}",
                        f"/images/{uuid_of(9)}/file", f"/images/{uuid_of(1)}/file?index=1",
@@ -297,7 +293,7 @@ class Client(support.ServerCase):
 
     def expect(self, message, change, client=imgadm.Imgadm3, kind="dsapi"):
         """Importing fails with `message` where `change` is Python that spoils the server."""
-        support.write_image(self.serve_dir, uuid_of(1), gzip.compress(b"x" * 100))
+        support.write_image(self.serve_dir, uuid_of(1), streams.pack(b"x" * 100))
         server = self.serve(prelude=change)
         source = imgadm.Source("http://images.example.com" + PATHS[kind], server.address)
         with self.subTest(message=message), client([source]) as one:

@@ -1,12 +1,11 @@
 """IMGAPI, the read side: every route and parameter, as a table of requests and answers."""
 
 import base64
-import gzip
 import hashlib
 import json
 import os
 
-from tests import imgadm, support
+from tests import imgadm, streams, support
 from tests.support import NOBODY, uuid_of
 
 DATA = b"not a real stream"
@@ -52,7 +51,7 @@ class Routes(Case):
 
     def setUp(self):
         super().setUp()
-        support.write_image(self.serve_dir, U1, gzip.compress(DATA))
+        support.write_image(self.serve_dir, U1, streams.pack(DATA))
         support.write_v2(self.serve_dir, U2, path="whatever", owner=OWNER)
         support.write_v2(self.serve_dir, U3, disabled=True)
         self.incoming(U4, published_at=None)
