@@ -359,6 +359,8 @@ def render_json(value, pad="\n") -> str:
         return "[" + ",".join([inner + render_json(item, inner) for item in value]) + pad + "]"
     if kind is int:
         return repr(value)
+    if kind is bool:
+        return "true" if value else "false"
     return json.dumps(value)
 
 
