@@ -223,7 +223,7 @@ class Log:
             self.tick(int(time.time()))
             self.add(f"{level} {text}")
             if LEVELS[level] >= WARN:
-                self.flush()
+                self.flush(wait=True)
 
     def add(self, text):
         """Have a line wait for the next flush, with the time of the last tick before it."""
@@ -253,12 +253,16 @@ class Log:
     def pending(self) -> bool:
         return bool(self._lines or self._held)
 
-    def flush(self):
-        """Write what is held, as far as it goes without waiting.  Raises nothing."""
-        if not self.pending or not self._flushing.acquire(blocking=False):
+    def flush(self, wait=False):
+        """Write what is held, as far as it goes without waiting.  Raises nothing.
+
+        What comes while another thread writes is left to a later flush; wait: not so.
+        """
+        if not (wait or self.pending) or not self._flushing.acquire(blocking=wait):
             return
         try:
-            lines, self._lines = self._lines, []
+            lines = self._lines[:]
+            del self._lines[:len(lines)]  # not all: a thread may add one just now
             data = self._held + "\n".join(lines + [""]).encode("ascii", "backslashreplace")
             if self._lost:
                 data = f"\n({self._lost} bytes of log lost: nobody read them)\n".encode() + data

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import random
 import re
 import select
 import shutil
@@ -25,8 +26,11 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 IMGSERVER = os.path.join(ROOT, "imgserver.py")
 PATIENCE = 20         # seconds: a test that waits longer has failed; no test waits it out
+SOON = 10             # seconds: what need not wait for a time limit is done by then
+SETTLED = 0.06        # seconds: what is that old the server need not read again (RACY)
 
 sys.path.insert(0, ROOT)
+os.umask(0o022)       # whatever the caller's is: some tests serve, or read, as another user
 
 NOBODY = "00000000-0000-0000-0000-000000000000"
 
@@ -41,6 +45,27 @@ def need(*tools):
     for tool in tools:
         if not shutil.which(tool):
             raise unittest.SkipTest(f"{tool} is not installed")
+
+
+def free_port():
+    """A port that nobody listens on, and that stays free until the test takes it.
+
+    Systems give away ports from 32768 on (bind to port 0, connect), to any test that runs
+    at the same time: only who asks for this one by its number gets it.
+    """
+    while True:
+        port = random.randrange(10000, 30000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+
+
+def has_ipv6():
+    """Whether this machine can be asked by IPv6: to know the protocol is not enough."""
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return socket.has_dualstack_ipv6()
+    except OSError:
+        return False
 
 
 def wait_for(condition, what="the condition", patience=PATIENCE):
@@ -136,10 +161,12 @@ class Connection:
     def __init__(self, address, patience=PATIENCE):
         family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
         self.sock = socket.socket(family)
-        self.sock.settimeout(patience)
         self.buffer = b""
         try:
+            if family != socket.AF_UNIX:  # which with a timeout fails where the queue is full
+                self.sock.settimeout(patience)
             self.sock.connect(address)
+            self.sock.settimeout(patience)
         except OSError:
             self.sock.close()
             raise
@@ -287,7 +314,7 @@ class Server:
     def raw(self, data, half_close=True):
         """Send bytes, and return all bytes that came back until the server closed."""
         with self.connect() as connection:
-            with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+            with contextlib.suppress(OSError):        # the server may be the first to close
                 connection.send(data)
                 if half_close:
                     connection.sock.shutdown(socket.SHUT_WR)
