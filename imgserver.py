@@ -78,7 +78,8 @@ RECHECK = 1.0                 # seconds until an edit in place must be seen in a
 RECHECK_SOON = 0.6            # seconds until requests for lists begin to look, a part each
 RECHECK_EARLY = 0.8           # seconds by which they are through, or a thread begins to look
 LOOK_AHEAD = 0.005            # seconds such a part of a look may take: more, and the disk is slow
-RACY = 50_000_000             # ns; a mtime this young may not change with the next change yet
+RACY = 50_000_000             # ns; a time this young may not move with the next change: file
+                              # systems tell it in ticks, of up to 10 ms (Linux before 6.13)
 LISTS_LIMIT = 128 << 20       # bytes of lists in use at once; of 10,000 images one has 13 MB
 LISTS_KEPT = 4                # rendered lists kept: each is as large as all manifests together
 MD5_LIMIT = 16 << 20          # bytes; a file up to this size is hashed when it is asked for
@@ -848,6 +849,9 @@ def key_of(status):
     return status.st_ctime_ns, status.st_size, status.st_ino
 
 
+UNSETTLED = ()                # no key_of: the next look reads again what may just be changing
+
+
 def key_at(path):
     """key_of the file at path; None where it cannot be looked at."""
     try:
@@ -970,7 +974,7 @@ class Reader:
         """
         image = Image(uuid, place)
         directory = place + uuid
-        image.checked = time.monotonic()
+        image.checked, began = time.monotonic(), time.time_ns()
         try:
             status = os.stat(directory)
             image.directory_changed, image.device = status.st_ctime_ns, status.st_dev
@@ -993,6 +997,10 @@ class Reader:
             image.problem = f"{MANIFEST}: {type(error).__name__}: {error}"
         if image.manifest_key is None:
             image.manifest_key = key_at(f"{directory}/{MANIFEST}")
+        for key in (image.manifest_key, image.file_key, (image.directory_changed,)):
+            if key and key[0] and abs(began - key[0]) <= RACY:
+                image.manifest_key = UNSETTLED
+                break
         return image
 
     def _fill(self, image, manifest, names, mtime, apis):
@@ -1335,6 +1343,9 @@ class Store:
         everything = now - self._checked >= RECHECK_SOON or api not in self._apis
         status = os.stat(self.directory)
         seen, self._device = status.st_mtime_ns, status.st_dev
+        # A change within the same tick of the file system's clock leaves the mtime as it is: one
+        # may come after the names are read, so what counts is how old the mtime is before.
+        settled = abs(time.time_ns() - seen) > RACY
         names = {name for name in os.listdir(self.directory) if is_uuid(name)}
         for uuid in sorted(names | set(self._images)):
             image = self._images.get(uuid)
@@ -1347,9 +1358,8 @@ class Store:
                 image for image in self._images.values()
                 if not image.problem and image.state == "active"
                 and not (image.origin and self._loops_back(image, self._images.get)))
-        # What the loop takes for a sign that the snapshot is fresh comes after it.  A change
-        # within the same tick of the file system's clock leaves the mtime as it is.
-        self._seen = seen if abs(time.time_ns() - seen) > RACY else None
+        # What the loop takes for a sign that the snapshot is fresh comes after it.
+        self._seen = seen if settled else None
         self._apis |= {api}
         if everything:
             self._checked = now

@@ -9,7 +9,7 @@ import unittest
 from unittest import mock
 
 import imgserver
-from tests.support import ServerCase, uuid_of, write_image
+from tests.support import SETTLED, ServerCase, uuid_of, write_image
 
 U = uuid_of(1)
 
@@ -18,7 +18,12 @@ class Looks(ServerCase):
 
     def setUp(self):
         super().setUp()
+        self.now = 0.0
+        clock = mock.patch.object(imgserver.time, "monotonic", self.clock)
+        clock.start()
+        self.addCleanup(clock.stop)
         write_image(self.serve_dir, U)
+        time.sleep(SETTLED)
         self.store = self.new_store()
         past = time.time() - 10
         os.utime(self.serve_dir, (past, past))
@@ -33,18 +38,20 @@ class Looks(ServerCase):
     def names(self, may_wait=False):
         return [image.name for image in self.store.snapshot(imgserver.DSAPI, may_wait).images]
 
-    def older(self, seconds):
-        """Let the last look at everything be `seconds` longer ago, and one that goes on too."""
-        self.store._checked -= seconds
-        if self.store._ahead is not None:
-            self.store._ahead[2] -= seconds
+    def clock(self):
+        """The only time that passes by itself: a microsecond from one look to the next."""
+        self.now += 1e-6
+        return self.now
+
+    def later(self, seconds):
+        self.now += seconds
 
     def test_what_was_just_looked_at_is_answered_at_once(self):
         self.assertEqual(self.names(), ["test"])
 
     def test_one_thread_looks_early_while_the_others_are_served(self):
         write_image(self.serve_dir, U, name="edited")
-        self.older(imgserver.RECHECK_EARLY)
+        self.later(imgserver.RECHECK_EARLY)
         with self.assertRaises(imgserver.Cold):
             self.names()
         self.assertEqual(self.names(), ["test"])
@@ -60,28 +67,28 @@ class Looks(ServerCase):
         self.assertEqual(list(kept.values()), list(range(3, imgserver.LISTS_KEPT + 3)))
 
     def test_nobody_is_served_what_is_too_old(self):
-        self.older(imgserver.RECHECK)
+        self.later(imgserver.RECHECK)
         for _ in range(2):
             with self.assertRaises(imgserver.Cold):
                 self.names()
 
     def begin_to_look(self):
         """Have the loop begin a look in parts; what is left to half of its time."""
-        self.older(imgserver.RECHECK_SOON)
+        self.later(imgserver.RECHECK_SOON)
         self.assertEqual(self.names(), ["test"])
         return (imgserver.RECHECK_EARLY - imgserver.RECHECK_SOON) / 2
 
     def test_the_loop_looks_itself_where_lists_are_asked_for_often(self):
         time_left = self.begin_to_look()
         for _ in range(3):
-            self.older(time_left)
+            self.later(time_left)
             self.assertEqual(self.names(), ["test"])
-            self.older(imgserver.RECHECK_SOON - time_left)
+            self.later(imgserver.RECHECK_SOON - time_left)
             self.assertEqual(self.names(), ["test"])
 
     def test_what_the_loop_finds_changed_is_read_by_a_thread(self):
         write_image(self.serve_dir, U, name="edited")
-        self.older(self.begin_to_look())
+        self.later(self.begin_to_look())
         with self.assertRaises(imgserver.Cold):
             self.names()
         self.assertEqual(self.names(), ["test"])
@@ -92,21 +99,21 @@ class Looks(ServerCase):
         time_left = self.begin_to_look()
         with open(os.path.join(self.serve_dir, U, "icon.png"), "wb") as file:
             file.write(b"icon")
-        self.older(time_left)
+        self.later(time_left)
         with self.assertRaises(imgserver.Cold):
             self.names()
 
     def test_what_was_read_alone_meanwhile_is_put_into_the_list_by_a_thread(self):
         write_image(self.serve_dir, U, name="edited")
         self.assertEqual(self.store.image(U, imgserver.DSAPI, True).name, "edited")
-        self.older(imgserver.RECHECK_SOON)
+        self.later(imgserver.RECHECK_SOON)
         with self.assertRaises(imgserver.Cold):
             self.names()
         self.assertEqual(self.names(may_wait=True), ["edited"])
 
     def test_a_slow_disk_is_looked_at_by_a_thread(self):
         with mock.patch.object(imgserver, "LOOK_AHEAD", -1):
-            self.older(self.begin_to_look())
+            self.later(self.begin_to_look())
             with self.assertRaises(imgserver.Cold):
                 self.names()
         self.assertEqual(self.names(may_wait=True), ["test"])
@@ -126,9 +133,9 @@ class Looks(ServerCase):
                 shutil.move(path, there)
                 os.symlink(there, path)
                 os.utime(self.serve_dir, (1, 1))
-                self.older(imgserver.RECHECK)
+                self.later(imgserver.RECHECK)
                 self.assertEqual(self.names(may_wait=True), ["test"])
-                self.older(self.begin_to_look())
+                self.later(self.begin_to_look())
                 with self.assertRaises(imgserver.Cold):
                     self.names()
                 self.assertEqual(self.names(may_wait=True), ["test"])
@@ -137,10 +144,10 @@ class Looks(ServerCase):
 
     def test_a_look_in_parts_that_was_left_is_begun_anew(self):
         self.begin_to_look()
-        self.older(imgserver.RECHECK)
+        self.later(imgserver.RECHECK)
         self.assertEqual(self.names(may_wait=True), ["test"])
         time_left = self.begin_to_look()
-        self.older(time_left)
+        self.later(time_left)
         for _ in range(2):
             self.assertEqual(self.names(), ["test"])
 
@@ -150,10 +157,47 @@ class Looks(ServerCase):
         self.names(may_wait=True)
         self.assertEqual(self.names(), ["test"])
 
+    def test_an_image_that_comes_while_the_names_are_read_is_not_missed(self):
+        """In the same tick of the file system's clock, and the look takes long."""
+        now = time.time_ns()
+        os.utime(self.serve_dir, ns=(now, now))
+        listdir = os.listdir
+
+        def late(path):
+            names = listdir(path)
+            if path == self.serve_dir:
+                write_image(self.serve_dir, uuid_of(2), name="new")
+                os.utime(self.serve_dir, ns=(now, now))
+                time.sleep(2 * imgserver.RACY / 1e9)
+            return names
+        with mock.patch.object(os, "listdir", late):
+            self.assertEqual(self.names(may_wait=True), ["test"])
+        self.assertEqual(self.names(may_wait=True), ["test", "new"])
+
+    def test_what_has_just_changed_is_read_again_until_its_time_would_move(self):
+        """Else a second change in the same tick of the file system's clock were never seen."""
+        directory = os.path.join(self.serve_dir, U)
+        for path in (os.path.join(directory, "manifest.json"),
+                     os.path.join(directory, "image.zfs.gz"), directory):
+            with self.subTest(path):
+                time.sleep(SETTLED)                   # the others are old enough
+                os.utime(path)
+                changed = os.stat(path).st_ctime_ns
+                with mock.patch.object(imgserver.time, "time_ns") as now:
+                    self.later(imgserver.RECHECK)
+                    now.return_value = changed + imgserver.RACY
+                    for _ in range(2):
+                        self.assertEqual(self.names(may_wait=True), ["test"])
+                        with self.assertRaises(imgserver.Cold):
+                            self.store.image(U, imgserver.DSAPI, False)
+                    now.return_value += 1
+                    self.assertEqual(self.store.image(U, imgserver.DSAPI, True).name, "test")
+                    self.assertEqual(self.store.image(U, imgserver.DSAPI, False).name, "test")
+
     def test_a_new_icon_is_seen_with_the_next_look(self):
         with open(os.path.join(self.serve_dir, U, "icon.png"), "wb") as file:
             file.write(b"icon")
-        self.older(imgserver.RECHECK_EARLY)
+        self.later(imgserver.RECHECK_EARLY)
         self.assertEqual(self.store.snapshot(imgserver.DSAPI, True).images[0].icon, "icon.png")
 
     def test_an_image_file_is_no_icon(self):

@@ -14,6 +14,7 @@ from tests.support import (NOBODY, ServerCase, uuid_of, wait_for, write_image,
 
 GOOD = uuid_of(1)              # the sound image that every hostile one must leave in peace
 TRANSPORTS = (("tcp", False), ("unix", True))
+FEW = {"max_connections": 100}      # no warning that this machine allows too few open files
 
 # Runs the server as nobody, since root may read what has no mode at all.
 # What is imported late must be there before: nobody may not be able to read Python's library.
@@ -226,7 +227,7 @@ class HostileManifests(ServerCase):
                      "lost+found", "\udcff\udcfe"):
             os.mkdir(os.path.join(self.serve_dir, name))
         os.symlink("nowhere", os.path.join(self.serve_dir, uuid_of(6)))
-        server = self.serve()
+        server = self.serve(config=FEW)
         for path in ("/datasets", "/images"):
             self.assertEqual(uuids(server.get(path)), [GOOD])
         for number in (2, 3, 4, 6):
@@ -236,7 +237,7 @@ class HostileManifests(ServerCase):
     def test_an_image_that_vanishes_while_it_is_read(self):
         write_image(self.serve_dir, GOOD)
         ghost = uuid_of(7)
-        server = self.serve(prelude=f"""
+        server = self.serve(config=FEW, prelude=f"""
 import os
 real = os.listdir
 os.listdir = lambda path=".": real(path) + [{ghost!r}] * (path == {self.serve_dir!r})
@@ -308,11 +309,11 @@ class Freshness(ServerCase):
         return [image["name"] for image in server.get(path).json()]
 
     def assertShows(self, server, name):
-        """The image itself tells at once, lists within their second."""
+        """The image itself tells at once, lists when it is time to look again."""
         self.assertEqual(self.name(server), name)
         self.assertEqual(server.get(f"/images/{GOOD}").json()["name"], name)
         for path in ("/datasets", "/images"):
-            wait_for(lambda: self.names(server, path) == [name], f"{name} in {path}", 3)
+            wait_for(lambda: self.names(server, path) == [name], f"{name} in {path}")
 
     def test_a_manifest_replaced_by_rename(self):
         server = self.serve()
@@ -386,7 +387,7 @@ class Freshness(ServerCase):
                 file.write(data[start:start + 1000])
         self.assertEqual(server.get(f"/images/{uuid}/file").body, data)
         for api in ("/datasets", "/images"):
-            wait_for(lambda: uuid in uuids(server.get(api)), "the image", 3)
+            wait_for(lambda: uuid in uuids(server.get(api)), "the image")
         self.assertEqual(len(left_out(server, uuid)), 1, server.log())
         server.wait_log(f"image {uuid} is on show")
 
@@ -404,22 +405,22 @@ class Freshness(ServerCase):
                     shutil.copy(os.path.join(self.directory, uuid, name),
                                 os.path.join(self.serve_dir, uuid, name))
                 self.assertEqual(server.get(f"/images/{uuid}").status, 200)
-                wait_for(lambda: uuid in uuids(server.get("/datasets")), "the image", 3)
+                wait_for(lambda: uuid in uuids(server.get("/datasets")), "the image")
 
     def test_chmod_hides_it_and_chmod_brings_it_back(self):
         os.chmod(self.directory, 0o755)
         server = self.serve(prelude=AS_NOBODY)
         for name in ("manifest.json", "image.zfs.gz", "."):
             with self.subTest(name):
-                path = os.path.join(self.serve_dir, GOOD, name)
+                path = os.path.normpath(os.path.join(self.serve_dir, GOOD, name))
                 mode = os.stat(path).st_mode & 0o777
                 self.assertEqual(server.get(f"/datasets/{GOOD}").status, 200)
                 os.chmod(path, 0)
                 self.assertError(server.get(f"/datasets/{GOOD}"), 404)
-                wait_for(lambda: uuids(server.get("/datasets")) == [], "the image hidden", 3)
+                wait_for(lambda: uuids(server.get("/datasets")) == [], "the image hidden")
                 os.chmod(path, mode | 0o005)
                 self.assertEqual(server.get(f"/datasets/{GOOD}").status, 200)
-                wait_for(lambda: uuids(server.get("/datasets")) == [GOOD], "the image", 3)
+                wait_for(lambda: uuids(server.get("/datasets")) == [GOOD], "the image")
 
     def test_out_of_file_descriptors_for_a_moment(self):
         for call in ("open", "listdir"):
@@ -436,7 +437,7 @@ os.{call} = fails
 """)
                 server.get("/datasets")
                 wait_for(lambda: server.get("/datasets").body.count(GOOD.encode()) > 0,
-                         "the image", 6)
+                         "the image")
                 self.assertEqual(server.get(f"/images/{GOOD}").status, 200)
 
     def test_serve_dir_replaced_by_what_is_none(self):
@@ -492,13 +493,13 @@ class Amount(ServerCase):
                 json.dump(manifest, file)
         server = self.serve()
         for path in ("/datasets", "/images"):
-            self.assertEqual(uuids(server.get(path)), [uuid_of(n) for n in range(5000)])
             times = []
-            for _ in range(3):
+            for _ in range(4):
                 began = time.monotonic()
-                server.get(path)
+                answer = server.get(path)
                 times.append(time.monotonic() - began)
-            self.assertLess(min(times), 1)
+            self.assertEqual(uuids(answer), [uuid_of(n) for n in range(5000)])
+            self.assertLess(min(times[1:]), times[0] / 2)
         shutil.rmtree(os.path.join(self.serve_dir, uuid_of(77)))
         self.assertEqual(len(uuids(server.get("/datasets"))), 4999)
 
@@ -611,11 +612,11 @@ class Origins(ServerCase):
             return lambda: server.get(f"/datasets/{uuid_of(2)}").status == wanted
 
         self.image(3)                     # first no list is asked for, which looks at all
-        wait_for(status(200), "the image", 3)
-        wait_for(lambda: len(uuids(server.get("/datasets"))) == 2, "both images", 3)
+        wait_for(status(200), "the image")
+        wait_for(lambda: len(uuids(server.get("/datasets"))) == 2, "both images")
         self.image(3, 2)
-        wait_for(status(404), "the cycle hidden", 3)
-        wait_for(lambda: uuids(server.get("/datasets")) == [], "the cycle hidden in lists", 3)
+        wait_for(status(404), "the cycle hidden")
+        wait_for(lambda: uuids(server.get("/datasets")) == [], "the cycle hidden in lists")
 
     def test_a_cycle_asked_for_before_any_list(self):
         self.image(2, 3)
