@@ -92,9 +92,9 @@ QUERY_FIELDS_LIMIT = 100      # parameters of one query: IMGAPI knows fifteen
 RECEIVE = 16 << 10            # bytes asked of a socket at once: many whole requests
 ONE_PIECE = 64 << 10          # bytes; a body up to this size is copied behind its head
 PARTS = 64                    # parts of answers given to one sendmsg; POSIX allows 16 at least
-LOOP_SEND = 2 << 20           # bytes of one part that the loop tries to send at once
-STEP = 256 << 10              # bytes sent at once in a thread, so that the client can begin early
-FULL_STEP = 512 << 10         # bytes, once the socket was full: then fewer steps cost less
+LOOP_SEND = 2 << 20           # bytes of one part that the loop tries to send at first
+STEP = 256 << 10              # bytes a thread sends at first, so that the client can begin early
+FULL_STEP = 512 << 10         # bytes sent at once after the socket was full, in loop and thread
 LINGER = 2.0                  # seconds a refused client gets to read why before the socket goes
 ACCEPT_BATCH = 32             # connections accepted before those that wait are looked at again
 ACCEPT_PAUSE = 0.5            # seconds without accepting after the files ran out
@@ -2760,19 +2760,23 @@ ROUTES = {
 
 # -- connections -------------------------------------------------------------------------
 #
-# A connection does not own a thread.  The loop holds it while it waits (READING), and
-# answers it from memory; a file, a large answer or a slow one is finished by a thread
-# (WORKING), which blocks as it likes and gives the connection back.
+# A connection does not own a thread.  The loop holds it while it waits (READING), answers it
+# from memory, and goes on with what the socket does not take at once (SENDING).  What may
+# wait for a disk is for a thread (WORKING): it makes the answer, sends it if that is a file,
+# and gives the connection back.
 #
-#            +--------------- answered, more to come ---------------+
-#            v                                                      |
-#   accept: READING --- whole request, answer in memory ------------+
-#            |  |                                                   |
-#            |  +-- file, large or slow answer --> WORKING -- done -+
-#            |                                        |
-#            +-- refused --> LINGERING <--------------+
-#            |                   |                    |
-#            +-------------------+--> CLOSED <--------+
+#            +--------------- answered, more to come ----------------+
+#            v                                                       |
+#   accept: READING --- whole request, answer in memory -------------+
+#            |  |  |                                                 |
+#            |  |  +-- the socket is full --> SENDING -- all sent ---+
+#            |  |                             ^  |                   |
+#            |  |             answer in memory|  |                   |
+#            |  +-- file, or slow answer --> WORKING -- file sent ---+
+#            |                                |  |
+#            +-- refused --> LINGERING <------+--+
+#            |                   |            |  |
+#            +-------------------+--> CLOSED <+--+
 #
 # The answers of one turn of the loop go out together at its end: the clients of the first
 # ones are not woken in between, which costs as much as answering (virtual machines most).
@@ -2781,7 +2785,8 @@ ROUTES = {
 # the loop takes it back.  Only the loop changes a state, registers or closes a socket.  Every
 # state has a deadline, and the loop looks at all of them once a second.
 
-READING, WORKING, LINGERING, CLOSED = "reading", "working", "lingering", "closed"
+READING, SENDING, WORKING, LINGERING, CLOSED = (
+    "reading", "sending", "working", "lingering", "closed")
 
 STATUS_LINES = {int(status): b"HTTP/1.1 %d %b\r\nServer: imgserver/%b\r\nDate: " % (
     status, status.phrase.encode(), __version__.encode()) for status in http.HTTPStatus}
@@ -2841,6 +2846,7 @@ class Handler(BaseHTTPRequestHandler):
         self.asked = None                 # the Request that is being answered
         self.out = []                     # parts of answers that are to be sent
         self.held = 0                     # bytes in them
+        self.late = None                  # the response that a thread has made, to be put
         self.started = self.server.now    # when the request being answered began (monotonic)
         self.answered = 0                 # requests so far
         self.partial = False              # a request has begun, and is not whole yet
@@ -2889,7 +2895,7 @@ class Handler(BaseHTTPRequestHandler):
                 return False
             response = self.server.site.answer(self.asked)
         except Cold:
-            self.server.work(self, self.answer_slowly)
+            self.server.work(self)
             return False
         except Refusal as refusal:
             return self.refuse(refusal)
@@ -2992,31 +2998,49 @@ class Handler(BaseHTTPRequestHandler):
         return not self.close_connection
 
     def flush(self):
-        """Send what was put, and have a thread send what the socket does not take."""
-        out, self.out = self.out, []
-        held, self.held = self.held, 0
+        """Send as much of what was put as the socket takes; go on once it takes more."""
         try:
-            if held <= ONE_PIECE:
-                out = [b"".join(out)]
-                sent = self.connection.send(out[0])
-                if sent == held:
-                    self.after_answer()
-                    return
+            if self.held <= ONE_PIECE:
+                self.out = [b"".join(self.out)]
+                sent = self.connection.send(self.out[0])
             else:
-                out = [memoryview(part) for part in out]
-                sent = self.connection.sendmsg([part[:LOOP_SEND] for part in out[:PARTS]])
+                step = LOOP_SEND if self.state is READING else FULL_STEP
+                sent = self.connection.sendmsg([memoryview(part)[:step]
+                                                for part in self.out[:PARTS]])
         except BlockingIOError:
             sent = 0
-        except OSError:
-            self.server.drop(self)
+        except OSError as error:
+            self.went_away(error.strerror)
             return
-        while out and sent >= len(out[0]):
-            sent -= len(out.pop(0))
-        if out:
-            self.out = [memoryview(out[0])[sent:], *out[1:]]
-            self.server.work(self, self.send_slowly)
+        self.held -= sent
+        if self.held:
+            while sent >= len(self.out[0]):
+                sent -= len(self.out.pop(0))
+            self.out[0] = memoryview(self.out[0])[sent:]
+            self.moving()
+            if self.state is READING:
+                self.server.send_on(self)
         else:
+            self.out = []
+            if self.state is SENDING:
+                self.server.read_on(self)
             self.after_answer()
+
+    def went_away(self, why):
+        """End the connection; say so where the log already has its answer as sent."""
+        if self.state is SENDING:
+            self.server.log.info(f"{self.address_string()} went away: {why}")
+        self.server.drop(self)
+
+    def given_back(self):
+        """A thread has answered, or made the answer that is to be sent."""
+        response, self.late = self.late, None
+        if response is None:
+            self.after_answer()
+        else:
+            self.put(response)
+            response.close()
+            self.server.outbox.append(self)       # also where older answers wait in self.out
 
     def after_answer(self):
         """What was asked so far is answered: go on, or end."""
@@ -3032,22 +3056,28 @@ class Handler(BaseHTTPRequestHandler):
     # in a thread
 
     def answer_slowly(self):
-        """Answer a request that may wait for the disk, and send the answer.
+        """Answer a request that may wait for the disk; what is not a file the loop sends."""
+        self.asked.may_wait = True
+        try:
+            response = self.server.site.answer(self.asked)
+        except Exception:
+            response = self.fault()
+        if response.file is None or not response.length or not self.has_body():
+            self.late = response
+        else:
+            self.send_with_file(response)
+
+    def send_with_file(self, response):
+        """Send what was put, and a part of a file.
 
         Whatever goes wrong here closes the connection, so that nobody takes a part for all.
         """
-        response, sent = None, 0
+        sent = 0
         try:
-            response = self.answer_waiting()
             self.out.append(self.head(response))
-            if response.body and self.has_body():
-                self.out.append(response.body)
-            file_follows = response.file is not None and self.has_body() and response.length
-            self.send_parts(file_follows)
-            sent = len(response.body)
-            if file_follows:
-                for sent in self.send_file(response):
-                    self.moving()
+            self.send_heads()
+            for sent in self.send_file(response):
+                self.moving()
         except Truncated as error:
             self.close_connection = True
             self.server.log.error(f"{printable(self.requestline)}: {error}")
@@ -3055,46 +3085,26 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.note = self.note or f" (the client went away: {error.strerror})"
         finally:
-            if response is not None:
-                response.close()
-                self.server.log.tick(int(time.time()))
-                self.log_request(response.status, sent if self.has_body() else 0)
+            response.close()
+            self.server.log.tick(int(time.time()))
+            self.log_request(response.status, sent)
             self.answered += 1
-
-    def send_slowly(self):
-        """Send what is left of answers from memory, however long the client takes."""
-        try:
-            self.send_parts(False)
-        except OSError as error:
-            self.close_connection = True
-            self.server.log.info(f"{self.address_string()} went away{self.note or ':'} "
-                                 f"{error.strerror}")
-
-    def answer_waiting(self):
-        self.asked.may_wait = True
-        try:
-            return self.server.site.answer(self.asked)
-        except Exception:
-            return self.fault()
 
     def moving(self):
         """Bytes have gone out: the client has stall_timeout to take more."""
         self.deadline = time.monotonic() + self.server.config.stall_timeout
 
-    def send_parts(self, more_follows):
-        """Send what was put, one part after the other, in steps; raises OSError."""
-        parts, self.out = self.out, []
-        self.moving()
+    def send_heads(self):
+        """Send what was put, before a file; raises OSError."""
+        data, self.out, self.held = memoryview(b"".join(self.out)), [], 0
         more = getattr(socket, "MSG_MORE", 0)     # Linux: do not send half a packet yet
-        for part in parts:
-            flags = more if more_follows or part is not parts[-1] else 0
-            data = memoryview(part)
-            while data:
-                try:
-                    data = data[self.connection.send(data[:FULL_STEP], flags):]
-                    self.moving()
-                except BlockingIOError:
-                    self.wait_writable()
+        self.moving()
+        while data:
+            try:
+                data = data[self.connection.send(data, more):]
+                self.moving()
+            except BlockingIOError:
+                self.wait_writable()
 
     def send_file(self, response):
         """Send a part of a file; yields how many bytes have gone out so far.
@@ -3144,17 +3154,20 @@ class Handler(BaseHTTPRequestHandler):
 
     def check_time(self, now):
         """Do what is due when a deadline has passed."""
-        if self.state is WORKING and self.deadline < math.inf:
+        if self.state in (SENDING, WORKING) and self.deadline < math.inf:
             left = unsent(self.connection)
             if left != self.unsent:
                 self.unsent = left
                 self.moving()
         if now < self.deadline:
             return
-        if self.state is WORKING:
-            self.note = (f" (cut: the client has taken nothing for "
-                         f"{self.server.config.stall_timeout} s)")
-            self.server.hang_up(self)     # which wakes the thread with an error
+        if self.state in (SENDING, WORKING):
+            why = f"cut: the client has taken nothing for {self.server.config.stall_timeout} s"
+            if self.state is SENDING:
+                self.went_away(why)
+            else:
+                self.note = f" ({why})"
+                self.server.hang_up(self)         # which wakes the thread with an error
         elif self.state is READING and self.partial:
             self.partial = False
             self.started = time.monotonic()
@@ -3372,7 +3385,7 @@ class ImageServer(ThreadingHTTPServer):
         while self.outbox:
             handlers, self.outbox = self.outbox, []
             for handler in handlers:
-                if handler.state is READING and handler.out:
+                if handler.state is READING and handler.held:
                     try:
                         handler.flush()
                     except Exception:
@@ -3391,7 +3404,7 @@ class ImageServer(ThreadingHTTPServer):
         """End what has taken too long."""
         now = self.now
         for handler in list(self._connections):
-            if now >= handler.deadline or handler.state is WORKING:
+            if now >= handler.deadline or handler.state in (SENDING, WORKING):
                 try:
                     handler.check_time(now)
                 except Exception:
@@ -3402,24 +3415,31 @@ class ImageServer(ThreadingHTTPServer):
 
     # states of a connection: each transition is one of these
 
-    def work(self, handler, job):
-        """READING to WORKING: have a thread do job(), which answers or sends."""
+    def send_on(self, handler):
+        """READING to SENDING: nothing is read until all that was put is sent."""
+        handler.state = SENDING
+        self._selector.modify(handler.connection, selectors.EVENT_WRITE, handler.flush)
+
+    def read_on(self, handler):
+        """SENDING to READING."""
+        handler.state = READING
+        self._selector.modify(handler.connection, selectors.EVENT_READ, handler.readable)
+
+    def work(self, handler):
+        """READING to WORKING: have a thread answer."""
         self._selector.unregister(handler.connection)
         handler.state, handler.deadline = WORKING, math.inf
         try:
-            self._workers.submit(lambda: self._do(handler, job))
+            self._workers.submit(lambda: self._do(handler))
         except RuntimeError:              # can't start new thread
             handler.state = READING
             self._selector.register(handler.connection, selectors.EVENT_READ, handler.readable)
-            if job == handler.send_slowly:
-                self.drop(handler)        # in the middle of an answer there is nothing to say
-            else:
-                self.refuse(handler, "no thread to answer with")
+            self.refuse(handler, "no thread to answer with")
 
-    def _do(self, handler, job):
-        """In a thread: do the job, and give the connection back to the loop."""
+    def _do(self, handler):
+        """In a thread: answer, and give the connection back to the loop."""
         try:
-            job()
+            handler.answer_slowly()
         except Exception:
             handler.close_connection = True
             self.log.exception("internal error")
@@ -3429,7 +3449,7 @@ class ImageServer(ThreadingHTTPServer):
             self._wake()
 
     def _take_back(self):
-        """WORKING to READING, or on to the end."""
+        """WORKING to READING: with an answer to send, or after it."""
         self._wakeup.recv(4096)
         while self._returned:
             handler = self._returned.popleft()
@@ -3437,7 +3457,7 @@ class ImageServer(ThreadingHTTPServer):
             handler.connection.setblocking(False)
             self._selector.register(handler.connection, selectors.EVENT_READ, handler.readable)
             try:
-                handler.after_answer()
+                handler.given_back()
             except Exception:
                 self.handle_error(handler, None)
 
@@ -3463,7 +3483,7 @@ class ImageServer(ThreadingHTTPServer):
             self.drop(handler)
 
     def drop(self, handler):
-        """READING or LINGERING to CLOSED."""
+        """Any but WORKING to CLOSED."""
         handler.state = CLOSED
         self._selector.unregister(handler.connection)
         handler.connection.close()
@@ -3504,7 +3524,7 @@ class ImageServer(ThreadingHTTPServer):
         working = 0
         for handler in list(self._connections):
             handler.close_connection = True
-            if handler.state is WORKING:
+            if handler.state in (SENDING, WORKING):
                 working += 1
             elif not handler.partial and handler.state is READING:
                 self.drop(handler)

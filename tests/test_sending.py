@@ -1,0 +1,175 @@
+"""Answers from memory that a socket does not take at once: whole, in order, without a thread."""
+
+import os
+import signal
+import time
+
+from tests.support import PATIENCE, ServerCase, uuid_of, wait_for, write_image
+from tests.test_files import CANNOT_TELL, TRANSPORTS, ask, begin, take
+
+LIST = "/datasets"
+IMAGES = 140                              # of 90 KB each: a list of 12 MB, more than sockets take
+THREADS = 2                               # the loop's, and one that may have looked at the images
+
+
+class LongLists(ServerCase):
+
+    def setUp(self):
+        super().setUp()
+        for number in range(1, IMAGES + 1):
+            write_image(self.serve_dir, uuid_of(number), tags={"text": "x" * 90000})
+
+    def each_transport(self, **options):
+        """Yields a server on TCP, then one on a Unix socket, and the list that each answers."""
+        for _, unix in TRANSPORTS:
+            server = self.serve(unix=unix, **options)
+            whole = server.get(LIST, {"Host": "h"}).body
+            self.assertGreater(len(whole), IMAGES * 90000)
+            yield server, whole
+
+    def rest(self, connection, body, length):
+        """What is left of a body of which some bytes have come."""
+        parts = [body]
+        length -= len(body)
+        while length:
+            data = connection.recv(min(length, 1 << 18))
+            self.assertTrue(data, f"the connection ended {length} bytes too early")
+            parts.append(data)
+            length -= len(data)
+        return b"".join(parts)
+
+    def test_readers_that_do_not_read_cost_no_thread_and_lose_no_byte(self):
+        for server, whole in self.each_transport():
+            begun = [begin(server, LIST) for _ in range(50)]
+            self.assertLessEqual(server.threads(), THREADS)
+            self.assertEqual(server.get("/ping").status, 200)
+            for connection, length, body in begun:
+                with connection:
+                    self.assertTrue(self.rest(connection, body, length) == whole)
+            with server.connect() as connection:      # the loop is done with all of them
+                self.assertEqual(connection.request("/ping").status, 200)
+            self.assertLessEqual(server.threads(), THREADS)
+            self.assertNotRegex(server.log(), "went away|Traceback| error ")
+
+    def test_requests_behind_a_long_answer_are_answered_after_it(self):
+        for server, whole in self.each_transport():
+            with server.connect() as connection:
+                for target in ("/ping", LIST, "/ping", LIST, f"{LIST}/{uuid_of(9)}", "/ping"):
+                    ask(connection, target)
+                self.assertEqual(connection.answer().json()["ping"], "pong")
+                self.assertTrue(connection.answer().body == whole)
+                self.assertEqual(connection.answer().json()["ping"], "pong")
+                self.assertTrue(connection.answer().body == whole)
+                self.assertEqual(connection.answer().json()["uuid"], uuid_of(9))
+                self.assertEqual(connection.answer().json()["ping"], "pong")
+
+    def test_who_asks_more_while_it_is_sent_is_heard_afterwards(self):
+        for server, whole in self.each_transport():
+            connection, length, body = begin(server, LIST)
+            with connection:
+                ask(connection, "/ping")
+                self.assertTrue(self.rest(connection, body, length) == whole)
+                self.assertEqual(connection.answer().json()["ping"], "pong")
+
+    def test_connection_close_comes_after_the_last_byte(self):
+        for server, whole in self.each_transport():
+            connection, length, body = begin(server, LIST, "Connection: close\r\n")
+            with connection:
+                self.assertTrue(self.rest(connection, body, length) == whole)
+                self.assertTrue(connection.closed())
+
+    def test_who_takes_nothing_is_cut_and_who_is_slow_is_not(self):
+        for prelude in (None, CANNOT_TELL):
+            for server, whole in self.each_transport(config={"stall_timeout": 2},
+                                                     prelude=prelude):
+                slow, length, body = begin(server, LIST)
+                stalled, _, start = begin(server, LIST)
+                with slow, stalled:
+                    left, parts = length - len(body), [body]
+                    while "taken nothing" not in server.log():
+                        parts.append(slow.recv(min(left, 32768)))
+                        self.assertTrue(parts[-1], "a steady reader was cut")
+                        left -= len(parts[-1])
+                        time.sleep(0.05)  # this client is slow: that is what is tested
+                    parts.append(self.rest(slow, b"", left))
+                    self.assertTrue(b"".join(parts) == whole)
+                    self.assertLess(take(stalled, start, length)[1], length)
+                self.assertEqual(server.log().count("taken nothing"), 1)
+
+    def test_going_away_is_one_line_and_leaves_nothing(self):
+        for server, _ in self.each_transport():
+            files = wait_for(lambda: server.files() if server.files() == server.files() else 0)
+            connection, _, _ = begin(server, LIST)
+            connection.close()
+            server.wait_log("went away: ")
+            wait_for(lambda: server.files() <= files, "closed connections")
+            self.assertEqual(server.log().count("went away"), 1)
+            self.assertNotRegex(server.log(), "Traceback| error | warn ")
+
+    def test_it_is_finished_after_sigterm(self):
+        for server, whole in self.each_transport():
+            connection, length, body = begin(server, LIST)
+            with connection:
+                server.send_signal(signal.SIGTERM)
+                server.wait_log("finishing 1 answers")
+                self.assertTrue(self.rest(connection, body, length) == whole)
+                self.assertTrue(connection.closed())
+            self.assertEqual(server.process.wait(PATIENCE), 0)
+
+    def test_it_is_cut_after_drain_time(self):
+        for server, _ in self.each_transport(config={"drain_time": 0.5}):
+            connection, length, body = begin(server, LIST)
+            with connection:
+                self.assertEqual(server.stop(), 0)
+                self.assertLess(take(connection, body, length)[1], length)
+
+    def test_a_list_made_in_a_thread_is_sent_by_the_loop(self):
+        """The first one of each Host is made in a thread, since it takes so long."""
+        for _, unix in TRANSPORTS:
+            server = self.serve(unix=unix, prelude="imgserver.THREAD_IDLE = 0.2")
+            connection, length, body = begin(server, LIST)
+            with connection:
+                wait_for(lambda: server.threads() == 1, "the end of the thread")
+                whole = self.rest(connection, body, length)
+                self.assertTrue(whole == server.get(LIST, {"Host": "h"}).body)
+
+    def test_answers_that_wait_before_a_list_made_in_a_thread_go_first(self):
+        for _, unix in TRANSPORTS:
+            with self.serve(unix=unix).connect() as connection:
+                connection.send(b"GET /ping HTTP/1.1\r\nHost: h\r\n\r\n"
+                                b"GET /datasets HTTP/1.1\r\nHost: h\r\n\r\n")
+                self.assertEqual(connection.answer().json()["ping"], "pong")
+                self.assertEqual(len(connection.answer().json()), IMAGES)
+
+    def test_what_the_queue_of_the_socket_tells_is_heard(self):
+        """As long as it changes the client takes something, though no step is through."""
+        looks = os.path.join(self.directory, "looks")
+        prelude = f"""
+count = 0
+def unsent(sock):
+    global count
+    count += 1
+    with open({looks!r}, "a") as file:
+        print(count, file=file)
+    return min(count, 5)
+imgserver.unsent = unsent
+"""
+        server = self.serve(config={"stall_timeout": 1}, prelude=prelude)
+        connection, length, body = begin(server, LIST)
+        with connection:
+            server.wait_log("taken nothing")
+            with open(looks) as file:
+                self.assertGreater(len(file.readlines()), 5)
+            self.assertLess(take(connection, body, length)[1], length)
+
+    def test_head_of_a_file_that_a_thread_has_opened(self):
+        server = self.serve(prelude="imgserver.THREAD_IDLE = 0.2")
+        files = server.files()
+        target = f"/datasets/{uuid_of(1)}/image.zfs.gz"
+        with server.connect() as connection:
+            for _ in range(20):
+                answer = connection.request(target, "HEAD")
+                self.assertEqual((answer.status, answer.body), (200, b""))
+        size = os.path.getsize(os.path.join(self.serve_dir, uuid_of(1), "image.zfs.gz"))
+        self.assertEqual(answer.headers["content-length"], str(size))
+        wait_for(lambda: server.files() <= files, "closed files")
