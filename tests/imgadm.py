@@ -65,8 +65,10 @@ class Agent:
         lines = [f"GET {target} HTTP/1.1"] + [f"{name}: {value}" for name, value in headers]
         data = ("\r\n".join(lines) + "\r\n\r\n").encode("ascii")
         while True:
-            reused = bool(self.idle)
-            connection = self.idle.pop() if reused else support.Connection(self.address)
+            try:
+                connection, reused = self.idle.pop(), True    # in one step: threads share it
+            except IndexError:
+                connection, reused = support.Connection(self.address), False
             connection.send(data)
             answer = connection.answer()
             if answer is not None:

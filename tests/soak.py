@@ -178,7 +178,9 @@ class Soak:
             shown.append(uuid)
             if len(shown) > 20:
                 uuid = shown.popleft()
-                shutil.rmtree(os.path.join(self.serve_dir, uuid))
+                aside = os.path.join(self.serve_dir, ".old-" + uuid)
+                os.rename(os.path.join(self.serve_dir, uuid), aside)
+                shutil.rmtree(aside)
                 with self.server.connect() as connection:
                     self.check(connection.request(f"/images/{uuid}").status == 404,
                                f"{uuid} is still there")

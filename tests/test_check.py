@@ -60,7 +60,7 @@ class TestCheck(CheckCase):
         wrong = {"path": "image.zfs.gz", "size": len(IMAGE), "sha1": "0" * 40}
         md5 = {**wrong, "sha1": hashlib.sha1(IMAGE).hexdigest(), "md5": "0" * 32}
         size = {**wrong, "size": 5}
-        broken = IMAGE[:-20] + bytes(20)
+        broken = IMAGE[:-8] + bytes(8)           # without its CRC
         cases = (
             (IMAGE, {"files": [wrong]}, "its sha1 is"),
             (IMAGE, {"files": [md5]}, "its md5 is"),

@@ -200,7 +200,8 @@ class Framing(OneServer):
 
     def test_refusal_is_readable_while_the_client_still_sends(self):
         size = 8 << 20
-        with self.server.connect() as connection:
+        server = self.serve(unix=self.unix, prelude="imgserver.LINGER = 60")
+        with server.connect() as connection:
             connection.send(request("POST", fields=b"Content-Length: %d\r\n" % size))
             for _ in range(size >> 16):
                 connection.send(bytes(1 << 16))       # a reset would end this
@@ -422,7 +423,7 @@ class Framing(OneServer):
 
     def test_tls_client_hello_gets_400_and_one_log_line(self):
         hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(32)) + b"\x00" * 400
-        server = self.serve(unix=self.unix)
+        server = self.serve(unix=self.unix, config={"max_connections": 100})
         with server.connect() as connection:
             connection.send(hello)
             self.assertError(connection.answer(), 400)

@@ -147,7 +147,7 @@ class MkimgCase(ServerCase):
     def mkimg(self, *words, **options):
         """Run it; returns (exit status, stdout, stderr), after a look at what is left."""
         process = self.start(*words, **options)
-        output, errors = process.communicate(timeout=PATIENCE)
+        output, errors = process.communicate(timeout=PATIENCE * 3)
         self.assertLeftAsItWas()
         return process.returncode, output, errors
 
@@ -280,7 +280,7 @@ class TestPublish(MkimgCase):
         for line in snapshots:
             self.put("snapshots", line)
         process = self.start("-i", VM, *WORDS)
-        output, errors = process.communicate(timeout=PATIENCE)
+        output, errors = process.communicate(timeout=PATIENCE * 3)
         self.assertEqual(process.returncode, 0, errors)
         with open(os.path.join(self.serve_dir, output.split()[0], "manifest.json")) as file:
             self.assertEqual(json.load(file)["origin"], IMAGE)

@@ -8,8 +8,7 @@ import socket
 import subprocess
 import unittest
 
-from tests.support import (PATIENCE, ROOT, Connection, ServerCase, need, uuid_of, wait_for,
-                           write_image)
+from tests.support import PATIENCE, ROOT, Connection, ServerCase, need, uuid_of, write_image
 
 U = uuid_of(1)
 FILE = f"/datasets/{U}/image.zfs.gz"
@@ -21,12 +20,6 @@ def snippet():
         return re.search(r"```nginx\n(.*?)```", file.read(), re.DOTALL)[1]
 
 
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
 class Nginx(ServerCase):
 
     def setUp(self):
@@ -35,37 +28,30 @@ class Nginx(ServerCase):
         self.data = os.urandom(3 << 20)
         write_image(self.serve_dir, U, self.data)
         self.server = self.serve(unix=True)
-        self.port = free_port()
-        self.start_nginx()
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            self.port = sock.getsockname()[1]
+            self.start_nginx(sock.fileno())
 
-    def start_nginx(self):
+    def start_nginx(self, listener):
+        """Start nginx on a socket that listens already: nobody else can take its port."""
         text = snippet()
         self.assertEqual(text.count("/var/imgserver/imgserver.sock"), 1)
         text = text.replace("/var/imgserver/imgserver.sock", self.server.address)
         text = text.replace("listen 80;", f"listen 127.0.0.1:{self.port};")
         directory = os.path.join(self.directory, "nginx")
         os.mkdir(directory)
-        if os.getuid() == 0:              # its workers run as another user
-            os.chmod(self.directory, 0o755)
-            os.chmod(directory, 0o777)
+        user = "user root root;\n" if os.getuid() == 0 else ""     # or it may not come in here
         names = ("client_body", "proxy", "fastcgi", "scgi", "uwsgi")
         paths = "".join(f"{name}_temp_path {directory}/{name};\n" for name in names)
         path = os.path.join(directory, "nginx.conf")
         with open(path, "w", encoding="utf-8") as file:
-            file.write(f"daemon off; pid {directory}/pid; error_log {directory}/error;\n"
+            file.write(f"daemon off; pid {directory}/pid; error_log {directory}/error;\n{user}"
                        "events {}\nhttp {\naccess_log off;\n" + paths + text + "}\n")
         process = subprocess.Popen([shutil.which("nginx"), "-p", directory, "-c", path],
-                                   stderr=subprocess.DEVNULL)
+                                   stderr=subprocess.DEVNULL, pass_fds=[listener],
+                                   env={**os.environ, "NGINX": f"{listener};"})
         self.addCleanup(process.wait, PATIENCE)
         self.addCleanup(process.terminate)
-        wait_for(self.answers, "nginx")
-
-    def answers(self):
-        try:
-            with Connection(("127.0.0.1", self.port)):
-                return True
-        except ConnectionRefusedError:
-            return False
 
     def connect(self):
         return Connection(("127.0.0.1", self.port))
@@ -114,7 +100,7 @@ class Nginx(ServerCase):
         path = os.path.join(self.directory, "download")
         with open(path, "wb") as file:
             file.write(self.data[:1234567])
-        subprocess.run(["curl", "-sSf", "-C", "-", "-o", path,
+        subprocess.run(["curl", "-q", "--noproxy", "*", "-sSf", "-C", "-", "-o", path,
                         f"http://127.0.0.1:{self.port}{FILE}"], check=True, timeout=PATIENCE)
         with open(path, "rb") as file:
             self.assertEqual(file.read(), self.data)

@@ -2,7 +2,6 @@
 
 import os
 import socket
-import time
 import unittest
 
 from tests.support import OneServer, ServerCase, uuid_of, write_image, write_manifest, write_v2
@@ -265,10 +264,7 @@ class Files:
         os.mkdir(self.path(cases["directory"]))
         os.symlink("/", self.path(cases["symlink to a directory"]))
         self.make_socket(cases["socket"])
-        server = self.serve(unix=self.unix)
-        began = time.monotonic()
-        self.left_out(server, cases)
-        self.assertLess(time.monotonic() - began, 10, "something waited for a file")
+        self.left_out(self.serve(unix=self.unix), cases)    # no answer comes if one waits
 
     def make_socket(self, uuid):
         """Bind by a short name: the path itself may be too long for a Unix socket."""
@@ -357,7 +353,7 @@ class Files:
         for number in (10, 11, 12):
             self.assertError(server.get(f"/datasets/{uuid_of(number)}"), 404)
             self.assertError(server.get(f"/datasets/{uuid_of(number)}/{FILE}"), 404)
-        self.assertNotIn(" warn ", server.log())
+        self.assertNotIn(" warn image ", server.log())
 
 
 class FilesOverTcp(Files, ServerCase):
