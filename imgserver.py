@@ -2762,21 +2762,20 @@ ROUTES = {
 #
 # A connection does not own a thread.  The loop holds it while it waits (READING), answers it
 # from memory, and goes on with what the socket does not take at once (SENDING).  What may
-# wait for a disk is for a thread (WORKING): it makes the answer, sends it if that is a file,
-# and gives the connection back.
+# wait for a disk is for a thread (WORKING): it sends a file, or makes an answer that the loop
+# is to send, and gives the connection back.
 #
-#            +--------------- answered, more to come ----------------+
-#            v                                                       |
-#   accept: READING --- whole request, answer in memory -------------+
-#            |  |  |                                                 |
-#            |  |  +-- the socket is full --> SENDING -- all sent ---+
-#            |  |                             ^  |                   |
-#            |  |             answer in memory|  |                   |
-#            |  +-- file, or slow answer --> WORKING -- file sent ---+
-#            |                                |  |
-#            +-- refused --> LINGERING <------+--+
-#            |                   |            |  |
-#            +-------------------+--> CLOSED <+--+
+#            +------------------ answered, more to come ------------------+
+#            v                                                            |
+#   accept: READING --- whole request, answer in memory, all sent --------+
+#            |  |  |                                                      |
+#            |  |  +--- file, or slow answer ---> WORKING -- given back --+
+#            |  |                                                         |
+#            |  +------ the socket is full -----> SENDING --- all sent ---+
+#            |                                       |
+#            +--- refused, or the end ---> LINGERING |
+#            |                                 |     |
+#            +---------------------------------+-----+---> CLOSED
 #
 # The answers of one turn of the loop go out together at its end: the clients of the first
 # ones are not woken in between, which costs as much as answering (virtual machines most).
