@@ -93,8 +93,10 @@ RECEIVE = 16 << 10            # bytes asked of a socket at once: many whole requ
 ONE_PIECE = 64 << 10          # bytes; a body up to this size is copied behind its head
 PARTS = 64                    # parts of answers given to one sendmsg; POSIX allows 16 at least
 LOOP_SEND = 2 << 20           # bytes of one part that the loop tries to send at first
-STEP = 256 << 10              # bytes a thread sends at first, so that the client can begin early
-FULL_STEP = 512 << 10         # bytes sent at once after the socket was full, in loop and thread
+LOOP_STEP = 512 << 10         # bytes, once the socket was full: larger ones leave the caches
+TURN = 8 << 20                # bytes sent in such steps in one turn of the loop, about 3 ms
+STEP = 256 << 10              # bytes a thread sends at once, so that the client can begin early
+FULL_STEP = 512 << 10         # bytes, once the socket was full: then fewer steps cost less
 LINGER = 2.0                  # seconds a refused client gets to read why before the socket goes
 ACCEPT_BATCH = 32             # connections accepted before those that wait are looked at again
 ACCEPT_PAUSE = 0.5            # seconds without accepting after the files ran out
@@ -257,7 +259,7 @@ class Log:
     def flush(self, wait=False):
         """Write what is held, as far as it goes without waiting.  Raises nothing.
 
-        What comes while another thread writes is left to a later flush; wait: not so.
+        While another thread writes it is left to a later flush, or waited for.
         """
         if not (wait or self.pending) or not self._flushing.acquire(blocking=wait):
             return
@@ -849,7 +851,7 @@ def key_of(status):
     return status.st_ctime_ns, status.st_size, status.st_ino
 
 
-UNSETTLED = ()                # no key_of: the next look reads again what may just be changing
+UNSETTLED = ()                # no file's key: an image that has it is read again when asked for
 
 
 def key_at(path):
@@ -997,8 +999,9 @@ class Reader:
             image.problem = f"{MANIFEST}: {type(error).__name__}: {error}"
         if image.manifest_key is None:
             image.manifest_key = key_at(f"{directory}/{MANIFEST}")
+        ended = time.time_ns()            # a slow disk may take longer than RACY
         for key in (image.manifest_key, image.file_key, (image.directory_changed,)):
-            if key and key[0] and abs(began - key[0]) <= RACY:
+            if key and key[0] and began - RACY <= key[0] <= ended + RACY:
                 image.manifest_key = UNSETTLED
                 break
         return image
@@ -3003,7 +3006,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.out = [b"".join(self.out)]
                 sent = self.connection.send(self.out[0])
             else:
-                step = LOOP_SEND if self.state is READING else FULL_STEP
+                step = LOOP_SEND if self.state is READING else self.server.share
                 sent = self.connection.sendmsg([memoryview(part)[:step]
                                                 for part in self.out[:PARTS]])
         except BlockingIOError:
@@ -3026,9 +3029,8 @@ class Handler(BaseHTTPRequestHandler):
             self.after_answer()
 
     def went_away(self, why):
-        """End the connection; say so where the log already has its answer as sent."""
-        if self.state is SENDING:
-            self.server.log.info(f"{self.address_string()} went away: {why}")
+        """End the connection, and say so: the log already has its answer as sent."""
+        self.server.log.info(f"{self.address_string()} went away: {why}")
         self.server.drop(self)
 
     def given_back(self):
@@ -3038,7 +3040,6 @@ class Handler(BaseHTTPRequestHandler):
             self.after_answer()
         else:
             self.put(response)
-            response.close()
             self.server.outbox.append(self)       # also where older answers wait in self.out
 
     def after_answer(self):
@@ -3062,6 +3063,7 @@ class Handler(BaseHTTPRequestHandler):
         except Exception:
             response = self.fault()
         if response.file is None or not response.length or not self.has_body():
+            response.close()
             self.late = response
         else:
             self.send_with_file(response)
@@ -3216,9 +3218,10 @@ class Workers:
         if self._idle.acquire(blocking=False):
             self._jobs.put(job)
         else:
-            start_new_thread(self._run, (job,))   # Thread.start() would wait until it runs
+            start_new_thread(self._run, ([job],))     # Thread.start() would wait until it runs
 
-    def _run(self, job):
+    def _run(self, jobs):
+        job = jobs.pop()                  # what it was called with stays until a thread ends
         while True:
             job()
             job = None                    # or the connection would stay until the next one
@@ -3237,6 +3240,7 @@ class ImageServer(ThreadingHTTPServer):
     config, log, site   what it was made with
     now, date           the time of this turn of the loop: monotonic, and for the Date header
     draining            whether it is about to end, and only finishes what it has begun
+    share               bytes that one full socket is given in this turn of the loop
     """
 
     request_queue_size = 1024             # a fleet that boots imports all at once
@@ -3247,6 +3251,7 @@ class ImageServer(ThreadingHTTPServer):
         self.draining = False
         self._connections = set()
         self.outbox = []                  # handlers with answers to send, in this turn
+        self.share = LOOP_STEP
         self._workers = Workers()
         self._returned = collections.deque()
         self._selector = selectors.DefaultSelector()
@@ -3326,6 +3331,7 @@ class ImageServer(ThreadingHTTPServer):
             while self._cut_at is None or self._connections and self.now < self._cut_at:
                 events = self._selector.select(LOG_DELAY if self.log.pending else tick)
                 self._look_at_time()
+                self.share = max(ONE_PIECE, min(LOOP_STEP, TURN // (len(events) or 1)))
                 for key, _ in events:
                     try:
                         key.data()
@@ -3430,7 +3436,7 @@ class ImageServer(ThreadingHTTPServer):
         handler.state, handler.deadline = WORKING, math.inf
         try:
             self._workers.submit(lambda: self._do(handler))
-        except RuntimeError:              # can't start new thread
+        except (RuntimeError, MemoryError):       # can't start new thread
             handler.state = READING
             self._selector.register(handler.connection, selectors.EVENT_READ, handler.readable)
             self.refuse(handler, "no thread to answer with")
@@ -3454,8 +3460,9 @@ class ImageServer(ThreadingHTTPServer):
             handler = self._returned.popleft()
             handler.state = READING
             handler.connection.setblocking(False)
-            self._selector.register(handler.connection, selectors.EVENT_READ, handler.readable)
             try:
+                self._selector.register(handler.connection, selectors.EVENT_READ,
+                                        handler.readable)
                 handler.given_back()
             except Exception:
                 self.handle_error(handler, None)
@@ -3466,7 +3473,7 @@ class ImageServer(ThreadingHTTPServer):
         Closing a socket that holds unread bytes resets it, and the client would lose the
         answer that it was just sent (imgadm: "write EPIPE").
         """
-        try:                              # what came while a thread was sending, nobody has read
+        try:                              # what came while an answer was sent, nobody has read
             waits = handler.unread or handler.buffer or handler.connection.recv(
                 1, socket.MSG_PEEK)
         except OSError:
@@ -3484,7 +3491,8 @@ class ImageServer(ThreadingHTTPServer):
     def drop(self, handler):
         """Any but WORKING to CLOSED."""
         handler.state = CLOSED
-        self._selector.unregister(handler.connection)
+        with contextlib.suppress(KeyError):       # register or modify may have failed
+            self._selector.unregister(handler.connection)
         handler.connection.close()
         self._connections.discard(handler)
 

@@ -190,6 +190,11 @@ class Looks(ServerCase):
                         self.assertEqual(self.names(may_wait=True), ["test"])
                         with self.assertRaises(imgserver.Cold):
                             self.store.image(U, imgserver.DSAPI, False)
+                    now.side_effect = changed - 10**9, changed + 1        # a slow disk
+                    self.assertEqual(self.store.image(U, imgserver.DSAPI, True).name, "test")
+                    with self.assertRaises(imgserver.Cold):
+                        self.store.image(U, imgserver.DSAPI, False)
+                    now.side_effect = None
                     now.return_value += 1
                     self.assertEqual(self.store.image(U, imgserver.DSAPI, True).name, "test")
                     self.assertEqual(self.store.image(U, imgserver.DSAPI, False).name, "test")

@@ -20,7 +20,7 @@ import os
 start = imgserver.start_new_thread
 def refuse(*job):
     if os.path.exists({flag!r}):
-        raise RuntimeError("can't start new thread")
+        raise {error}
     start(*job)
 imgserver.start_new_thread = refuse
 """
@@ -207,11 +207,17 @@ class Load:
         self.assertEqual(server.get(FILE).body, b"data")
 
     def test_no_thread_can_be_started(self):
+        for error in ('RuntimeError("can\'t start new thread")', "MemoryError"):
+            with self.subTest(error):
+                self.no_thread_can_be_started(error)
+
+    def no_thread_can_be_started(self, error):
         write_image(self.serve_dir, U, b"data")
         flag = os.path.join(self.directory, "no threads")
         with open(flag, "w"):
             pass
-        server = self.serve(unix=self.unix, prelude=SHORT_LINGER + NO_THREADS.format(flag=flag))
+        server = self.serve(unix=self.unix, prelude=SHORT_LINGER + NO_THREADS.format(
+            flag=flag, error=error))
         files = server.files()
         for target in (FILE, "/datasets", "/"):
             with self.subTest(target), server.connect() as connection:

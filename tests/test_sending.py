@@ -1,18 +1,20 @@
 """Answers from memory that a socket does not take at once: whole, in order, without a thread."""
 
+import contextlib
 import os
 import signal
 import time
 
+import imgserver
 from tests.support import PATIENCE, ServerCase, uuid_of, wait_for, write_image
-from tests.test_files import CANNOT_TELL, TRANSPORTS, ask, begin, take
+from tests.test_files import CANNOT_TELL, TRANSPORTS, ask, begin, reset, take
 
 LIST = "/datasets"
 IMAGES = 140                              # of 90 KB each: a list of 12 MB, more than sockets take
 THREADS = 2                               # the loop's, and one that may have looked at the images
 
 
-class LongLists(ServerCase):
+class ListCase(ServerCase):
 
     def setUp(self):
         super().setUp()
@@ -37,6 +39,9 @@ class LongLists(ServerCase):
             parts.append(data)
             length -= len(data)
         return b"".join(parts)
+
+
+class LongLists(ListCase):
 
     def test_readers_that_do_not_read_cost_no_thread_and_lose_no_byte(self):
         for server, whole in self.each_transport():
@@ -162,6 +167,74 @@ imgserver.unsent = unsent
                 self.assertGreater(len(file.readlines()), 5)
             self.assertLess(take(connection, body, length)[1], length)
 
+    def test_who_goes_before_a_list_is_made_is_a_line_of_its_own(self):
+        made = os.path.join(self.directory, "made")
+        prelude = f"""
+import os, time
+join_list = imgserver.join_list
+def slow(texts):
+    while not os.path.exists({made!r}):
+        time.sleep(0.01)
+    return join_list(texts)
+imgserver.join_list = slow
+"""
+        for _, unix in TRANSPORTS:
+            server = self.serve(unix=unix, prelude=prelude)
+            files = server.files()
+            connection = server.connect()
+            ask(connection, LIST)
+            wait_for(lambda: server.threads() > 1, "the thread that makes it")
+            reset(connection.sock)
+            with open(made, "w"):
+                pass
+            server.wait_log("went away: ")
+            wait_for(lambda: server.files() <= files, "closed connections")
+            os.unlink(made)
+
+    def test_many_readers_share_a_turn_of_the_loop(self):
+        """Nobody else is answered before all that can take something have been given some."""
+        turns = os.path.join(self.directory, "turns")
+        prelude = f"""
+turn = worst = 0
+flush, send_out = imgserver.Handler.flush, imgserver.ImageServer._send_out
+def counting(handler):
+    global turn
+    before = handler.held if handler.state is imgserver.SENDING else 0
+    flush(handler)
+    turn += max(0, before - handler.held)
+def at_the_end(server):
+    global turn, worst
+    send_out(server)
+    if turn > worst:
+        worst = turn
+        with open({turns!r}, "w") as file:
+            print(worst, file=file, flush=True)
+    turn = 0
+imgserver.Handler.flush, imgserver.ImageServer._send_out = counting, at_the_end
+"""
+        server = self.serve(prelude=prelude)
+        whole = server.get(LIST, {"Host": "h"}).body
+        begun = [begin(server, LIST, connect=lambda server: server.connect())
+                 for _ in range(60)]
+        server.send_signal(signal.SIGSTOP)
+        try:
+            for number, (connection, length, body) in enumerate(begun):
+                connection.sock.settimeout(0.1)       # all that the sockets hold
+                parts = [body]
+                with contextlib.suppress(OSError):
+                    while True:
+                        parts.append(connection.sock.recv(1 << 20))
+                connection.sock.settimeout(PATIENCE)
+                begun[number] = connection, length, b"".join(parts)
+        finally:
+            server.send_signal(signal.SIGCONT)        # now all sockets are ready at once
+        for connection, length, body in begun:
+            with connection:
+                self.assertTrue(self.rest(connection, body, length) == whole)
+        server.stop()                                 # it writes no more
+        with open(turns) as file:
+            self.assertLessEqual(int(file.read()), imgserver.TURN + imgserver.LOOP_STEP)
+
     def test_head_of_a_file_that_a_thread_has_opened(self):
         server = self.serve(prelude="imgserver.THREAD_IDLE = 0.2")
         files = server.files()
@@ -172,4 +245,52 @@ imgserver.unsent = unsent
                 self.assertEqual((answer.status, answer.body), (200, b""))
         size = os.path.getsize(os.path.join(self.serve_dir, uuid_of(1), "image.zfs.gz"))
         self.assertEqual(answer.headers["content-length"], str(size))
+        wait_for(lambda: server.files() <= files, "closed files")
+
+
+class Faults(ListCase):
+
+    breaks_it = True
+
+    def test_a_fault_at_a_change_of_state_costs_one_connection(self):
+        for method, call in (("modify", 1), ("modify", 2), ("register", 4)):
+            prelude = f"""
+Selector = imgserver.selectors.DefaultSelector
+real, calls = Selector.{method}, 0
+def {method}(self, file, *rest):
+    global calls
+    calls += 1
+    if calls == {call}:
+        if "{method}" == "modify":
+            self.unregister(file)                     # as selectors does where epoll fails
+        raise OSError(12, "no memory")
+    return real(self, file, *rest)
+Selector.{method} = {method}
+"""
+            for _, unix in TRANSPORTS:
+                with self.subTest(method, call=call, unix=unix):
+                    server = self.serve(unix=unix, prelude=prelude)
+                    files = server.files()
+                    with server.connect() as connection:
+                        ask(connection, LIST)
+                        self.assertLessEqual(len(connection.rest()), IMAGES * 91000)
+                    server.wait_log("error internal error")
+                    wait_for(lambda: server.files() <= files, "closed connections")
+                    self.assertEqual(len(server.get(LIST).json()), IMAGES)
+
+    def test_a_fault_after_a_file_was_opened_leaves_none_open(self):
+        server = self.serve(prelude="""
+put = imgserver.Handler.put
+def fails(handler, response):
+    if handler.requestline.startswith("HEAD "):
+        raise MemoryError
+    return put(handler, response)
+imgserver.Handler.put = fails
+""")
+        files = server.files()
+        for _ in range(3):
+            with server.connect() as connection:
+                connection.send(f"HEAD /images/{uuid_of(1)}/file HTTP/1.1\r\nHost: h\r\n\r\n"
+                                .encode())
+                self.assertEqual(connection.rest(), b"")
         wait_for(lambda: server.files() <= files, "closed files")
