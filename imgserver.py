@@ -3214,7 +3214,7 @@ class Workers:
         self._idle = threading.Semaphore(0)
 
     def submit(self, job):
-        """Have a thread call job().  Raises RuntimeError where none can be had."""
+        """Have a thread call job().  Raises RuntimeError, MemoryError where none can be had."""
         if self._idle.acquire(blocking=False):
             self._jobs.put(job)
         else:
