@@ -159,20 +159,21 @@ class Looks(ServerCase):
 
     def test_an_image_that_comes_while_the_names_are_read_is_not_missed(self):
         """In the same tick of the file system's clock, and the look takes long."""
-        now = time.time_ns()
-        os.utime(self.serve_dir, ns=(now, now))
+        tick = time.time_ns()
+        os.utime(self.serve_dir, ns=(tick, tick))
         listdir = os.listdir
 
         def late(path):
             names = listdir(path)
             if path == self.serve_dir:
                 write_image(self.serve_dir, uuid_of(2), name="new")
-                os.utime(self.serve_dir, ns=(now, now))
-                time.sleep(2 * imgserver.RACY / 1e9)
+                os.utime(self.serve_dir, ns=(tick, tick))
+                now.return_value += 2 * imgserver.RACY
             return names
-        with mock.patch.object(os, "listdir", late):
-            self.assertEqual(self.names(may_wait=True), ["test"])
-        self.assertEqual(self.names(may_wait=True), ["test", "new"])
+        with mock.patch.object(imgserver.time, "time_ns", return_value=tick) as now:
+            with mock.patch.object(os, "listdir", late):
+                self.assertEqual(self.names(may_wait=True), ["test"])
+            self.assertEqual(self.names(may_wait=True), ["test", "new"])
 
     def test_what_has_just_changed_is_read_again_until_its_time_would_move(self):
         """Else a second change in the same tick of the file system's clock were never seen."""
