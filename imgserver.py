@@ -63,69 +63,22 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 __version__ = "1.0.0"
 
 # -- constants ---------------------------------------------------------------------------
+#
+# What several parts share; each part's own limits stand at its head.
 
 DSAPI, IMGAPI = "dsapi", "imgapi"
-
 NOBODY = "00000000-0000-0000-0000-000000000000"   # the owner of what has none (imgadm, IMGAPI)
 MANIFEST = "manifest.json"
 INCOMING = ".incoming-"                           # + uuid: an image that is not active yet
 DISCARDED = ".discarded-"                         # + uuid: one that is being removed
 ICONS = {"icon.png": "image/png", "icon.jpg": "image/jpeg", "icon.gif": "image/gif"}
-
-MANIFEST_LIMIT = 1 << 20      # bytes; tags may take 100 KiB, a description 10: nothing needs more
-NUMBER_LIMIT = 20             # digits of an integer in JSON: 2**64 has 20
-RECHECK = 1.0                 # seconds until an edit in place must be seen in a list
-RECHECK_SOON = 0.6            # seconds until requests for lists begin to look, a part each
-RECHECK_EARLY = 0.8           # seconds by which they are through, or a thread begins to look
-LOOK_AHEAD = 0.005            # seconds such a part of a look may take: more, and the disk is slow
-RACY = 50_000_000             # ns; a time this young may not move with the next change: file
-                              # systems tell it in ticks, of up to 10 ms (Linux before 6.13)
-LISTS_LIMIT = 128 << 20       # bytes of lists in use at once; of 10,000 images one has 13 MB
-LISTS_KEPT = 4                # rendered lists kept: each is as large as all manifests together
-MD5_LIMIT = 16 << 20          # bytes; a file up to this size is hashed when it is asked for
-
-HEAD_LINE_LIMIT = 8 << 10     # bytes of a request line; nginx and node allow 8 KiB too
-HEAD_LIMIT = 32 << 10         # bytes of a whole request head: imgadm sends less than 1 KiB
-HOSTS_KEPT = 256              # Host headers of which the check and the URL are remembered
-HEAD_FIELDS_LIMIT = 100       # header lines of one request
-QUERY_FIELDS_LIMIT = 100      # parameters of one query: IMGAPI knows fifteen
-RECEIVE = 16 << 10            # bytes asked of a socket at once: many whole requests
-ONE_PIECE = 64 << 10          # bytes; a body up to this size is copied behind its head
-PARTS = 64                    # parts of answers given to one sendmsg; POSIX allows 16 at least
-LOOP_SEND = 2 << 20           # bytes of one part that the loop tries to send at first
-LOOP_STEP = 512 << 10         # bytes, once the socket was full: larger ones leave the caches
-TURN = 8 << 20                # bytes sent in such steps in one turn of the loop, about 3 ms
-STEP = 256 << 10              # bytes a thread sends at once, so that the client can begin early
-FULL_STEP = 512 << 10         # bytes, once the socket was full: then fewer steps cost less
-LINGER = 2.0                  # seconds a refused client gets to read why before the socket goes
-ACCEPT_BATCH = 32             # connections accepted before those that wait are looked at again
-ACCEPT_PAUSE = 0.5            # seconds without accepting after the files ran out
-OVERFLOW = 256                # connections above the limit that are told 503 before they close
-SPARE_FILES = 64              # file descriptors kept for images, directories and the log
-THREAD_IDLE = 10.0            # seconds until a thread without work ends
-TICK = 1.0                    # seconds between two looks at the time limits
-LOG_DELAY = 0.2               # seconds a line may wait for others, so that a burst is one write
-LOG_LIMIT = 1 << 20           # bytes of log held while nobody reads it; then lines are dropped
-ADDRESS_LIMIT = 45            # characters of an IPv6 address that maps IPv4, the longest
-TRACEBACK_LIMIT = 4000        # characters of a traceback in one log line, the last ones
-LOG_TARGET_LIMIT = 1000       # characters of a client's text in one log line
-
-CHUNK = 1 << 20               # bytes of an image handled at once by import and check
-LANE = 4                      # chunks a lane (hash, decompress) may lag behind
-HEED = 0.25                   # seconds a command may wait for its threads before it heeds a signal
-LZMA_MEMORY = 256 << 20       # bytes; xz -9 needs 65 MiB to decompress, a bomb asks for more
-ABANDONED = 24 * 3600         # seconds without a change until --clean takes an incomplete image
-
 JSON_TYPE = b"Content-Type: application/json\r\n"      # exactly: imgadm's dsapi ping compares it
 CORS = b"Access-Control-Allow-Origin: *\r\n"
 
 # What errno says of the system rather than of the file.
 SHORTAGE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
 
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE)     # end a command
-
 EXIT_CONFIG = 96              # SMF_EXIT_ERR_CONFIG: maintenance, not restart after restart
-
 
 _UUID = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 is_uuid = _UUID.fullmatch                         # lower case only, as imgadm and IMGAPI
@@ -133,7 +86,7 @@ is_uuid = _UUID.fullmatch                         # lower case only, as imgadm a
 
 # -- errors ------------------------------------------------------------------------------
 
-class Refusal(Exception):
+class ApiError(Exception):
     """An error answer to a client: status, and code, message and errors as IMGAPI has them.
 
     fields holds further header lines, as bytes that end in CRLF.
@@ -145,15 +98,15 @@ class Refusal(Exception):
         self.errors, self.fields = errors, fields
 
 
-class Cold(Exception):
+class NeedsThread(Exception):
     """The answer is not in memory: ask again from a thread, which may wait for a disk."""
 
 
-class Unsound(Exception):
+class BadImage(Exception):
     """An image that is not fit to be shown; the text says which file and why."""
 
 
-class Mistake(Exception):
+class UserError(Exception):
     """What a user is told in one sentence before the command ends with `status`."""
 
     def __init__(self, message, status=1):
@@ -161,20 +114,26 @@ class Mistake(Exception):
         self.status = status
 
 
-def bad_request(message) -> Refusal:
-    return Refusal(400, "BadRequestError", message)
+def bad_request(message) -> ApiError:
+    return ApiError(400, "BadRequestError", message)
 
 
-def not_found(message) -> Refusal:
-    return Refusal(404, "ResourceNotFound", message)
+def not_found(message) -> ApiError:
+    return ApiError(404, "ResourceNotFound", message)
 
 
-def invalid(field, message, code="Invalid") -> Refusal:
+def invalid(field, message, code="Invalid") -> ApiError:
     """The answer to a query parameter that is not understood (IMGAPI, InvalidParameter)."""
-    return Refusal(422, "InvalidParameter", message, [{"field": field, "code": code}])
+    return ApiError(422, "InvalidParameter", message, [{"field": field, "code": code}])
 
 
 # -- log ---------------------------------------------------------------------------------
+
+ADDRESS_LIMIT = 45            # characters of an IPv6 address that maps IPv4, the longest
+LOG_DELAY = 0.2               # seconds a line may wait for others, so that a burst is one write
+LOG_LIMIT = 1 << 20           # bytes of log held while nobody reads it; then lines are dropped
+TRACEBACK_LIMIT = 4000        # characters of a traceback in one log line, the last ones
+LOG_TARGET_LIMIT = 1000       # characters of a client's text in one log line
 
 LEVELS = {"trace": 10, "debug": 20, "info": 30, "warn": 40, "error": 50, "fatal": 60}
 INFO, WARN = LEVELS["info"], LEVELS["warn"]
@@ -284,6 +243,8 @@ class Log:
 
 
 # -- JSON --------------------------------------------------------------------------------
+
+NUMBER_LIMIT = 20             # digits of an integer in JSON: 2**64 has 20
 
 def _unique(pairs):
     value = dict(pairs)
@@ -476,7 +437,7 @@ class Config:
     def __init__(self, values=None, directory="."):
         """Check `values`, a dict as in config.json; relative paths start at `directory`.
 
-        Raises Mistake with the key and the reason.
+        Raises UserError with the key and the reason.
         """
         self.warnings = []
         for key, (default, check) in SETTINGS.items():
@@ -484,7 +445,7 @@ class Config:
             try:
                 setattr(self, key.replace("-", "_"), check(value))
             except ValueError as error:
-                raise Mistake(f"config: {key} {error}, not {json.dumps(value)}", EXIT_CONFIG)
+                raise UserError(f"config: {key} {error}, not {json.dumps(value)}", EXIT_CONFIG)
         for key in values or {}:
             if key not in SETTINGS and key != "comments":
                 self.warnings.append(f"config: {key!a} is no key of the configuration")
@@ -495,26 +456,27 @@ class Config:
 
     @classmethod
     def load(cls, path, must_exist=True):
-        """Read a config.json.  Raises Mistake where it is not there or not right."""
+        """Read a config.json.  Raises UserError where it is not there or not right."""
         try:
             with open(path, "rb") as file:
                 values = parse_object(file.read())
         except FileNotFoundError:
             if must_exist:
-                raise Mistake(f"there is no {path}", EXIT_CONFIG)
+                raise UserError(f"there is no {path}", EXIT_CONFIG)
             values = {}
         except OSError as error:
-            raise Mistake(f"cannot read {path}: {error.strerror}", EXIT_CONFIG)
+            raise UserError(f"cannot read {path}: {error.strerror}", EXIT_CONFIG)
         except ValueError as error:
-            raise Mistake(f"{path} {error}", EXIT_CONFIG)
+            raise UserError(f"{path} {error}", EXIT_CONFIG)
         return cls(values, os.path.dirname(os.path.abspath(path)))
 
     def check_serve_dir(self):
-        """Raise Mistake where serve_dir cannot be listed."""
+        """Raise UserError where serve_dir cannot be listed."""
         try:
             os.scandir(self.serve_dir).close()
         except OSError as error:
-            raise Mistake(f"cannot list serve_dir {self.serve_dir}: {error.strerror}", EXIT_CONFIG)
+            raise UserError(f"cannot list serve_dir {self.serve_dir}: {error.strerror}",
+                            EXIT_CONFIG)
 
 
 # -- manifests ---------------------------------------------------------------------------
@@ -536,12 +498,12 @@ V1_ONLY = frozenset(("creator_uuid", "vendor_uuid", "creator_name", "cloud_name"
 V1_TEXTS = ("creator_uuid", "creator_name", "cloud_name")   # what other fields are made of
 
 # The fields that IMGAPI shows, in its order (sdc-imgapi, Image.serialize, public mode).
-SHOWN = ("v", "uuid", "owner", "name", "version", "state", "disabled", "public",
+PUBLIC_FIELDS = ("v", "uuid", "owner", "name", "version", "state", "disabled", "public",
          "published_at", "type", "os", "files", "acl", "description", "homepage", "eula",
          "icon", "urn", "requirements", "users", "generate_passwords",
          "inherited_directories", "origin", "nic_driver", "disk_driver", "cpu_type",
          "image_size", "tags", "error", "channels")
-SHOWN_OF_FILE = ("sha1", "size", "compression", "dataset_guid")
+PUBLIC_FILE_FIELDS = ("sha1", "size", "compression", "dataset_guid")
 
 _DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{3})?Z", re.ASCII)
 _PLATFORM = re.compile(r"20(1[2-9]|[2-9]\d)\d{4}T\d{6}Z", re.ASCII)
@@ -738,10 +700,10 @@ def faults(manifest: dict, v2: dict) -> list:
     return problems(v2) + [key for key in V1_TEXTS if not isinstance(manifest.get(key) or "", str)]
 
 
-def shown(v2: dict) -> dict:
+def public_fields(v2: dict) -> dict:
     """What IMGAPI shows of a manifest: its fields in its order, unset ones left out."""
-    result = {key: v2[key] for key in SHOWN if v2.get(key) is not None}
-    result["files"] = [{key: item[key] for key in SHOWN_OF_FILE if key in item}
+    result = {key: v2[key] for key in PUBLIC_FIELDS if v2.get(key) is not None}
+    result["files"] = [{key: item[key] for key in PUBLIC_FILE_FIELDS if key in item}
                        for item in v2["files"]]
     for key in ("acl", "icon"):
         if not result.get(key):
@@ -823,8 +785,19 @@ def as_v1(manifest: dict, v2: dict, file: dict, creator: str) -> dict:
 # -- store -------------------------------------------------------------------------------
 #
 # The directory, read and remembered.  Nothing here changes it.  What is in memory is
-# answered at once; what needs the disk raises Cold unless the caller may wait, and is
+# answered at once; what needs the disk raises NeedsThread unless the caller may wait, and is
 # then done by one thread at a time.
+
+MANIFEST_LIMIT = 1 << 20      # bytes; tags may take 100 KiB, a description 10: nothing needs more
+RECHECK = 1.0                 # seconds until an edit in place must be seen in a list
+RECHECK_SOON = 0.6            # seconds until requests for lists begin to look, a part each
+RECHECK_EARLY = 0.8           # seconds by which they are through, or a thread begins to look
+LOOK_AHEAD = 0.005            # seconds such a part of a look may take: more, and the disk is slow
+RACY = 50_000_000             # ns; a time this young may not move with the next change: file
+                              # systems tell it in ticks, of up to 10 ms (Linux before 6.13)
+LISTS_LIMIT = 128 << 20       # bytes of lists in use at once; of 10,000 images one has 13 MB
+LISTS_KEPT = 4                # rendered lists kept: each is as large as all manifests together
+MD5_LIMIT = 16 << 20          # bytes; a file up to this size is hashed when it is asked for
 
 def open_regular(path):
     """Open a regular file for reading: (fd, its stat).  A fifo or device is refused at once.
@@ -842,7 +815,7 @@ def open_regular(path):
     return fd, status
 
 
-def key_of(status):
+def stat_key(status):
     """What tells one state of a file from another.
 
     The ctime moves with every change that moves the mtime, and with those that hide it
@@ -854,10 +827,10 @@ def key_of(status):
 UNSETTLED = ()                # no file's key: an image that has it is read again when asked for
 
 
-def key_at(path):
-    """key_of the file at path; None where it cannot be looked at."""
+def stat_key_at(path):
+    """stat_key the file at path; None where it cannot be looked at."""
     try:
-        return key_of(os.stat(path))
+        return stat_key(os.stat(path))
     except (OSError, ValueError):
         return None
 
@@ -870,7 +843,7 @@ def raise_shortage(error):
 
 def changed_at(path):
     """The ctime of a directory in ns: of its last new, removed or renamed name."""
-    key = key_at(path)
+    key = stat_key_at(path)
     return key and key[0]
 
 
@@ -903,7 +876,7 @@ class Image:
     def directory(self) -> str:
         return self.place + self.uuid
 
-    def current(self, api, for_list=False) -> bool:
+    def is_fresh(self, api, for_list=False) -> bool:
         """Whether it is rendered for api, and on disk still what was read.
 
         Its manifest and file are looked at each time; its directory, where an icon or a
@@ -911,7 +884,7 @@ class Image:
         """
         if self.problem is None and getattr(self, api) is None:
             return False
-        try:                              # key_of and key_at, written out: each request is here
+        try:                              # stat_key, written out: each request is here
             status = os.stat(f"{self.place}{self.uuid}/{MANIFEST}")
             if (status.st_ctime_ns, status.st_size, status.st_ino) != self.manifest_key:
                 return False
@@ -921,8 +894,8 @@ class Image:
                     return False
         except OSError:                   # as before only where it was left out for just that
             if (self.manifest_key, self.file_key) != (
-                    key_at(f"{self.directory}/{MANIFEST}"),
-                    self.file and key_at(f"{self.directory}/{self.file}")):
+                    stat_key_at(f"{self.directory}/{MANIFEST}"),
+                    self.file and stat_key_at(f"{self.directory}/{self.file}")):
                 return False
         now = time.monotonic()
         if for_list or now - self.checked >= RECHECK / 2:
@@ -941,24 +914,24 @@ def sole_file(names):
     names = [name for name in names
              if name != MANIFEST and name not in ICONS and not name.startswith(".")]
     if len(names) != 1:
-        raise Unsound(f"{MANIFEST} names no file, and the directory has {len(names)}")
+        raise BadImage(f"{MANIFEST} names no file, and the directory has {len(names)}")
     return names[0]
 
 
 def read_manifest(directory):
-    """The manifest of an image directory, with its stat.  Raises Unsound and OSError."""
+    """The manifest of an image directory, with its stat.  Raises BadImage and OSError."""
     fd, status = open_regular(f"{directory}/{MANIFEST}")
     try:
         if status.st_size > MANIFEST_LIMIT:
-            raise Unsound(f"{MANIFEST} is larger than {MANIFEST_LIMIT} bytes")
+            raise BadImage(f"{MANIFEST} is larger than {MANIFEST_LIMIT} bytes")
         return parse_object(os.read(fd, status.st_size)), status
     except ValueError as error:
-        raise Unsound(f"{MANIFEST} {error}")
+        raise BadImage(f"{MANIFEST} {error}")
     finally:
         os.close(fd)
 
 
-class Reader:
+class ImageReader:
     """Reads image directories into Images, for one configuration."""
 
     def __init__(self, config):
@@ -966,7 +939,7 @@ class Reader:
         self.with_channels = bool(config.channels)
         self.base_salt = json.dumps([config.prefix, config.suffix]).encode()
         # Stands for prefix + Host + suffix in a rendered manifest until a request gives them.
-        self.mark = "http-" + os.urandom(16).hex()
+        self.host_placeholder = "http-" + os.urandom(16).hex()
 
     def read(self, uuid, place, apis) -> Image | None:
         """The image in `place` + uuid, rendered for `apis`; None where there is no manifest.
@@ -981,11 +954,11 @@ class Reader:
             status = os.stat(directory)
             image.directory_changed, image.device = status.st_ctime_ns, status.st_dev
             manifest, status = read_manifest(directory)
-            image.manifest_key = key_of(status)
+            image.manifest_key = stat_key(status)
             if status.st_dev != image.device:
                 image.device = None
             self._fill(image, manifest, os.listdir(directory), status.st_mtime, apis)
-        except Unsound as error:
+        except BadImage as error:
             image.problem = str(error)
         except OSError as error:
             raise_shortage(error)
@@ -998,7 +971,7 @@ class Reader:
         except Exception as error:        # whatever it is, the other images can be shown
             image.problem = f"{MANIFEST}: {type(error).__name__}: {error}"
         if image.manifest_key is None:
-            image.manifest_key = key_at(f"{directory}/{MANIFEST}")
+            image.manifest_key = stat_key_at(f"{directory}/{MANIFEST}")
         ended = time.time_ns()            # a slow disk may take longer than RACY
         for key in (image.manifest_key, image.file_key, (image.directory_changed,)):
             if key and key[0] and began - RACY <= key[0] <= ended + RACY:
@@ -1007,16 +980,16 @@ class Reader:
         return image
 
     def _fill(self, image, manifest, names, mtime, apis):
-        """Understand the manifest and look at the file.  Raises Unsound."""
+        """Understand the manifest and look at the file.  Raises BadImage."""
         if manifest.get("uuid") != image.uuid:
-            raise Unsound(f"{MANIFEST}: its uuid is not {image.uuid}")
+            raise BadImage(f"{MANIFEST}: its uuid is not {image.uuid}")
         files = manifest.get("files")
         if not isinstance(files, list) or len(files) != 1 or not isinstance(files[0], dict):
-            raise Unsound(f"{MANIFEST}: files must hold one file")
+            raise BadImage(f"{MANIFEST}: files must hold one file")
         stored = files[0]
         name = stored["path"] if "path" in stored else sole_file(names)
         if not is_file_name(name):
-            raise Unsound(f"{MANIFEST}: files[0].path is no plain file name")
+            raise BadImage(f"{MANIFEST}: files[0].path is no plain file name")
         image.file = name
         file = self._look_at_file(image, stored)
         v2 = complete({**manifest, "files": [file]}, stamp(mtime))
@@ -1027,7 +1000,7 @@ class Reader:
             v2.pop("icon", None)
         bad = faults(manifest, v2)
         if bad:
-            raise Unsound(f"{MANIFEST}: invalid " + ", ".join(bad))
+            raise BadImage(f"{MANIFEST}: invalid " + ", ".join(bad))
         self._keep(image, v2, file)
         if "path" not in stored and not name.endswith(COMPRESSIONS[file["compression"]]):
             image.path += COMPRESSIONS[file["compression"]]   # all that imgadm 1 goes by
@@ -1038,27 +1011,26 @@ class Reader:
         if IMGAPI in apis:
             image.imgapi = self._render_v2(v2)
         if DSAPI in apis:
-            image.dsapi = self._render_v1(as_v1(manifest, v2, {**file, "path": image.path,
-                                                               "url": self.mark}, self.creator),
-                                          image)
+            file = {**file, "path": image.path, "url": self.host_placeholder}
+            image.dsapi = self._render_v1(as_v1(manifest, v2, file, self.creator), image)
 
     @staticmethod
     def _look_at_file(image, stored) -> dict:
         """files[0] as every client can take it, held against the file on disk."""
         path = f"{image.directory}/{image.file}"
         status = os.stat(path)
-        image.file_key = key_of(status)
+        image.file_key = stat_key(status)
         if status.st_dev != image.device:
             image.device = None
         if not stat.S_ISREG(status.st_mode):
-            raise Unsound(f"{image.file}: not a regular file")
+            raise BadImage(f"{image.file}: not a regular file")
         if status.st_mode & 0o444 != 0o444 and not os.access(path, os.R_OK):
-            raise Unsound(f"{image.file}: {os.strerror(errno.EACCES)}")
+            raise BadImage(f"{image.file}: {os.strerror(errno.EACCES)}")
         file = mended_file(stored)
         file.pop("path", None)
         file.pop("url", None)
         if file.get("size") != status.st_size:
-            raise Unsound(f"{image.file}: its size is not the {file.get('size')} bytes of "
+            raise BadImage(f"{image.file}: its size is not the {file.get('size')} bytes of "
                           f"{MANIFEST} (still being copied?)")
         if "compression" not in file:
             fd, _ = open_regular(path)
@@ -1083,13 +1055,13 @@ class Reader:
         image.channels = tuple(v2.get("channels", ()))
 
     def _render_v1(self, v1, image):
-        before, after = render_json(v1).split(self.mark)
+        before, after = render_json(v1).split(self.host_placeholder)
         path = f"/datasets/{image.uuid}/{urllib.parse.quote(image.path, safe='')}"
         before, after = before.encode(), (path + after).encode()
         return before, after, etag_of(before, after, self.base_salt)
 
     def _render_v2(self, v2):
-        fields = shown(v2)
+        fields = public_fields(v2)
         fields.pop("channels", None)
         channels = ""
         if self.with_channels:
@@ -1121,16 +1093,16 @@ class Listing:
                               b"Content-Encoding: gzip\r\n")
 
 
-class Body(bytearray):
+class RenderedList(bytearray):
     """The bytes of a list, which the Store can tell to be in use: by a cache, or being sent."""
 
 
-def join_list(texts) -> Body:
+def join_list(texts) -> RenderedList:
     """A JSON array of rendered objects.
 
     Grown in place: ten thousand manifests are 13 MB, of which no second copy is wanted.
     """
-    body = Body()
+    body = RenderedList()
     for text in texts:
         body += b",\n  " if body else b"[\n  "
         body += text.replace(b"\n", b"\n  ")       # no string in JSON holds a raw line end
@@ -1158,7 +1130,7 @@ class Store:
         self.directory = config.serve_dir
         self.place = os.path.join(config.serve_dir, "")
         self.log = log
-        self._reader = Reader(config)
+        self._reader = ImageReader(config)
         self._images = {}             # uuid: Image, sound or not
         self._lock = threading.Lock()
         self._snapshot = None
@@ -1176,37 +1148,37 @@ class Store:
 
     # single images
 
-    def image(self, uuid, api, may_wait) -> Image:
+    def image(self, uuid, api, may_block) -> Image:
         """The image of a directory, as it is on disk now: active, disabled or failed.
 
-        Raises Refusal (404) where there is none that is sound, Cold where it must be read,
+        Raises ApiError (404) where there is none that is sound, NeedsThread where it must be read,
         OSError where serve_dir is gone.
         """
-        image = self._find(uuid, api, may_wait)
+        image = self._find(uuid, api, may_block)
         if image is None or image.try_again:
             os.stat(f"{self.directory}/.")            # is it serve_dir that cannot be read?
         if image is None or image.problem or image.origin and self._loops_back(
-                image, lambda origin: self._find(origin, api, may_wait)):
+                image, lambda origin: self._find(origin, api, may_block)):
             raise not_found(f"image {uuid} not found")
         return image
 
-    def _find(self, uuid, api, may_wait) -> Image | None:
-        """An image, sound or not, as it is on disk now; None: not here.  Raises Cold."""
+    def _find(self, uuid, api, may_block) -> Image | None:
+        """An image, sound or not, as it is on disk now; None: not here.  Raises NeedsThread."""
         image = self._images.get(uuid)
-        if image is not None and image.current(api):
+        if image is not None and image.is_fresh(api):
             return image
         if image is None and not os.path.lexists(f"{self.directory}/{uuid}"):
             return None
-        if not may_wait:
-            raise Cold
+        if not may_block:
+            raise NeedsThread
         with self._lock:
             image = self._images.get(uuid)
-            if image is None or not image.current(api):
+            if image is None or not image.is_fresh(api):
                 image = self._load(uuid, api)
         return image
 
     def unactivated(self, uuid) -> Image:
-        """The whole image that waits in .incoming-<uuid>.  Raises Refusal (404)."""
+        """The whole image that waits in .incoming-<uuid>.  Raises ApiError (404)."""
         image = self._reader.read(uuid, f"{self.directory}/{INCOMING}", (IMGAPI,))
         if image is None or image.problem:
             raise not_found(f"image {uuid} not found")
@@ -1259,33 +1231,33 @@ class Store:
 
     # lists
 
-    def snapshot(self, api, may_wait) -> Snapshot:
-        """All active images, rendered for api.  Raises Cold, and OSError from serve_dir."""
+    def snapshot(self, api, may_block) -> Snapshot:
+        """All active images, rendered for api.  Raises NeedsThread, and OSError from serve_dir."""
         now = time.monotonic()
         if self._fresh(api, now, RECHECK):
             if (now - self._checked < RECHECK_SOON
-                    or not may_wait and (self._rechecking or self._look_ahead(api, now))):
+                    or not may_block and (self._rechecking or self._look_ahead(api, now))):
                 return self._snapshot
             # This one has a thread look again; the others are still served.
             self._rechecking = True
-        if not may_wait:
-            raise Cold
+        if not may_block:
+            raise NeedsThread
         with self._lock:
             try:
                 if not self._fresh(api, time.monotonic(), RECHECK_SOON):
-                    self._look(api)
+                    self._recheck(api)
             finally:
                 self._rechecking = False
             return self._snapshot
 
-    def listing(self, api, view, render, may_wait) -> Listing:
+    def listing(self, api, view, render, may_block) -> Listing:
         """The list of all active images in the form `view`, made by render(snapshot, *view)."""
-        snapshot = self.snapshot(api, may_wait)
+        snapshot = self.snapshot(api, may_block)
         view = (api, *view)
         listing = snapshot.listings.get(view)
         if listing is None:
-            if not may_wait:
-                raise Cold
+            if not may_block:
+                raise NeedsThread
             with self._lock:
                 listing = snapshot.listings.get(view)
                 if listing is None:
@@ -1294,8 +1266,8 @@ class Store:
                         del snapshot.listings[next(iter(snapshot.listings))]
         return listing
 
-    def join(self, texts) -> Body:
-        """join_list, if memory for it is left.  Raises Refusal (503).
+    def join(self, texts) -> RenderedList:
+        """join_list, if memory for it is left.  Raises ApiError (503).
 
         The lists of one Host are one Body, however many clients take it; filters and Host
         headers are the clients' to make up, and each could hold one by not reading it.
@@ -1303,7 +1275,7 @@ class Store:
         with self._bodies_lock:
             used = [len(body) for body in self._bodies.values()]
             if len(used) > LISTS_KEPT and sum(used) > LISTS_LIMIT:
-                raise Refusal(503, "ServiceUnavailableError", "too many different lists are "
+                raise ApiError(503, "ServiceUnavailableError", "too many different lists are "
                               "being sent", fields=b"Retry-After: 10\r\n")
             body = join_list(texts)
             self._bodies[id(body)] = body
@@ -1330,7 +1302,7 @@ class Store:
         time_given = (RECHECK_EARLY - RECHECK_SOON) / 2       # the other half is in reserve
         due = len(images) * min(1, (now - since) / time_given)
         while count < due:
-            if (images[count].device != self._device or not images[count].current(api, True)
+            if (images[count].device != self._device or not images[count].is_fresh(api, True)
                     or time.monotonic() - now > LOOK_AHEAD):
                 self._ahead = None
                 return False
@@ -1340,7 +1312,7 @@ class Store:
             self._checked, self._ahead = since, None
         return True
 
-    def _look(self, api):
+    def _recheck(self, api):
         """Look at every name, and at every image if that is due; the lock is held."""
         now = time.monotonic()
         everything = now - self._checked >= RECHECK_SOON or api not in self._apis
@@ -1353,7 +1325,7 @@ class Store:
         for uuid in sorted(names | set(self._images)):
             image = self._images.get(uuid)
             if image is None or uuid not in names \
-                    or everything and not image.current(api, True):
+                    or everything and not image.is_fresh(api, True):
                 self._load(uuid, api)
         if self._changed:
             self._changed = False
@@ -1373,6 +1345,10 @@ class Store:
 # What import and check read of an image file in one pass: its size and hashes, how it is
 # compressed, and whether the ZFS send stream inside is one, and a whole one.
 
+CHUNK = 1 << 20               # bytes of an image handled at once by import and check
+LANE = 4                      # chunks a lane (hash, decompress) may lag behind
+LZMA_MEMORY = 256 << 20       # bytes; xz -9 needs 65 MiB to decompress, a bomb asks for more
+
 DRR_LENGTH = 312                  # bytes of a record, without payload (zfs_ioctl.h)
 DRR_BEGIN, DRR_END = 0, 5         # drr_type
 DRR_MAGIC = 0x2F5bacbac
@@ -1381,7 +1357,7 @@ STREAM_TYPES = {2: "zone-dataset", 3: "zvol"}     # drr_type of DRR_BEGIN: DMU_O
 PROLOGUE = 1 << 20                # bytes kept until the BEGIN record of the data set has come
 
 
-class Stream:
+class SendStream:
     """A ZFS send stream, fed piece by piece: what its BEGIN says and whether its END came.
 
     type is None for what is no stream; guid and from_guid are numbers, from_guid 0 for a
@@ -1470,7 +1446,7 @@ class Decompressor:
         return lzma.LZMADecompressor(memlimit=LZMA_MEMORY)
 
     def feed(self, data):
-        """Yield what comes out for `data`, a CHUNK at the most at a time.  Raises Unsound."""
+        """Yield what comes out for `data`, a CHUNK at the most at a time.  Raises BadImage."""
         try:
             while data or (self._member and not getattr(self._member, "needs_input", True)):
                 if self._member is None:
@@ -1486,17 +1462,17 @@ class Decompressor:
                     self._member = None
                 yield piece
         except self._errors as error:
-            raise Unsound(f"the {self.kind} data is corrupt ({error})")
+            raise BadImage(f"the {self.kind} data is corrupt ({error})")
 
     def close(self):
-        """Raise Unsound if the data ended within a member."""
+        """Raise BadImage if the data ended within a member."""
         if self._member is not None:
-            raise Unsound(f"the {self.kind} data is cut short")
+            raise BadImage(f"the {self.kind} data is cut short")
 
 
-def read_stream(path, compression) -> Stream:
-    """The Stream in an image file as far as its beginning tells.  Raises Unsound, OSError."""
-    stream = Stream()
+def read_stream(path, compression) -> SendStream:
+    """The Stream in an image file as far as its beginning tells.  Raises BadImage, OSError."""
+    stream = SendStream()
     inside = Decompressor(compression) if compression != "none" else None
     fd, _ = open_regular(path)
     with open(fd, "rb", buffering=0) as file:
@@ -1543,7 +1519,7 @@ class Lane(threading.Thread):
 
     def stop(self):
         """Have the thread end; what it has not done yet stays undone."""
-        self._error = self._error or Unsound("stopped")
+        self._error = self._error or BadImage("stopped")
         self._chunks.put(None)
 
     def close(self):
@@ -1555,13 +1531,13 @@ class Lane(threading.Thread):
             raise self._error
 
 
-class Examination:
+class FileScan:
     """What one pass over an image file finds: size, sha1, md5, compression, stream."""
 
     def __init__(self):
         self.size = 0
         self.compression = None
-        self.stream = Stream()
+        self.stream = SendStream()
         self._hashes = [hashlib.sha1(), hashlib.md5()]
         self._decompressor = None
         self._given_up = False
@@ -1577,7 +1553,7 @@ class Examination:
     def run(self, read, write=None, progress=None):
         """Read to the end with read(CHUNK), handing each chunk to write as well.
 
-        Raises Unsound for data that does not decompress, OSError from read and write.
+        Raises BadImage for data that does not decompress, OSError from read and write.
         """
         lanes = [Lane(hash.update) for hash in self._hashes] + [Lane(self._look_inside)]
         for lane in lanes:
@@ -1625,11 +1601,15 @@ class Examination:
 # one rename(2) shows it whole: its file first, flushed to disk, then the manifest, then
 # the rename.  Whatever ends a command before that leaves nothing on show.
 
+HEED = 0.25                   # seconds a command may wait for its threads before it heeds a signal
+ABANDONED = 24 * 3600         # seconds without a change until --clean takes an incomplete image
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE)     # end a command
+
 def interrupted(number, frame):
-    """The handler of signals that end a command: raises Mistake."""
+    """The handler of signals that end a command: raises UserError."""
     for each in ENDING:                   # the next one must not disturb the tidying up
         signal.signal(each, lambda number, frame: None)
-    raise Mistake(f"ended by {signal.Signals(number).name}", 128 + number)
+    raise UserError(f"ended by {signal.Signals(number).name}", 128 + number)
 
 
 def hold_signals():
@@ -1693,7 +1673,7 @@ def new_file(path):
 
 
 def replace_file(path, data, keep_time=False):
-    """Put `data` in the place of a file, by rename.  Raises Mistake.
+    """Put `data` in the place of a file, by rename.  Raises UserError.
 
     Its mode stays, and its owner unless we may not give files away and all may read it.
 
@@ -1722,25 +1702,25 @@ def replace_file(path, data, keep_time=False):
         if os.path.exists(aside):
             os.unlink(aside)
         if isinstance(error, OSError):
-            raise Mistake(f"cannot write {path}: {error.strerror}")
+            raise UserError(f"cannot write {path}: {error.strerror}")
         raise
 
 
 def stage(serve_dir, uuid):
     """Make the directory in which an image is put together: (its path, the directory, open).
 
-    Raises Mistake.
+    Raises UserError.
     """
     path = os.path.join(serve_dir, INCOMING + uuid)
     if os.path.lexists(os.path.join(serve_dir, uuid)):
-        raise Mistake(f"image {uuid} is here already")
+        raise UserError(f"image {uuid} is here already")
     try:
         os.mkdir(path, 0o755)
     except FileExistsError:
-        raise Mistake(f"image {uuid} is being imported, or waits to be activated; "
+        raise UserError(f"image {uuid} is being imported, or waits to be activated; "
                       f"`imgserver.py discard {uuid}` throws it away")
     except OSError as error:
-        raise Mistake(f"cannot write to {serve_dir}: {error.strerror}")
+        raise UserError(f"cannot write to {serve_dir}: {error.strerror}")
     os.chmod(path, 0o755)
     return path, os.open(path, os.O_RDONLY)
 
@@ -1754,32 +1734,32 @@ def is_still(path, fd) -> bool:
 
 
 def activate(config, uuid):
-    """Put a whole image on show, by one rename.  Raises Mistake."""
+    """Put a whole image on show, by one rename.  Raises UserError."""
     path = os.path.join(config.serve_dir, INCOMING + uuid)
     if os.path.lexists(os.path.join(config.serve_dir, uuid)):
-        raise Mistake(f"image {uuid} is active already")
-    image = Reader(config).read(uuid, os.path.join(config.serve_dir, INCOMING), (IMGAPI,))
+        raise UserError(f"image {uuid} is active already")
+    image = ImageReader(config).read(uuid, os.path.join(config.serve_dir, INCOMING), (IMGAPI,))
     if image is None or image.problem:
-        raise Mistake(f"no whole image {uuid} waits to be activated"
+        raise UserError(f"no whole image {uuid} waits to be activated"
                       + (f": {image.problem}" if image else ""))
     try:
         os.rename(path, os.path.join(config.serve_dir, uuid))
         sync_directory(config.serve_dir)
     except OSError as error:
-        raise Mistake(f"cannot activate image {uuid}: {error.strerror}")
+        raise UserError(f"cannot activate image {uuid}: {error.strerror}")
 
 
 def discard(serve_dir, uuid):
-    """Throw away an image that is not active, whole or not.  Raises Mistake."""
+    """Throw away an image that is not active, whole or not.  Raises UserError."""
     path = os.path.join(serve_dir, INCOMING + uuid)
     aside = os.path.join(serve_dir, f"{DISCARDED}{uuid}.{os.getpid()}")
     try:
         os.rename(path, aside)            # or it could be activated while it is taken apart
         shutil.rmtree(aside)
     except FileNotFoundError:
-        raise Mistake(f"no image {uuid} waits to be activated")
+        raise UserError(f"no image {uuid} waits to be activated")
     except OSError as error:
-        raise Mistake(f"cannot remove {path}: {error.strerror}")
+        raise UserError(f"cannot remove {path}: {error.strerror}")
 
 
 def new_manifest(config, uuid, fields) -> dict:
@@ -1809,7 +1789,7 @@ def new_manifest(config, uuid, fields) -> dict:
 
 
 def check_fields(manifest):
-    """Raise Mistake where imgadm's rules refuse a field, before any byte is stored."""
+    """Raise UserError where imgadm's rules refuse a field, before any byte is stored."""
     v2 = complete({**manifest, "files": [{"sha1": "0" * 40, "size": 0, "compression": "none"}]},
                   stamp(0))
     rules = {
@@ -1823,26 +1803,26 @@ def check_fields(manifest):
     }
     bad = next(iter(faults(manifest, v2)), None)
     if bad in ZVOL_FIELDS:
-        raise Mistake("a zvol needs nic_driver, disk_driver, cpu_type, and image_size in MiB"
+        raise UserError("a zvol needs nic_driver, disk_driver, cpu_type, and image_size in MiB"
                       if v2.get("type") == "zvol" else f"{bad} is for type zvol only")
     if bad is not None:
-        raise Mistake(f"{bad} {rules.get(bad, 'is not what imgadm takes there')}")
+        raise UserError(f"{bad} {rules.get(bad, 'is not what imgadm takes there')}")
 
 
 def choose_channels(config, manifest):
     """Where there are channels, the default one is for images that name none, as in IMGAPI.
 
-    Raises Mistake for channels in which no client would see the image.
+    Raises UserError for channels in which no client would see the image.
     """
     names = [channel["name"] for channel in config.channels]
     if names and not manifest.get("channels"):
         if config.default_channel is None:
-            raise Mistake("channels must be given, such as 'channels=[\"" + names[0] + "\"]': "
+            raise UserError("channels must be given, such as 'channels=[\"" + names[0] + "\"]': "
                           "the configuration has no default one")
         manifest["channels"] = [config.default_channel]
     for name in manifest["channels"] if names else ():
         if name not in names:
-            raise Mistake(f"there is no channel {name!a} in the configuration")
+            raise UserError(f"there is no channel {name!a} in the configuration")
 
 
 def file_name(manifest, compression) -> str:
@@ -1863,7 +1843,7 @@ class Import:
     def run(self, source, activated=True):
         """Take the image from the binary file `source`; all of it or nothing.
 
-        Raises Mistake, in one sentence, for whatever is wrong with the data or the disk.
+        Raises UserError, in one sentence, for whatever is wrong with the data or the disk.
         """
         serve_dir = self.config.serve_dir
         path, directory = stage(serve_dir, self.uuid)
@@ -1871,7 +1851,7 @@ class Import:
             found = self._receive(source, os.path.join(path, ".file"))
             self._describe(found)
             if not is_still(path, directory):         # there may be another one by now
-                raise Mistake(f"image {self.uuid} was discarded while it was imported")
+                raise UserError(f"image {self.uuid} was discarded while it was imported")
             os.rename(os.path.join(path, ".file"),
                       os.path.join(path, self.manifest["files"][0]["path"]))
             replace_file(os.path.join(path, MANIFEST),
@@ -1881,22 +1861,22 @@ class Import:
         except BaseException as error:
             if is_still(path, directory):
                 shutil.rmtree(path, ignore_errors=True)
-            if isinstance(error, Unsound):
-                raise Mistake(f"image refused: {error}")
+            if isinstance(error, BadImage):
+                raise UserError(f"image refused: {error}")
             if isinstance(error, OSError):
-                raise Mistake(f"the image cannot be stored: {error.strerror}")
+                raise UserError(f"the image cannot be stored: {error.strerror}")
             raise
         finally:
             os.close(directory)
 
-    def _receive(self, source, path) -> Examination:
+    def _receive(self, source, path) -> FileScan:
         def read(size):
             try:
                 return interruptible(source.read)(size)
             except OSError as error:
-                raise Mistake(f"the image cannot be read: {error.strerror}")
+                raise UserError(f"the image cannot be read: {error.strerror}")
 
-        found = Examination()
+        found = FileScan()
         with new_file(path) as file:
             found.run(read, file.write, self.progress)
             file.flush()
@@ -1905,48 +1885,48 @@ class Import:
         return found
 
     def _describe(self, found):
-        """Hold what was found against the manifest, and complete it.  Raises Unsound."""
+        """Hold what was found against the manifest, and complete it.  Raises BadImage."""
         manifest = self.manifest
         if found.size == 0:
-            raise Unsound("there is no data")
+            raise BadImage("there is no data")
         stored = mended_file((manifest.get("files") or [{}])[0])
         truth = {"size": found.size, "sha1": found.sha1, "compression": found.compression}
         if found.stream.guid:
             truth["dataset_guid"] = str(found.stream.guid)
         for key, value in truth.items():
             if str(stored.get(key, value)) != str(value):
-                raise Unsound(f"its {key} is {value}, but the manifest says {stored[key]}")
+                raise BadImage(f"its {key} is {value}, but the manifest says {stored[key]}")
         if self.with_stream:
             self._describe_stream(found.stream)
         file = {"path": file_name(manifest, found.compression), **stored, **truth,
                 "md5": found.md5}
         if not is_file_name(file["path"]):
-            raise Unsound("files[0].path of the manifest is no plain file name")
+            raise BadImage("files[0].path of the manifest is no plain file name")
         manifest["files"] = [file]
 
     def _describe_stream(self, stream):
-        """Hold the ZFS stream against type and origin.  Raises Unsound."""
+        """Hold the ZFS stream against type and origin.  Raises BadImage."""
         manifest = self.manifest
         trouble = stream.trouble()
         if trouble:
-            raise Unsound(trouble)
+            raise BadImage(trouble)
         if (stream.type == "zvol") != (manifest["type"] == "zvol"):
-            raise Unsound(f"the stream is that of a {stream.type}, but the type is "
+            raise BadImage(f"the stream is that of a {stream.type}, but the type is "
                           f"{manifest['type']}")
         origin = manifest.get("origin")
         if stream.from_guid and not origin:
-            raise Unsound("the stream is incremental: --origin must name the image it builds on")
+            raise BadImage("the stream is incremental: --origin must name the image it builds on")
         if not stream.from_guid and origin:
-            raise Unsound("the stream is not incremental, but an origin is given")
+            raise BadImage("the stream is not incremental, but an origin is given")
         if origin and self._guid_of(origin) != str(stream.from_guid):
-            raise Unsound(f"the stream does not build on image {origin}")
+            raise BadImage(f"the stream does not build on image {origin}")
 
     def _guid_of(self, origin):
         """The guid of an image's snapshot: from its manifest, else from its file."""
-        reader = Reader(self.config)
+        reader = ImageReader(self.config)
         image = reader.read(origin, os.path.join(self.config.serve_dir, ""), (IMGAPI,))
         if image is None or image.problem:
-            raise Unsound(f"its origin, image {origin}, is not on this server, or not sound")
+            raise BadImage(f"its origin, image {origin}, is not on this server, or not sound")
         file = image.fields()["files"][0]
         return file.get("dataset_guid") or str(read_stream(
             os.path.join(image.directory, image.file), file["compression"]).guid)
@@ -1956,6 +1936,12 @@ class Import:
 #
 # A request is parsed from its bytes, each of which is one character here (latin-1); a
 # response is a value.  Nothing here knows a socket.
+
+HEAD_LINE_LIMIT = 8 << 10     # bytes of a request line; nginx and node allow 8 KiB too
+HEAD_LIMIT = 32 << 10         # bytes of a whole request head: imgadm sends less than 1 KiB
+HEAD_FIELDS_LIMIT = 100       # header lines of one request
+HOSTS_KEPT = 256              # Host headers of which the check and the URL are remembered
+QUERY_FIELDS_LIMIT = 100      # parameters of one query: IMGAPI knows fifteen
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = rf"(({_TOKEN}) ([!-~\x80-\xff]+) HTTP/([0-9]\.[0-9]))\r?\n"
@@ -1982,24 +1968,24 @@ class Request:
     query     the text after "?", undecoded
     host      the Host header, checked; None on HTTP/1.0 without one
     keep      whether the client wants to go on with this connection
-    may_wait  whether answering may take its time: True in a thread, False in the loop
+    may_block  whether answering may take its time: True in a thread, False in the loop
     """
 
     __slots__ = ("method", "target", "is_1_0", "headers", "segments", "query", "host", "keep",
-                 "may_wait")
+                 "may_block")
 
 
 def parse_head(match) -> Request:
     """Make a Request of what _HEAD has matched.
 
-    Raises Refusal; whatever it says, the connection is of no further use then, since
+    Raises ApiError; whatever it says, the connection is of no further use then, since
     nobody can tell where the next request begins.
     """
     request = Request()
-    request.may_wait = False
+    request.may_block = False
     _, request.method, request.target, version, block = match.groups()
     if version[0] != "1":
-        raise Refusal(505, "HttpVersionNotSupported", "HTTP/1.0 and HTTP/1.1 are spoken here")
+        raise ApiError(505, "HttpVersionNotSupported", "HTTP/1.0 and HTTP/1.1 are spoken here")
     request.is_1_0 = version == "1.0"
     request.headers = headers = parse_fields(block)
     request.host = host = headers.get("host")
@@ -2015,7 +2001,7 @@ def parse_head(match) -> Request:
     if "transfer-encoding" in headers or "content-length" in headers:
         check_framing(headers)
     if "expect" in headers and headers["expect"].lower() != "100-continue":
-        raise Refusal(417, "ExpectationFailed", "only 100-continue can be expected")
+        raise ApiError(417, "ExpectationFailed", "only 100-continue can be expected")
     request.segments, request.query = split_target(request.target)
     return request
 
@@ -2023,7 +2009,7 @@ def parse_head(match) -> Request:
 def explain_head(data):
     """Why `data` is no request head.  Returns if it may only be incomplete.
 
-    Raises Refusal for the beginning of what can become no request (TLS, HTTP/0.9) at once.
+    Raises ApiError for the beginning of what can become no request (TLS, HTTP/0.9) at once.
     """
     end = _HEAD_END.search(data)
     head = data[:end.end()] if end else data
@@ -2037,9 +2023,9 @@ def explain_head(data):
 def check_size(head):
     """Refuse a head, whole or not, that is larger than any client of ours sends."""
     if len(head.partition("\n")[0]) > HEAD_LINE_LIMIT:
-        raise Refusal(414, "RequestURITooLong", f"a request line over {HEAD_LINE_LIMIT} bytes")
+        raise ApiError(414, "RequestURITooLong", f"a request line over {HEAD_LINE_LIMIT} bytes")
     if len(head) > HEAD_LIMIT:
-        raise Refusal(431, "RequestHeaderFieldsTooLarge", f"a head over {HEAD_LIMIT} bytes")
+        raise ApiError(431, "RequestHeaderFieldsTooLarge", f"a head over {HEAD_LIMIT} bytes")
 
 
 @functools.lru_cache(HOSTS_KEPT)
@@ -2055,7 +2041,7 @@ def parse_fields(block: str) -> dict:
     lines = block.split("\n")
     lines.pop()
     if len(lines) > HEAD_FIELDS_LIMIT:
-        raise Refusal(431, "RequestHeaderFieldsTooLarge",
+        raise ApiError(431, "RequestHeaderFieldsTooLarge",
                       f"more than {HEAD_FIELDS_LIMIT} header lines")
     for line in lines:
         name, _, value = line.partition(":")
@@ -2073,14 +2059,14 @@ def check_framing(headers):
     coding, length = headers.get("transfer-encoding"), headers.get("content-length")
     if coding is not None:
         if length is None and coding.lower() == "chunked":
-            raise Refusal(411, "LengthRequired", "a body needs a Content-Length here")
+            raise ApiError(411, "LengthRequired", "a body needs a Content-Length here")
         raise bad_request("this Transfer-Encoding is not understood")
     if not _LENGTH.fullmatch(length):
         raise bad_request("Content-Length is not a number")
 
 
 def split_target(target):
-    """(segments, query) of a request target.  Raises Refusal.
+    """(segments, query) of a request target.  Raises ApiError.
 
     imgadm asks for files in absolute-form, of whatever host the url names: only the path
     counts (RFC 9112 §3.2.2; every request that arrives is for this server).
@@ -2102,7 +2088,7 @@ def split_target(target):
 
 
 def decode_segment(segment):
-    """A segment of a path as text.  Raises Refusal for what is no UTF-8 or holds a NUL."""
+    """A segment of a path as text.  Raises ApiError for what is no UTF-8 or holds a NUL."""
     if re.search("%(?![0-9A-Fa-f]{2})", segment):
         raise bad_request("URI malformed")
     try:
@@ -2147,7 +2133,7 @@ def json_response(value, status=200, fields=CORS) -> Response:
     return Response(status, JSON_TYPE + fields, render_json(value).encode())
 
 
-def refusal_response(refusal) -> Response:
+def error_response(refusal) -> Response:
     """The error answer that imgadm prints: {code, message}, and errors where IMGAPI has them."""
     value = {"code": refusal.code, "message": refusal.message}
     if refusal.errors is not None:
@@ -2190,7 +2176,7 @@ def not_modified_since(header, seconds) -> bool:
 def parse_range(header, size):
     """(offset, length) of a Range header with one range; None where it is to be ignored.
 
-    Raises Refusal (416) where it begins behind the end (RFC 9110 §14.1.2, §15.5.17).
+    Raises ApiError (416) where it begins behind the end (RFC 9110 §14.1.2, §15.5.17).
     Several ranges are ignored too: no client of an image server sends them.
     """
     match = _RANGE.fullmatch(header)
@@ -2203,7 +2189,7 @@ def parse_range(header, size):
         if match[2] and last < offset:
             return None
     if offset >= size:
-        raise Refusal(416, "RequestedRangeNotSatisfiable", f"the file has {size} bytes",
+        raise ApiError(416, "RequestedRangeNotSatisfiable", f"the file has {size} bytes",
                       fields=header_line("Content-Range", f"bytes */{size}"))
     return offset, min(last, size - 1) - offset + 1
 
@@ -2249,10 +2235,10 @@ def file_response(request, fd, status, etag, fields, md5=None) -> Response:
 # -- routes ------------------------------------------------------------------------------
 #
 # From a Request to a Response.  A route may be called in the server's loop, where it
-# raises Cold rather than wait for a disk; it is then called again in a thread.
+# raises NeedsThread rather than wait for a disk; it is then called again in a thread.
 
 # Samples of the errors that IMGAPI knows, for /ping?error=NAME (sdc-imgapi, GET /ping).
-PING_ERRORS = {                   # what Refusal is made of
+PING_ERRORS = {                   # what ApiError is made of
     "ValidationFailed": (422, "ValidationFailed", "boom", []),
     "InvalidParameter": (422, "InvalidParameter", 'invalid "foo"',
                          [{"field": "foo", "code": "Invalid"}]),
@@ -2275,7 +2261,7 @@ PING_ERRORS_WITHOUT_SAMPLE = frozenset((
 
 
 def parse_query(query) -> dict:
-    """The parameters of a query: name: [values].  Raises Refusal for too many."""
+    """The parameters of a query: name: [values].  Raises ApiError for too many."""
     try:
         query = query.encode("latin-1").decode("utf-8", "replace")
         return urllib.parse.parse_qs(query, keep_blank_values=True, errors="replace",
@@ -2284,7 +2270,7 @@ def parse_query(query) -> dict:
         raise bad_request(f"more than {QUERY_FIELDS_LIMIT} query parameters")
 
 
-def one(query, name):
+def single_value(query, name):
     """The value of a parameter that may stand once; None where it is absent or empty."""
     values = query.get(name, [""])
     if len(values) > 1:
@@ -2343,8 +2329,8 @@ def may_see(image, account) -> bool:
 
 
 def newest_first(query) -> bool:
-    """Whether the list is to be newest first.  Raises Refusal."""
-    value = one(query, "sort") or "published_at"
+    """Whether the list is to be newest first.  Raises ApiError."""
+    value = single_value(query, "sort") or "published_at"
     attribute, _, direction = value.partition(".")
     if attribute != "published_at":
         raise invalid("sort", f"invalid 'sort': not a valid sorting attribute: '{attribute}'")
@@ -2352,8 +2338,8 @@ def newest_first(query) -> bool:
 
 
 def limit_of(query):
-    """How many images to list; None for all.  Raises Refusal."""
-    value = one(query, "limit")
+    """How many images to list; None for all.  Raises ApiError."""
+    value = single_value(query, "limit")
     if value is None:
         return None
     if not re.fullmatch("-?[0-9]+", value):
@@ -2364,13 +2350,13 @@ def limit_of(query):
 
 
 def parse_accept_version(headers, target) -> int:
-    """1 or 2: whether `channels` are shown is all that differs.  Raises Refusal."""
+    """1 or 2: whether `channels` are shown is all that differs.  Raises ApiError."""
     wanted = headers.get("accept-version", "~1").strip()
     match = re.fullmatch(r"[~^=v]?\s*([0-9]{1,9})(\.(?:[0-9]{1,9}|[x*])){0,2}", wanted)
     if not match:
         return 2                  # "*", and whatever else cannot be told: any version will do
     if match[1] not in ("1", "2") or re.search(r"\.0*[1-9]", wanted):
-        raise Refusal(400, "InvalidVersion", f"{wanted} is not supported by {target}")
+        raise ApiError(400, "InvalidVersion", f"{wanted} is not supported by {target}")
     return int(match[1])
 
 
@@ -2391,18 +2377,18 @@ def image_text(image, version) -> bytes:
 
 def admin_fields(query):
     """Refuse inclAdminFields, which is for operators of the official server."""
-    value = one(query, "inclAdminFields")
+    value = single_value(query, "inclAdminFields")
     if value not in (None, "true", "false"):
         raise invalid("inclAdminFields", f'invalid "inclAdminFields": "{value}"')
     if value == "true":
-        raise Refusal(401, "UnauthorizedError", 'Unauthorized (auth required to use '
+        raise ApiError(401, "UnauthorizedError", 'Unauthorized (auth required to use '
                                                 '"inclAdminFields" parameter)')
 
 
 def open_of(image, name, what, fits):
     """Open a file of an image: (fd, its stat).
 
-    Raises Refusal (404) where it has no such file, or fits(its size in bytes) is false.
+    Raises ApiError (404) where it has no such file, or fits(its size in bytes) is false.
     """
     try:
         if name is not None:
@@ -2422,27 +2408,27 @@ class Site:
         self.config, self.store, self.log = config, store, log
         self.channels = {channel["name"]: channel for channel in config.channels}
         # prefix + Host + suffix, as JSON: what files[].url begins with.
-        self.base = functools.lru_cache(HOSTS_KEPT)(self._make_base)
+        self.url_base = functools.lru_cache(HOSTS_KEPT)(self._make_base)
         # The suffix was made to add a port: not to a Host header that has one.
         self._plain_suffix = re.sub("^:[0-9]+", "", config.suffix)
 
     def answer(self, request) -> Response:
-        """The Response to a Request, be it a refusal.  Raises Cold, and faults of our own."""
+        """The Response to a Request, also where it is refused.  Raises NeedsThread."""
         try:
             route = self._route(request)
             if len(request.segments) > 1:
                 return route(self, request, request.segments[1])
             return route(self, request)
-        except Refusal as refusal:
-            return refusal_response(refusal)
+        except ApiError as refusal:
+            return error_response(refusal)
         except OSError as error:
             self.log.error(f"cannot answer {printable(request.target)}: {error.strerror}")
-            return refusal_response(Refusal(503, "ServiceUnavailableError",
+            return error_response(ApiError(503, "ServiceUnavailableError",
                                             "the image directory cannot be read",
                                             fields=b"Retry-After: 10\r\n"))
 
     def _route(self, request):
-        """The route for a request's path and method.  Raises Refusal."""
+        """The route for a request's path and method.  Raises ApiError."""
         segments = request.segments
         if len(segments) == 1:
             pattern = segments[0] if "/" not in segments[0] else None     # /images%2F:uuid
@@ -2462,8 +2448,8 @@ class Site:
         if request.method == "OPTIONS":
             return Site.options
         if request.method not in METHODS:
-            raise Refusal(501, "NotImplemented", "the method is not known here")
-        raise Refusal(405, "MethodNotAllowedError", f"{request.method} is not allowed",
+            raise ApiError(501, "NotImplemented", "the method is not known here")
+        raise ApiError(405, "MethodNotAllowedError", f"{request.method} is not allowed",
                       fields=b"Allow: GET, HEAD, OPTIONS\r\n")
 
     def options(self, request, *_):
@@ -2479,8 +2465,8 @@ class Site:
 
     def root(self, request):
         """index.html for a browser, index.json for the rest, as the original; else a hint."""
-        if not request.may_wait:
-            raise Cold
+        if not request.may_block:
+            raise NeedsThread
         accept = request.headers.get("accept", "")
         names = ["index.json"]
         if "text/html" in accept or "application/xhtml+xml" in accept:
@@ -2492,7 +2478,7 @@ class Site:
                 raise_shortage(error)
                 continue
             kind = "text/html; charset=utf-8" if name.endswith("html") else "application/json"
-            etag = hashlib.sha1(repr(key_of(status)).encode()).hexdigest()
+            etag = hashlib.sha1(repr(stat_key(status)).encode()).hexdigest()
             return file_response(request, fd, status, etag,
                                  header_line("Content-Type", kind) + b"Vary: Accept\r\n" + CORS)
         return json_response({"server": f"imgserver/{__version__}", "datasets": "/datasets",
@@ -2503,7 +2489,7 @@ class Site:
         if request.query:
             query = parse_query(request.query)
             if "error" in query:
-                raise self._ping_error(one(query, "error") or "Internal")
+                raise self._ping_error(single_value(query, "error") or "Internal")
         return json_response({"ping": "pong", "version": __version__, "imgapi": True,
                               "dsapi": True})
 
@@ -2511,9 +2497,9 @@ class Site:
     def _ping_error(name):
         name = name[:-len("Error")] if name.endswith("Error") else name
         if name in PING_ERRORS:
-            return Refusal(*PING_ERRORS[name])
+            return ApiError(*PING_ERRORS[name])
         if name in PING_ERRORS_WITHOUT_SAMPLE:
-            return Refusal(500, "InternalError", f'do not have a sample "{name}Error" error')
+            return ApiError(500, "InternalError", f'do not have a sample "{name}Error" error')
         return invalid("error", f"unknown error: {name}Error", "Missing")
 
     def manifest_response(self, request, etag, *parts):
@@ -2521,7 +2507,7 @@ class Site:
         headers = request.headers
         fields = b'%bETag: "%b"\r\n%b' % (JSON_TYPE, etag, CORS)
         if "if-match" in headers and not etag_matches(headers["if-match"], etag.decode()):
-            raise Refusal(412, "PreconditionFailed",
+            raise ApiError(412, "PreconditionFailed",
                           f"if-match '{headers['if-match']}' didn't match etag '{etag.decode()}'")
         if "if-none-match" in headers and etag_matches(headers["if-none-match"], etag.decode()):
             return Response(304, fields)
@@ -2532,8 +2518,8 @@ class Site:
         headers = request.headers
         if "accept-encoding" in headers and accepts_gzip(headers["accept-encoding"]):
             if listing.zipped is None:
-                if not request.may_wait:
-                    raise Cold
+                if not request.may_block:
+                    raise NeedsThread
                 listing.zip()
             listing = listing.zipped
         if "if-none-match" in headers and etag_matches(headers["if-none-match"], listing.etag):
@@ -2542,8 +2528,8 @@ class Site:
 
     def stored_file(self, request, image):
         """The file of an image, of which the manifest may have been true a moment ago only."""
-        if not request.may_wait:
-            raise Cold
+        if not request.may_block:
+            raise NeedsThread
         fd, status = open_of(image, image.file, "file", lambda size: size == image.size)
 
         def md5():
@@ -2564,27 +2550,28 @@ class Site:
 
     def datasets(self, request):
         """All active images, v1; filters as dsapid has them: by prefix, or ~part."""
-        base = self.base(request.host)
+        url_base = self.url_base(request.host)
         if request.query:
             query = parse_query(request.query)
-            wanted = {name: one(query, name) for name in ("name", "version", "os", "type")}
+            wanted = {name: single_value(query, name)
+                      for name in ("name", "version", "os", "type")}
             if any(wanted.values()):
                 snapshot = self._thread_snapshot(request, DSAPI)
-                return self._plain_list(base.join(image.dsapi[:2]) for image in snapshot.images
+                return self._plain_list(url_base.join(image.dsapi[:2]) for image in snapshot.images
                                         if all(value is None or matches_text(
                                             getattr(image, name), value, name != "type")
                                             for name, value in wanted.items()))
         return self.list_response(request, self.store.listing(
-            DSAPI, (base,), self._render_datasets, request.may_wait))
+            DSAPI, (url_base,), self._render_datasets, request.may_block))
 
-    def _render_datasets(self, snapshot, api, base):
-        return Listing(self.store.join(base.join(image.dsapi[:2]) for image in snapshot.images),
-                       list_etag(snapshot.images, api))
+    def _render_datasets(self, snapshot, api, url_base):
+        texts = (url_base.join(image.dsapi[:2]) for image in snapshot.images)
+        return Listing(self.store.join(texts), list_etag(snapshot.images, api))
 
     def _thread_snapshot(self, request, api):
         """The snapshot for a filtered list, which is made anew each time: in a thread."""
-        if not request.may_wait:
-            raise Cold
+        if not request.may_block:
+            raise NeedsThread
         return self.store.snapshot(api, True)
 
     def _plain_list(self, texts):
@@ -2592,12 +2579,12 @@ class Site:
 
     def dataset(self, request, uuid):
         """One manifest, v1."""
-        before, after, etag = self.store.image(uuid, DSAPI, request.may_wait).dsapi
-        return self.manifest_response(request, etag, before, self.base(request.host), after)
+        before, after, etag = self.store.image(uuid, DSAPI, request.may_block).dsapi
+        return self.manifest_response(request, etag, before, self.url_base(request.host), after)
 
     def dataset_file(self, request, uuid):
         """The file of an image, by the name that its v1 manifest gives."""
-        image = self.store.image(uuid, DSAPI, request.may_wait)
+        image = self.store.image(uuid, DSAPI, request.may_block)
         if request.segments[2] != image.path:
             raise not_found(f"{request.target} does not exist")
         return self.stored_file(request, image)
@@ -2607,19 +2594,19 @@ class Site:
     def channel_of(self, query):
         """The channel a request is about: None without channels, "*" for all.
 
-        Raises Refusal as sdc-imgapi does.
+        Raises ApiError as sdc-imgapi does.
         """
         if not self.channels:
             return None
-        name = one(query, "channel")
+        name = single_value(query, "channel")
         if name is None:
             if self.config.default_channel is None:
-                raise Refusal(422, "ValidationFailed",
+                raise ApiError(422, "ValidationFailed",
                               "channel not specified and the server has no default channel",
                               [{"field": "channel", "code": "MissingParameter"}])
             return self.config.default_channel
         if name not in self.channels and name != "*":
-            raise Refusal(422, "ValidationFailed", f"unknown channel: {name}",
+            raise ApiError(422, "ValidationFailed", f"unknown channel: {name}",
                           [{"field": "channel", "code": "Invalid"}])
         return name
 
@@ -2640,7 +2627,7 @@ class Site:
             return self._plain_list(image_text(image, version) for image in images)
         view = (channel, version if self.channels else None)
         return self.list_response(request, self.store.listing(
-            IMGAPI, view, self._render_images, request.may_wait))
+            IMGAPI, view, self._render_images, request.may_block))
 
     def _render_images(self, snapshot, api, channel, version):
         images = [image for image in snapshot.images if self.in_channel(image, channel)]
@@ -2649,8 +2636,9 @@ class Site:
 
     def _select(self, request, query, channel):
         """The images that a query asks for: filtered, sorted, from the marker on, limited."""
-        backwards, limit, account = newest_first(query), limit_of(query), one(query, "account")
-        state = one(query, "state") or "active"
+        backwards, limit = newest_first(query), limit_of(query)
+        account = single_value(query, "account")
+        state = single_value(query, "state") or "active"
         if state != "all" and state not in STATES:
             raise invalid("state", f'invalid state: "{state}"')
         if state not in ("active", "all"):
@@ -2661,7 +2649,7 @@ class Site:
             images = [image for image in images if check(image)]
         if backwards:
             images.reverse()
-        marker = one(query, "marker")
+        marker = single_value(query, "marker")
         if marker is not None:
             first = self._marker(marker, backwards, request)
             images = [image for image in images
@@ -2669,9 +2657,9 @@ class Site:
         return images[:limit]
 
     def _marker(self, marker, backwards, request):
-        """The place in the order where a list is to begin.  Raises Refusal."""
+        """The place in the order where a list is to begin.  Raises ApiError."""
         if is_uuid(marker):
-            return self.store.image(marker, IMGAPI, request.may_wait).order
+            return self.store.image(marker, IMGAPI, request.may_block).order
         text = marker.replace(" ", "T").rstrip("Z")
         text += "0000-01-01T00:00:00.000"[len(text):]
         try:
@@ -2688,17 +2676,17 @@ class Site:
         query = parse_query(request.query) if request.query else {}
         version = parse_accept_version(request.headers, f"{request.method} {request.target}")
         admin_fields(query)
-        account = one(query, "account")
+        account = single_value(query, "account")
         if account is not None and not is_uuid(account):
             raise invalid("account", f'invalid "account": not a UUID: "{account}"')
         channel = self.channel_of(query)
         try:
-            image = self.store.image(uuid, IMGAPI, request.may_wait)
-        except Refusal:
+            image = self.store.image(uuid, IMGAPI, request.may_block)
+        except ApiError:
             if not os.path.lexists(os.path.join(self.config.serve_dir, INCOMING + uuid)):
                 raise
-            if not request.may_wait:
-                raise Cold
+            if not request.may_block:
+                raise NeedsThread
             image = self.store.unactivated(uuid)
         if not self.in_channel(image, channel) or account and not may_see(image, account):
             raise not_found("image not found")
@@ -2715,7 +2703,7 @@ class Site:
     def image_file(self, request, uuid):
         """The file of an image; ?index=0 is the only one."""
         image, _, query = self.one_image(request, uuid)
-        index = one(query, "index") or "0"
+        index = single_value(query, "index") or "0"
         if re.fullmatch("[0-9]+", index) and index.strip("0"):
             raise not_found(f'image "{uuid}" has no file at index {index.lstrip("0")}')
         return self.stored_file(request, image)
@@ -2723,8 +2711,8 @@ class Site:
     def image_icon(self, request, uuid):
         """The icon of an image, with the Content-MD5 that sdc-clients insist on."""
         image, _, _ = self.one_image(request, uuid)
-        if not request.may_wait:
-            raise Cold
+        if not request.may_block:
+            raise NeedsThread
         fd, status = open_of(image, image.icon, "icon", lambda size: size <= MD5_LIMIT)
         try:
             data = os.pread(fd, status.st_size, 0)
@@ -2743,7 +2731,7 @@ class Site:
 
     def state(self, request):
         """For operators of the official server: refused, as it does."""
-        raise Refusal(401, "UnauthorizedError", "Unauthorized")
+        raise ApiError(401, "UnauthorizedError", "Unauthorized")
 
 
 ROUTES = {
@@ -2786,6 +2774,17 @@ ROUTES = {
 # Sockets do not block; a thread waits with poll for one that is full, or has it block until
 # the loop takes it back.  Only the loop changes a state, registers or closes a socket.  Every
 # state has a deadline, and the loop looks at all of them once a second.
+
+RECEIVE = 16 << 10            # bytes asked of a socket at once: many whole requests
+ONE_PIECE = 64 << 10          # bytes; a body up to this size is copied behind its head
+PARTS = 64                    # parts of answers given to one sendmsg; POSIX allows 16 at least
+LOOP_SEND = 2 << 20           # bytes of one part that the loop tries to send at first
+LOOP_STEP = 512 << 10         # bytes, once the socket was full: larger ones leave the caches
+TURN = 8 << 20                # bytes sent in such steps in one turn of the loop, about 3 ms
+STEP = 256 << 10              # bytes a thread sends at once, so that the client can begin early
+FULL_STEP = 512 << 10         # bytes, once the socket was full: then fewer steps cost less
+LINGER = 2.0                  # seconds a refused client gets to read why before the socket goes
+TICK = 1.0                    # seconds between two looks at the time limits
 
 READING, SENDING, WORKING, LINGERING, CLOSED = (
     "reading", "sending", "working", "lingering", "closed")
@@ -2896,10 +2895,10 @@ class Handler(BaseHTTPRequestHandler):
             if not self.parse_request():
                 return False
             response = self.server.site.answer(self.asked)
-        except Cold:
+        except NeedsThread:
             self.server.work(self)
             return False
-        except Refusal as refusal:
+        except ApiError as refusal:
             return self.refuse(refusal)
         except Exception:
             response = self.fault()
@@ -2908,12 +2907,12 @@ class Handler(BaseHTTPRequestHandler):
     def refuse(self, refusal):
         """Answer what is no request, or is not taken: the last answer of this connection."""
         self.close_connection = self.unread = True
-        return self.put(refusal_response(refusal))
+        return self.put(error_response(refusal))
 
     def parse_request(self):
         """Take one request off the buffer.  Returns whether it is all there.
 
-        Raises Refusal for what is no request; the connection is of no further use then.
+        Raises ApiError for what is no request; the connection is of no further use then.
         """
         self.asked = None
         if self.buffer[0] in "\r\n":
@@ -2945,7 +2944,7 @@ class Handler(BaseHTTPRequestHandler):
         return True
 
     def wait_for_more(self):
-        """No whole request is there.  Raises Refusal where there will be none."""
+        """No whole request is there.  Raises ApiError where there will be none."""
         if not self.buffer:
             return
         if self.partial and self.buffer.find("\n", self.scanned) < 0:
@@ -2964,7 +2963,7 @@ class Handler(BaseHTTPRequestHandler):
         """The answer when our own code has failed."""
         self.server.log.exception("internal error")
         self.close_connection = True
-        return refusal_response(Refusal(500, "InternalError", "internal error"))
+        return error_response(ApiError(500, "InternalError", "internal error"))
 
     # in the loop: answering
 
@@ -3057,7 +3056,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer_slowly(self):
         """Answer a request that may wait for the disk; what is not a file the loop sends."""
-        self.asked.may_wait = True
+        self.asked.may_block = True
         try:
             response = self.server.site.answer(self.asked)
         except Exception:
@@ -3173,7 +3172,7 @@ class Handler(BaseHTTPRequestHandler):
             self.partial = False
             self.started = time.monotonic()
             self.asked = None
-            self.refuse(Refusal(408, "RequestTimeout", "the request has not come to its end"))
+            self.refuse(ApiError(408, "RequestTimeout", "the request has not come to its end"))
         else:
             self.server.drop(self)
 
@@ -3205,6 +3204,12 @@ class Handler(BaseHTTPRequestHandler):
 
 
 # -- servers -----------------------------------------------------------------------------
+
+ACCEPT_BATCH = 32             # connections accepted before those that wait are looked at again
+ACCEPT_PAUSE = 0.5            # seconds without accepting after the files ran out
+OVERFLOW = 256                # connections above the limit that are told 503 before they close
+SPARE_FILES = 64              # file descriptors kept for images, directories and the log
+THREAD_IDLE = 10.0            # seconds until a thread without work ends
 
 class Workers:
     """Threads for what may wait: started when none is idle, ended when idle for long."""
@@ -3261,13 +3266,13 @@ class ImageServer(ThreadingHTTPServer):
         self._resume_accept = None        # when to accept again, after the files ran out
         self._cut_at = None               # when draining ends (monotonic); -inf: at once
         self._second = 0
-        self._look_at_time()
+        self._read_clock()
         self._ended = threading.Event()
         host, port = self.choose_address()
         super().__init__((host, port), Handler)
 
     def choose_address(self):
-        """The address to bind, and address_family with it.  Raises Mistake."""
+        """The address to bind, and address_family with it.  Raises UserError."""
         host, port = self.config.listen
         if not host:
             if socket.has_dualstack_ipv6():
@@ -3278,7 +3283,7 @@ class ImageServer(ThreadingHTTPServer):
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
                                        flags=socket.AI_PASSIVE | socket.AI_NUMERICHOST)
         except (OSError, UnicodeError):
-            raise Mistake(f"listen: {host!a} is no IP address", EXIT_CONFIG)
+            raise UserError(f"listen: {host!a} is no IP address", EXIT_CONFIG)
         self.address_family = found[0][0]
         return host, port
 
@@ -3308,7 +3313,7 @@ class ImageServer(ThreadingHTTPServer):
         host = (host[7:] if host.startswith("::ffff:") else host).partition("%")[0]
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
-    def _look_at_time(self):
+    def _read_clock(self):
         """What time it is for this turn of the loop; dates are made once a second."""
         self.now = time.monotonic()
         now = int(time.time())
@@ -3330,7 +3335,7 @@ class ImageServer(ThreadingHTTPServer):
         try:
             while self._cut_at is None or self._connections and self.now < self._cut_at:
                 events = self._selector.select(LOG_DELAY if self.log.pending else tick)
-                self._look_at_time()
+                self._read_clock()
                 self.share = max(ONE_PIECE, min(LOOP_STEP, TURN // (len(events) or 1)))
                 for key, _ in events:
                     try:
@@ -3340,7 +3345,7 @@ class ImageServer(ThreadingHTTPServer):
                 self._send_out()          # first, as what is answered has a new deadline
                 if self.now - looked >= tick:
                     looked = self.now
-                    self._look_at_clocks()
+                    self._check_deadlines()
                     self._send_out()
                 if self.now - flushed >= LOG_DELAY:
                     flushed = self.now
@@ -3382,7 +3387,7 @@ class ImageServer(ThreadingHTTPServer):
     def refuse(self, handler, why):
         """Answer 503 in place of whatever was asked."""
         self.log.warn(f"{handler.address_string()} is told to come back: {why}")
-        handler.refuse(Refusal(503, "ServiceUnavailableError", why,
+        handler.refuse(ApiError(503, "ServiceUnavailableError", why,
                                fields=b"Retry-After: 5\r\n"))
 
     def _send_out(self):
@@ -3405,7 +3410,7 @@ class ImageServer(ThreadingHTTPServer):
         except Exception:
             pass                          # not even that: the others are still to be served
 
-    def _look_at_clocks(self):
+    def _check_deadlines(self):
         """End what has taken too long."""
         now = self.now
         for handler in list(self._connections):
@@ -3547,7 +3552,7 @@ class ImageServer(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def alone(path):
+def socket_lock(path):
     """Within it no other server looks at, removes or binds the socket `path`.
 
     The lock is a file beside it, which is removed at the end: who waited for one that has
@@ -3577,10 +3582,10 @@ class UnixImageServer(ImageServer):
     def server_bind(self):
         """Bind and listen, replacing the socket file that a dead server has left.
 
-        Raises Mistake where a server answers there, or what is there is no socket.
+        Raises UserError where a server answers there, or what is there is no socket.
         """
         self.server_address = path = self.config.listen
-        with alone(path):
+        with socket_lock(path):
             self._clear(path)
             # illumos asks for read and write permission of who connects (so_ux_lookup).
             mask = os.umask(0o777 & ~int(self.config.socket_mode, 8))
@@ -3598,14 +3603,14 @@ class UnixImageServer(ImageServer):
         with socket.socket(socket.AF_UNIX) as probe:
             try:
                 if not stat.S_ISSOCK(os.lstat(path).st_mode):
-                    raise Mistake(f"{path} is there already, and it is no socket", EXIT_CONFIG)
+                    raise UserError(f"{path} is there already, and it is no socket", EXIT_CONFIG)
                 probe.connect(path)
             except ConnectionRefusedError:
                 os.unlink(path)           # nobody listens: a server died here
             except FileNotFoundError:
                 pass                      # the last one has ended well: nothing to remove
             else:
-                raise Mistake(f"another server listens on {path}")
+                raise UserError(f"another server listens on {path}")
 
     def describe(self):
         return self.server_address
@@ -3622,7 +3627,7 @@ class UnixImageServer(ImageServer):
         identity, self._identity = self._identity, None
         if identity is not None:
             try:
-                with alone(self.server_address):
+                with socket_lock(self.server_address):
                     status = os.stat(self.server_address)
                     if (status.st_dev, status.st_ino) == identity:
                         os.unlink(self.server_address)
@@ -3633,18 +3638,18 @@ class UnixImageServer(ImageServer):
 # -- commands ----------------------------------------------------------------------------
 
 def start(config, log) -> ImageServer:
-    """A server that listens.  Raises Mistake: status 96 where trying again will not help."""
+    """A server that listens.  Raises UserError: status 96 where trying again will not help."""
     kind = UnixImageServer if isinstance(config.listen, str) else ImageServer
     try:
         return kind(config, log)
     except PermissionError as error:
         hint = ("" if isinstance(config.listen, str) or config.listen[1] >= 1024 else
                 "; a port below 1024 needs the privilege net_privaddr, or choose --listen 8080")
-        raise Mistake(f"cannot listen on {config.listen_port}: {error.strerror}{hint}",
+        raise UserError(f"cannot listen on {config.listen_port}: {error.strerror}{hint}",
                       EXIT_CONFIG)
     except OSError as error:
         transient = error.errno == errno.EADDRINUSE
-        raise Mistake(f"cannot listen on {config.listen_port}: {error.strerror or error}",
+        raise UserError(f"cannot listen on {config.listen_port}: {error.strerror or error}",
                       1 if transient else EXIT_CONFIG)
 
 
@@ -3717,9 +3722,9 @@ def parse_field(text):
     """FIELD=VALUE, the value JSON if it parses, else a text; as imgadm create takes them."""
     name, sign, value = text.partition("=")
     if not sign or not re.fullmatch("[a-z][a-z0-9_]*", name):
-        raise Mistake(f"{text!a} is not FIELD=VALUE")
+        raise UserError(f"{text!a} is not FIELD=VALUE")
     if name in ("v", "uuid", "files", "state"):
-        raise Mistake(f"{name} cannot be set")
+        raise UserError(f"{name} cannot be set")
     try:
         return name, parse_json(os.fsencode(value))
     except ValueError:
@@ -3732,32 +3737,32 @@ def new_uuid() -> str:
 
 
 def checked_uuid(text) -> str:
-    """`text`, if it is a UUID as imgadm has them.  Raises Mistake."""
+    """`text`, if it is a UUID as imgadm has them.  Raises UserError."""
     if not is_uuid(text):
-        raise Mistake(f"{text!a} is not a UUID in lower case", 2)
+        raise UserError(f"{text!a} is not a UUID in lower case", 2)
     return text
 
 
 def manifest_to_import(config, options) -> dict:
-    """The manifest that the options of `import` ask for.  Raises Mistake."""
+    """The manifest that the options of `import` ask for.  Raises UserError."""
     texts = options.words
     for text in texts:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            raise Mistake(f"{text!a} is not UTF-8")
+            raise UserError(f"{text!a} is not UTF-8")
     given = {"os": options.os, "type": options.type, "origin": options.origin}
     if options.manifest:
         try:
             with interruptible(open)(options.manifest, "rb") as file:
                 data = interruptible(file.read)(MANIFEST_LIMIT + 1)
             if len(data) > MANIFEST_LIMIT:
-                raise Mistake(f"{options.manifest} is larger than {MANIFEST_LIMIT} bytes")
+                raise UserError(f"{options.manifest} is larger than {MANIFEST_LIMIT} bytes")
             manifest = parse_object(data)
         except OSError as error:
-            raise Mistake(f"cannot read {options.manifest}: {error.strerror}")
+            raise UserError(f"cannot read {options.manifest}: {error.strerror}")
         except ValueError as error:
-            raise Mistake(f"{options.manifest} {error}")
+            raise UserError(f"{options.manifest} {error}")
         manifest = {key: value for key, value in manifest.items() if key not in ("state", "icon")}
         if not is_v1(manifest):
             manifest = {"v": 2, "uuid": None, "owner": NOBODY, "public": True, "disabled": False,
@@ -3767,19 +3772,19 @@ def manifest_to_import(config, options) -> dict:
         manifest["uuid"] = options.uuid or manifest.get("uuid") or new_uuid()
     else:
         if len(texts) < 3:
-            raise Mistake("NAME VERSION DESCRIPTION are needed, or --manifest FILE", 2)
+            raise UserError("NAME VERSION DESCRIPTION are needed, or --manifest FILE", 2)
         given.update(zip(("name", "version", "description"), texts))
         given.update(map(parse_field, texts[3:]))
         manifest = new_manifest(config, options.uuid or new_uuid(), given)
     if not isinstance(manifest["uuid"], str) or not is_uuid(manifest["uuid"]):
-        raise Mistake(f"{manifest['uuid']!a} is not a UUID in lower case")
+        raise UserError(f"{manifest['uuid']!a} is not a UUID in lower case")
     files = manifest.get("files", [])
     if not isinstance(files, list) or len(files) > 1 \
             or not all(isinstance(item, dict) for item in files):
-        raise Mistake("files of the manifest must hold one file")
+        raise UserError("files of the manifest must hold one file")
     check_fields(manifest)
     if not options.stream_check and manifest["type"] in STREAM_TYPES.values():
-        raise Mistake(f"a {manifest['type']} is a ZFS stream: --no-stream-check needs "
+        raise UserError(f"a {manifest['type']} is a ZFS stream: --no-stream-check needs "
                       "another --type")
     choose_channels(config, manifest)
     return manifest
@@ -3790,17 +3795,17 @@ def run_import(config, options):
     manifest = manifest_to_import(config, options)
     if manifest.get("origin") and options.stream_check and not os.path.exists(
             os.path.join(config.serve_dir, manifest["origin"], MANIFEST)):
-        raise Mistake(f"its origin, image {manifest['origin']}, is not on this server")
+        raise UserError(f"its origin, image {manifest['origin']}, is not on this server")
     if options.file in (None, "-"):
         os.set_blocking(0, True)          # the other end may have had it otherwise
         source = open(0, "rb", closefd=False)
         if source.isatty():
-            raise Mistake("the image is read from standard input: `... < FILE`", 2)
+            raise UserError("the image is read from standard input: `... < FILE`", 2)
     else:
         try:
             source = interruptible(open)(options.file, "rb")
         except OSError as error:
-            raise Mistake(f"cannot read {options.file}: {error.strerror}")
+            raise UserError(f"cannot read {options.file}: {error.strerror}")
     progress = Progress("imported", options.quiet)
     try:
         Import(config, manifest, options.stream_check, progress).run(source, options.activate)
@@ -3826,14 +3831,14 @@ def run_discard(config, options):
     return 0
 
 
-def check_image(reader, config, uuid, quiet) -> Examination:
-    """Read all of an image, and hold it against its manifest.  Raises Unsound."""
+def check_image(reader, config, uuid, quiet) -> FileScan:
+    """Read all of an image, and hold it against its manifest.  Raises BadImage."""
     image = reader.read(uuid, os.path.join(config.serve_dir, ""), (IMGAPI,))
     if image is None:
-        raise Unsound(f"there is no {MANIFEST}")
+        raise BadImage(f"there is no {MANIFEST}")
     if image.problem:
-        raise Unsound(image.problem)
-    found = Examination()
+        raise BadImage(image.problem)
+    found = FileScan()
     progress = Progress(f"{uuid} {image.file}", quiet)
     try:
         fd, _ = open_regular(os.path.join(image.directory, image.file))
@@ -3841,16 +3846,16 @@ def check_image(reader, config, uuid, quiet) -> Examination:
             found.run(interruptible(file.read), progress=progress)
         compare(found, image)
     except OSError as error:
-        raise Unsound(f"{image.file}: {error.strerror}")
-    except Unsound as error:
-        raise Unsound(f"{image.file}: {error}")
+        raise BadImage(f"{image.file}: {error.strerror}")
+    except BadImage as error:
+        raise BadImage(f"{image.file}: {error}")
     finally:
         progress.clear()
     return found
 
 
 def compare(found, image):
-    """Hold what was found against what the manifest says.  Raises Unsound."""
+    """Hold what was found against what the manifest says.  Raises BadImage."""
     is_stream = found.stream.type is not None or image.type in STREAM_TYPES.values()
     pairs = [("size", found.size, image.size), ("sha1", found.sha1, image.sha1)]
     if image.md5 is not None:
@@ -3860,31 +3865,31 @@ def compare(found, image):
         pairs.append(("compression", found.compression, promised))
     for name, value, promised in pairs:
         if value != promised:
-            raise Unsound(f"its {name} is {value}, not {promised}")
+            raise BadImage(f"its {name} is {value}, not {promised}")
     trouble = is_stream and found.stream.trouble()
     if trouble:
-        raise Unsound(trouble)
+        raise BadImage(trouble)
 
 
 def record_md5(directory, found):
     """Write the md5 of an image's file into its manifest, for Content-MD5; by rename.
 
     Its time stays, which may be what is shown as published_at.  Not where the manifest has
-    become another since the file was read.  Raises Unsound where it cannot be written.
+    become another since the file was read.  Raises BadImage where it cannot be written.
     """
     try:
         manifest, _ = read_manifest(directory)
         file = manifest["files"][0]
         if file["sha1"].lower() != found.sha1 or file.get("md5") == found.md5:
             return
-    except (OSError, Unsound, LookupError, TypeError, AttributeError):
+    except (OSError, BadImage, LookupError, TypeError, AttributeError):
         return
     file["md5"] = found.md5
     try:
         replace_file(os.path.join(directory, MANIFEST),
                      (render_json(manifest) + "\n").encode(), keep_time=True)
-    except Mistake as mistake:
-        raise Unsound(str(mistake))
+    except UserError as mistake:
+        raise BadImage(str(mistake))
 
 
 def incoming(serve_dir):
@@ -3905,7 +3910,7 @@ def incoming(serve_dir):
 def run_check(config, options):
     """Read every image again, and say which are not what their manifests promise."""
     config.check_serve_dir()
-    reader = Reader(config)
+    reader = ImageReader(config)
     uuids = [checked_uuid(text) for text in options.uuid]
     uuids = uuids or sorted(name for name in os.listdir(config.serve_dir) if is_uuid(name))
     say = interruptible(functools.partial(print, flush=True))     # to a pager, it may take long
@@ -3915,7 +3920,7 @@ def run_check(config, options):
             found = check_image(reader, config, uuid, options.quiet)
             if options.record:
                 record_md5(os.path.join(config.serve_dir, uuid), found)
-        except Unsound as error:
+        except BadImage as error:
             bad += 1
             say(f"{uuid}: {printable(str(error))}")
     for name in os.listdir(config.serve_dir) if options.clean else ():
@@ -3927,7 +3932,7 @@ def run_check(config, options):
             try:
                 discard(config.serve_dir, uuid)
                 what = "was never finished: removed"
-            except Mistake as mistake:
+            except UserError as mistake:
                 what = f"was never finished: {mistake}"
         say(f"{INCOMING}{uuid}: {what}; last change {age / 3600:.0f} hours ago")
     say(f"{len(uuids) - bad} of {len(uuids)} images are sound"
@@ -4092,7 +4097,7 @@ def option_parser() -> argparse.ArgumentParser:
 
 
 def load_config(options) -> Config:
-    """The configuration file with the command line's options over it.  Raises Mistake."""
+    """The configuration file with the command line's options over it.  Raises UserError."""
     config = Config.load(options.config or default_config(), options.config is not None)
     if options.dir is not None:
         config.serve_dir = os.path.abspath(options.dir)
@@ -4101,10 +4106,10 @@ def load_config(options) -> Config:
             config.listen_port = options.listen
             config.listen = parse_listen(options.listen, any_port=True)
         except ValueError as error:
-            raise Mistake(f"--listen {error}, not {options.listen!a}", EXIT_CONFIG)
+            raise UserError(f"--listen {error}, not {options.listen!a}", EXIT_CONFIG)
     if options.loglevel is not None:
         if options.loglevel not in LEVELS:
-            raise Mistake(f"--loglevel must be one of {', '.join(LEVELS)}", EXIT_CONFIG)
+            raise UserError(f"--loglevel must be one of {', '.join(LEVELS)}", EXIT_CONFIG)
         config.loglevel = options.loglevel
     return config
 
@@ -4130,11 +4135,11 @@ def main(arguments=None) -> int:
     except RuntimeError as error:         # can't start new thread
         sys.stderr.write(f"imgserver: {error}\n")
         return 1
-    except OSError as error:              # commands turn theirs into a Mistake, but for print
+    except OSError as error:              # commands turn theirs into a UserError, but for print
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)      # or Python would fail at its end again
         sys.stderr.write(f"imgserver: {error.strerror}\n")
         return 1
-    except Mistake as mistake:
+    except UserError as mistake:
         try:
             text = printable(str(mistake)).replace('\\"', '"')
             sys.stderr.write(f"imgserver: {text}\n")

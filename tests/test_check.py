@@ -125,7 +125,7 @@ class TestCheck(CheckCase):
             [sys.executable, "-c", "import sys; import imgserver\n"
              "def check(*_):\n"
              f"    open({looked!r}, 'w').close()\n"
-             "    raise imgserver.Unsound('bad')\n"
+             "    raise imgserver.BadImage('bad')\n"
              "imgserver.check_image = check\n"
              "sys.exit(imgserver.main())", "check", "--dir", self.serve_dir],
             stdout=writer, stderr=subprocess.PIPE, cwd=ROOT)

@@ -35,8 +35,8 @@ class Looks(ServerCase):
         self.addCleanup(os.close, self.log.fd)
         return imgserver.Store(config, self.log)
 
-    def names(self, may_wait=False):
-        return [image.name for image in self.store.snapshot(imgserver.DSAPI, may_wait).images]
+    def names(self, may_block=False):
+        return [image.name for image in self.store.snapshot(imgserver.DSAPI, may_block).images]
 
     def clock(self):
         """The only time that passes by itself: a microsecond from one look to the next."""
@@ -52,10 +52,10 @@ class Looks(ServerCase):
     def test_one_thread_looks_early_while_the_others_are_served(self):
         write_image(self.serve_dir, U, name="edited")
         self.later(imgserver.RECHECK_EARLY)
-        with self.assertRaises(imgserver.Cold):
+        with self.assertRaises(imgserver.NeedsThread):
             self.names()
         self.assertEqual(self.names(), ["test"])
-        self.assertEqual(self.names(may_wait=True), ["edited"])
+        self.assertEqual(self.names(may_block=True), ["edited"])
         self.assertEqual(self.names(), ["edited"])
 
     def test_few_lists_are_kept_the_latest_ones(self):
@@ -69,7 +69,7 @@ class Looks(ServerCase):
     def test_nobody_is_served_what_is_too_old(self):
         self.later(imgserver.RECHECK)
         for _ in range(2):
-            with self.assertRaises(imgserver.Cold):
+            with self.assertRaises(imgserver.NeedsThread):
                 self.names()
 
     def begin_to_look(self):
@@ -89,10 +89,10 @@ class Looks(ServerCase):
     def test_what_the_loop_finds_changed_is_read_by_a_thread(self):
         write_image(self.serve_dir, U, name="edited")
         self.later(self.begin_to_look())
-        with self.assertRaises(imgserver.Cold):
+        with self.assertRaises(imgserver.NeedsThread):
             self.names()
         self.assertEqual(self.names(), ["test"])
-        self.assertEqual(self.names(may_wait=True), ["edited"])
+        self.assertEqual(self.names(may_block=True), ["edited"])
         self.assertEqual(self.names(), ["edited"])
 
     def test_a_new_icon_is_found_by_the_loop_too(self):
@@ -100,23 +100,23 @@ class Looks(ServerCase):
         with open(os.path.join(self.serve_dir, U, "icon.png"), "wb") as file:
             file.write(b"icon")
         self.later(time_left)
-        with self.assertRaises(imgserver.Cold):
+        with self.assertRaises(imgserver.NeedsThread):
             self.names()
 
     def test_what_was_read_alone_meanwhile_is_put_into_the_list_by_a_thread(self):
         write_image(self.serve_dir, U, name="edited")
         self.assertEqual(self.store.image(U, imgserver.DSAPI, True).name, "edited")
         self.later(imgserver.RECHECK_SOON)
-        with self.assertRaises(imgserver.Cold):
+        with self.assertRaises(imgserver.NeedsThread):
             self.names()
-        self.assertEqual(self.names(may_wait=True), ["edited"])
+        self.assertEqual(self.names(may_block=True), ["edited"])
 
     def test_a_slow_disk_is_looked_at_by_a_thread(self):
         with mock.patch.object(imgserver, "LOOK_AHEAD", -1):
             self.later(self.begin_to_look())
-            with self.assertRaises(imgserver.Cold):
+            with self.assertRaises(imgserver.NeedsThread):
                 self.names()
-        self.assertEqual(self.names(may_wait=True), ["test"])
+        self.assertEqual(self.names(may_block=True), ["test"])
         self.assertEqual(self.names(), ["test"])
 
     def test_another_file_system_is_looked_at_by_a_thread(self):
@@ -134,18 +134,18 @@ class Looks(ServerCase):
                 os.symlink(there, path)
                 os.utime(self.serve_dir, (1, 1))
                 self.later(imgserver.RECHECK)
-                self.assertEqual(self.names(may_wait=True), ["test"])
+                self.assertEqual(self.names(may_block=True), ["test"])
                 self.later(self.begin_to_look())
-                with self.assertRaises(imgserver.Cold):
+                with self.assertRaises(imgserver.NeedsThread):
                     self.names()
-                self.assertEqual(self.names(may_wait=True), ["test"])
+                self.assertEqual(self.names(may_block=True), ["test"])
                 os.unlink(path)
                 shutil.move(there, path)
 
     def test_a_look_in_parts_that_was_left_is_begun_anew(self):
         self.begin_to_look()
         self.later(imgserver.RECHECK)
-        self.assertEqual(self.names(may_wait=True), ["test"])
+        self.assertEqual(self.names(may_block=True), ["test"])
         time_left = self.begin_to_look()
         self.later(time_left)
         for _ in range(2):
@@ -154,7 +154,7 @@ class Looks(ServerCase):
     def test_a_directory_from_the_future_is_no_reason_to_look_each_time(self):
         future = time.time() + 3600
         os.utime(self.serve_dir, (future, future))
-        self.names(may_wait=True)
+        self.names(may_block=True)
         self.assertEqual(self.names(), ["test"])
 
     def test_an_image_that_comes_while_the_names_are_read_is_not_missed(self):
@@ -172,8 +172,8 @@ class Looks(ServerCase):
             return names
         with mock.patch.object(imgserver.time, "time_ns", return_value=tick) as now:
             with mock.patch.object(os, "listdir", late):
-                self.assertEqual(self.names(may_wait=True), ["test"])
-            self.assertEqual(self.names(may_wait=True), ["test", "new"])
+                self.assertEqual(self.names(may_block=True), ["test"])
+            self.assertEqual(self.names(may_block=True), ["test", "new"])
 
     def test_what_has_just_changed_is_read_again_until_its_time_would_move(self):
         """Else a second change in the same tick of the file system's clock were never seen."""
@@ -188,12 +188,12 @@ class Looks(ServerCase):
                     self.later(imgserver.RECHECK)
                     now.return_value = changed + imgserver.RACY
                     for _ in range(2):
-                        self.assertEqual(self.names(may_wait=True), ["test"])
-                        with self.assertRaises(imgserver.Cold):
+                        self.assertEqual(self.names(may_block=True), ["test"])
+                        with self.assertRaises(imgserver.NeedsThread):
                             self.store.image(U, imgserver.DSAPI, False)
                     now.side_effect = changed - 10**9, changed + 1        # a slow disk
                     self.assertEqual(self.store.image(U, imgserver.DSAPI, True).name, "test")
-                    with self.assertRaises(imgserver.Cold):
+                    with self.assertRaises(imgserver.NeedsThread):
                         self.store.image(U, imgserver.DSAPI, False)
                     now.side_effect = None
                     now.return_value += 1

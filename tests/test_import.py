@@ -565,7 +565,7 @@ class TestTrouble(ImportCase):
                         for _ in range({chunks}):
                             lane.put(b"x")
                         lane.close()
-                    except imgserver.Mistake as mistake:
+                    except imgserver.UserError as mistake:
                         sys.exit(mistake.status)
                     """], stdout=subprocess.PIPE, cwd=ROOT)
                 self.addCleanup(process.stdout.close)
@@ -589,7 +589,7 @@ class TestTrouble(ImportCase):
             imgserver.hold_signals()
             try:
                 imgserver.interruptible(os.read)(os.pipe()[0], 1)
-            except imgserver.Mistake as mistake:
+            except imgserver.UserError as mistake:
                 sys.exit(mistake.status)
             """], cwd=ROOT, timeout=PATIENCE)
         self.assertEqual(result.returncode, 128 + signal.SIGTERM)
@@ -623,12 +623,12 @@ class TestTrouble(ImportCase):
                 def __del__(self):
                     os.kill(os.getpid(), signal.SIGTERM)
 
-            class Stream(imgserver.Stream):
+            class Stream(imgserver.SendStream):
                 def __init__(self):
                     super().__init__()
                     Dropped()
 
-            imgserver.Stream = Stream
+            imgserver.SendStream = Stream
             sys.exit(imgserver.main())
             """
         result = self.run_import(command=[

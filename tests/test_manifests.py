@@ -158,8 +158,8 @@ class RoundTrip(unittest.TestCase):
                 manifest = changed(manifest, change)
                 v2 = imgserver.complete(manifest, MTIME)
                 v1 = imgserver.as_v1(manifest, v2, {**FILE, "path": "p", "url": "u"}, "internal")
-                again = imgserver.shown(imgserver.complete(v1, MTIME))
-                want = imgserver.shown(v2)
+                again = imgserver.public_fields(imgserver.complete(v1, MTIME))
+                want = imgserver.public_fields(v2)
                 for key in filled:
                     want.setdefault(key, again[key])
                 self.assertEqual(again, want)
@@ -385,7 +385,7 @@ class Shown(unittest.TestCase):
                      "creator_uuid": CREATOR})
         full["files"] = [{"path": "p", "url": "u", "md5": "m", "stor": "local", **FILE,
                           "dataset_guid": "5", "x-own": 1}]
-        result = imgserver.shown(full)
+        result = imgserver.public_fields(full)
         self.assertEqual(list(result), order)
         self.assertEqual(result["files"], [{**FILE, "dataset_guid": "5"}])
 
@@ -396,11 +396,11 @@ class Shown(unittest.TestCase):
                 ("description", None, ABSENT), ("description", "", ""), ("tags", {}, {}),
                 ("disabled", False, False), ("public", False, False), ("image_size", 0, 0)):
             with self.subTest(field=field, value=value):
-                result = imgserver.shown({**V2, field: value})
+                result = imgserver.public_fields({**V2, field: value})
                 self.assertEqual(result.get(field, ABSENT), expected)
 
     def test_generate_passwords_false_is_not_lost(self):
-        self.assertIs(imgserver.shown({**V2, "generate_passwords": False})["generate_passwords"],
+        self.assertIs(imgserver.public_fields({**V2, "generate_passwords": False})["generate_passwords"],
                       False)
 
 

@@ -50,7 +50,7 @@ class Lanes(unittest.TestCase):
                 begun.set()
                 return iter(lambda: b"x", b"")
 
-        class Look(imgserver.Examination):
+        class Look(imgserver.FileScan):
             def _begin(self, _):
                 self.compression, self._decompressor = "gzip", Endless
 
@@ -178,7 +178,7 @@ class Checks(PublishCase):
 
     def test_no_md5_is_recorded_beside_another_sha1(self):
         manifest = write_image(self.serve_dir, U, DATA)
-        found = imgserver.Examination()
+        found = imgserver.FileScan()
         with open(os.path.join(self.serve_dir, U, "image.zfs.gz"), "rb") as file:
             found.run(file.read)
         for spoilt in ({**manifest, "files": [{**manifest["files"][0], "sha1": "0" * 40}]},
@@ -194,7 +194,7 @@ class Checks(PublishCase):
 class Streams(unittest.TestCase):
 
     def test_a_begin_of_an_unknown_kind_is_the_last_word(self):
-        stream = imgserver.Stream()
+        stream = imgserver.SendStream()
         stream.feed(streams.stream(kind=1))
         stream.feed(streams.stream())
         self.assertIsNone(stream.type)
