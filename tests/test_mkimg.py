@@ -42,6 +42,7 @@ case $1 in
 esac
 """,
     "imgadm": NOTE + """cat image.json""",
+    "uname": NOTE + """cat platform""",
     "zfs": NOTE + """
 for last; do :; done
 case $1 in
@@ -58,6 +59,7 @@ esac
 """,
     "ssh": NOTE + """
 [ "$1" = -n ] && { shift; exec < /dev/null; }
+[ "$1" = -o ] && shift 2
 if [ -e "no-ssh" ]; then cat > /dev/null; exit 255; fi
 case $2 in
     *"'-a'"*)
@@ -74,7 +76,11 @@ exec sh -c "$2"
     "json": f"""#!{sys.executable} -SE
 import json, sys
 value = json.load(sys.stdin)
-for key in sys.argv[1].split("."):
+if sys.argv[1] == "-e":                   # a change in JavaScript, of which this knows one form
+    key, text = sys.argv[2].split(" = ")
+    value[key[len("this."):]] = json.loads(text)
+    sys.argv[1:] = []
+for key in sys.argv[1].split(".") if sys.argv[1:] else ():
     try:
         value = value[int(key)] if isinstance(value, list) else value[key]
     except (LookupError, TypeError):
@@ -116,6 +122,7 @@ class MkimgCase(ServerCase):
         self.vm(ZONE)
         self.put("image.json", json.dumps({"manifest": {"os": "smartos", "uuid": IMAGE}}))
         self.put("stream", streams.stream())
+        self.put("platform", "joyent_20240102T030405Z\n")
         self.put("state", "running\n")
         self.put("snapshots", f"zones/{VM}@image\n")
 
