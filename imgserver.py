@@ -3790,8 +3790,21 @@ def manifest_to_import(config, options) -> dict:
     return manifest
 
 
+def import_words(options) -> list:
+    """The words of `import` from NAME on.  Raises UserError for an option among them."""
+    words = options.words
+    if words[:1] == ["--"]:
+        return words[1:]
+    fields = words[0 if options.manifest else 3:]
+    late = [word for word in words if word.startswith("-")]
+    if late and not all(re.match("[a-z][a-z0-9_]*=", word) for word in fields):
+        raise UserError(f"options come before NAME, but {late[0]!a} does not", 2)
+    return words
+
+
 def run_import(config, options):
     """Take an image from standard input or --file, and print its uuid."""
+    options.words = import_words(options)
     manifest = manifest_to_import(config, options)
     if manifest.get("origin") and options.stream_check and not os.path.exists(
             os.path.join(config.serve_dir, manifest["origin"], MANIFEST)):
@@ -3829,6 +3842,17 @@ def run_discard(config, options):
     """Throw away an image that is not active."""
     discard(config.serve_dir, checked_uuid(options.uuid))
     return 0
+
+
+def run_import_image(config, options):
+    """All that the script import-image does."""
+    if options.step is None:
+        return run_import(config, options)
+    words = options.words[options.words[:1] == ["--"]:]
+    if len(words) != 1:
+        raise UserError("-a and -d take one UUID, behind all options", 2)
+    options.uuid = words[0]
+    return options.step(config, options)
 
 
 def check_image(reader, config, uuid, quiet) -> FileScan:
@@ -4031,6 +4055,36 @@ def default_config() -> str:
     return os.path.join(os.path.dirname(os.path.abspath(__file__)), "config.json")
 
 
+class CommandParser(argparse.ArgumentParser):
+    """Refuses unknown options itself, with the usage of its command, not that of all."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error("unrecognized arguments: " + " ".join(unknown))
+        return namespace, unknown
+
+
+def add_import_options(sub):
+    """The options and words of `import`.  Options end where NAME stands."""
+    sub.usage = ("%(prog)s [OPTION ...] NAME VERSION DESCRIPTION [FIELD=VALUE ...] < IMAGE\n"
+                 "       %(prog)s [OPTION ...] --manifest FILE [FIELD=VALUE ...] < IMAGE")
+    sub.add_argument("words", nargs=argparse.REMAINDER,
+                     metavar="NAME VERSION DESCRIPTION [FIELD=VALUE ...]",
+                     help="what it is; any field of a manifest, as JSON or a text")
+    sub.add_argument("--manifest", metavar="FILE", help="take the fields from this manifest")
+    sub.add_argument("--file", metavar="FILE", help="read the image from FILE")
+    sub.add_argument("--uuid", metavar="UUID", help="its uuid (default: a new one)")
+    sub.add_argument("--origin", metavar="UUID", help="the image an incremental one builds on")
+    sub.add_argument("--os", help="its operating system (default: smartos)")
+    sub.add_argument("--type", help="its type (default: zone-dataset)")
+    sub.add_argument("-n", "--no-activate", dest="activate", action="store_false",
+                     help="leave it unactivated, for `activate` or `discard`")
+    sub.add_argument("--no-stream-check", dest="stream_check", action="store_false",
+                     help="it is no ZFS send stream")
+    sub.add_argument("-q", "--quiet", action="store_true", help="no progress on a terminal")
+
+
 def option_parser() -> argparse.ArgumentParser:
     """The command line; `run` of what it parses is the command's function."""
     shared = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
@@ -4045,7 +4099,8 @@ def option_parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=run_serve)
     parser.add_argument("--version", action="version", help="print the version",
                         version=f"imgserver {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands",
+                                     parser_class=CommandParser)
 
     def command(name, run, text):
         sub = commands.add_parser(name, parents=[shared], help=text, description=text)
@@ -4061,21 +4116,21 @@ def option_parser() -> argparse.ArgumentParser:
                           help="least level to log: " + ", ".join(LEVELS)
                                + " (default: loglevel of the configuration, info)")
     sub = command("import", run_import, "publish an image, read from standard input")
-    sub.usage = ("%(prog)s [OPTION ...] NAME VERSION DESCRIPTION [FIELD=VALUE ...] < IMAGE\n"
-                 "       %(prog)s [OPTION ...] --manifest FILE [FIELD=VALUE ...] < IMAGE")
-    sub.add_argument("words", nargs="*", metavar="NAME VERSION DESCRIPTION [FIELD=VALUE ...]",
-                     help="what it is; any field of a manifest, as JSON or a text")
-    sub.add_argument("--manifest", metavar="FILE", help="take the fields from this manifest")
-    sub.add_argument("--file", metavar="FILE", help="read the image from FILE")
-    sub.add_argument("--uuid", metavar="UUID", help="its uuid (default: a new one)")
-    sub.add_argument("--origin", metavar="UUID", help="the image an incremental one builds on")
-    sub.add_argument("--os", help="its operating system (default: smartos)")
-    sub.add_argument("--type", help="its type (default: zone-dataset)")
-    sub.add_argument("-n", "--no-activate", dest="activate", action="store_false",
-                     help="leave it unactivated, for `activate` or `discard`")
-    sub.add_argument("--no-stream-check", dest="stream_check", action="store_false",
-                     help="it is no ZFS send stream")
-    sub.add_argument("-q", "--quiet", action="store_true", help="no progress on a terminal")
+    add_import_options(sub)
+    # For the script import-image alone, which passes everything on: without help, not listed.
+    sub = commands.add_parser("import-image", parents=[shared], prog="import-image",
+                              description="Publish an image, read from standard input.")
+    sub.set_defaults(run=run_import_image)
+    add_import_options(sub)
+    sub.usage += ("\n       %(prog)s [--dir DIR] [--config FILE] -a UUID | -d UUID"
+                  "\n       %(prog)s -p | -h")
+    sub.add_argument("-a", dest="step", action="store_const", const=run_activate,
+                     help="activate an image that -n has left")
+    sub.add_argument("-d", dest="step", action="store_const", const=run_discard,
+                     help="discard an image that is not active, or was never finished")
+    sub.add_argument("-p", action="store_true",
+                     help="print the Python that is used: $PYTHON, or the newest in "
+                          "/opt/local/bin, or python3")
     command("activate", run_activate, "put an unactivated image on show").add_argument(
         "uuid", metavar="UUID")
     command("discard", run_discard, "throw an image away that is not active").add_argument(
