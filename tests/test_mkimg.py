@@ -365,7 +365,8 @@ class TestRefused(MkimgCase):
         status, output, _ = self.mkimg("-h")
         self.assertEqual(status, 0)
         self.assertIn("UUID NAME VERSION DESCRIPTION", output)
-        for words in ((), (VM,), (VM, *WORDS, "more"), (VM, *WORDS, "-k"), ("-x", VM, *WORDS), ("x", *WORDS),
+        for words in ((), (VM,), ("-x", VM, *WORDS), ("x", *WORDS),
+                      (VM, *WORDS, "more"), (VM, *WORDS, "-k"),
                       (VM.upper().replace("0", "A"), *WORDS), ("../" + VM, *WORDS),
                       ("-" * 36, *WORDS), (VM + "\n", *WORDS), ("-c", "lzma", VM, *WORDS),
                       (VM, "", "1", "x"), (VM, "a+b", "1", "x"), (VM, "web", "1 0", "x"),
@@ -446,7 +447,7 @@ class TestTrouble(MkimgCase):
         self.put("fail-vmadm-start")
         status, _, errors = self.mkimg(VM, *WORDS)
         self.assertEqual(status, 0)
-        self.assertIn(f"cannot start VM {VM}", errors)
+        self.assertIn(f"this starts it: vmadm start {VM}", errors)
 
     def test_signals(self):
         self.put("hang")
