@@ -2544,7 +2544,8 @@ class Site:
             names.insert(0, "index.html")
         for name in names:
             try:
-                fd, status = open_regular(os.path.join(self.config.serve_dir, name))
+                fd, status = open_regular(os.path.join(self.config.serve_dir, name),
+                                      self.config.serve_dir)
             except OSError as error:
                 raise_shortage(error)
                 continue
