@@ -2545,7 +2545,7 @@ class Site:
         for name in names:
             try:
                 fd, status = open_regular(os.path.join(self.config.serve_dir, name),
-                                      self.config.serve_dir)
+                                          self.config.serve_dir)
             except OSError as error:
                 raise_shortage(error)
                 continue
