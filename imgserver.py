@@ -351,14 +351,14 @@ def _text(value):
 
 
 def _prefix(value):
-    """What stands before the Host header in files[].url: a scheme, and labels of a name."""
+    """The part of files[].url before the Host header: a scheme, and labels of a name."""
     if not isinstance(value, str) or not re.fullmatch(r"https?://([A-Za-z0-9-]+\.)*", value):
         raise ValueError('must be "http://" or "https://"')
     return value
 
 
 def _suffix(value):
-    """What stands behind it there: labels of a name, a port, a path."""
+    """The part behind it: labels of a name, a port, a path."""
     match = isinstance(value, str) and re.fullmatch(
         r"(?:\.[A-Za-z0-9-]+)*(?::([0-9]{1,5}))?(?:/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)*", value)
     if not match or not 1 <= int(match[1] or 1) <= 65535:
@@ -3636,9 +3636,10 @@ def socket_lock(path):
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise UserError(f"{path}.lock is no regular file", EXIT_CONFIG)
-            with contextlib.suppress(BlockingIOError, PermissionError):   # POSIX has either
+            # POSIX has either of two errors for a lock; a file that was removed is no lock.
+            with contextlib.suppress(BlockingIOError, PermissionError, FileNotFoundError):
                 fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(fd).st_nlink:
+                if os.path.samestat(status, os.lstat(path + ".lock")):
                     break
         except BaseException:
             os.close(fd)
@@ -4084,8 +4085,8 @@ SMF_MANIFEST = """\
 """
 
 
-# As __main__, from what Python keeps of a compiled module (`make` compiles it): compiling costs
-# each start 8 MiB that never come back.  Isolated, as what lies in this directory is no module.
+# Runs it as __main__ from __pycache__, where `make` compiles it: compiling costs each start 8 MiB
+# that never come back.  Isolated, so that no module comes from the working directory.
 SMF_START = ("__file__ = 'imgserver.py'; from importlib.machinery import SourceFileLoader as L; "
              "exec(L('imgserver', __file__).get_code('imgserver'))")
 

@@ -65,7 +65,7 @@ class Symlinks(ServerCase):
         self.assertIsNone(image.icon)
 
     def test_icon_that_becomes_a_link(self):
-        """Between two looks at the directory, or between look and open."""
+        """Since the directory was read, or while it is opened."""
         with open(self.path(self.uuid, "icon.png"), "wb") as file:
             file.write(b"icon")
         path = self.link(self.uuid, "icon.png")
