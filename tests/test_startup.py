@@ -17,8 +17,8 @@ import unittest
 from unittest import mock
 
 import imgserver
-from tests.support import (IMGSERVER, PATIENCE, ROOT, Connection, ServerCase, command, free_port, has_ipv6,
-                           uuid_of, wait_for, write_image)
+from tests.support import (IMGSERVER, PATIENCE, ROOT, Connection, ServerCase, command, free_port,
+                           has_ipv6, uuid_of, wait_for, write_image)
 
 CONFIG_ERROR = 96
 
