@@ -25,7 +25,18 @@ What it does not do: TLS (put nginx in front), authentication, HTTP/2, uploads o
 MIT licence; see LICENSE.
 """
 
-from __future__ import annotations
+# Python 2.7 and 3.6 refuse this line, and the error shows it.
+from __future__ import annotations; imgserver: "needs Python 3.9 or newer"
+
+import sys
+
+if sys.version_info < (3, 9):
+    sys.stderr.write("imgserver needs Python 3.9 or newer, not %d.%d\n" % sys.version_info[:2])
+    sys.exit(96)              # as EXIT_CONFIG
+# No module comes from the program's directory, where others may be allowed to write.  Isolated
+# (-I, -P since 3.11), Python has not put it there.
+if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isolated):
+    del sys.path[0]
 
 import argparse
 import base64
@@ -53,7 +64,6 @@ import signal
 import socket
 import stat
 import struct
-import sys
 import threading
 import time
 import traceback
@@ -346,6 +356,28 @@ def _text(value):
     return value
 
 
+def _prefix(value):
+    """The part of files[].url before the Host header: a scheme, and labels of a name."""
+    if not isinstance(value, str) or not re.fullmatch(r"https?://([A-Za-z0-9-]+\.)*", value):
+        raise ValueError('must be "http://" or "https://"')
+    return value
+
+
+def _suffix(value):
+    """The part behind it: labels of a name, a port, a path."""
+    match = isinstance(value, str) and re.fullmatch(
+        r"(?:\.[A-Za-z0-9-]+)*(?::([0-9]{1,5}))?(?:/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)*", value)
+    if not match or not 1 <= int(match[1] or 1) <= 65535:
+        raise ValueError('must be "", ":PORT", "/PATH" or ":PORT/PATH", without a / at its end')
+    return value
+
+
+def _directory(value):
+    if not _text(value):
+        raise ValueError("must be the path of a directory")
+    return value
+
+
 def _uuid_or_empty(value):
     if value != "" and not (isinstance(value, str) and is_uuid(value)):
         raise ValueError("must be a UUID in lower case, or empty")
@@ -388,25 +420,32 @@ def _channels(value):
     return value
 
 
-def parse_listen(value, any_port=False):
-    """Where to listen: (host, port), host "" for every address; or the path of a socket.
+def parse_listen(value, any_port=False) -> list:
+    """Where to listen, one or more: (address, port), address "" for all; or a socket's path.
 
-    Takes 8080, "8080", "ADDRESS:PORT", "[IPV6]:PORT" and "/path".  Raises ValueError.
+    Takes 8080, "8080", "ADDRESS:PORT", "[IPV6]:PORT", "*:PORT", "localhost:PORT" (both of its
+    addresses; nobody is asked for names) and "/path".  Raises ValueError.
     """
     if isinstance(value, str) and value.startswith("/"):
         if "\0" in value:
             raise ValueError("is no path")
         if len(os.fsencode(value)) > 107:         # sun_path[108], illumos and Linux
             raise ValueError("is too long for a Unix socket: 107 bytes are the most")
-        return value
-    match = re.fullmatch(r"(?:(\[[0-9A-Fa-f:.]+\]|[^\[\]:/\s]+):)?([0-9]{1,5})", str(value))
+        return [value]
+    match = re.fullmatch(r"(?:(\[[0-9A-Fa-f:.]+\]|[^\[\]:/\s\0]+):)?([0-9]{1,5})", str(value))
     if isinstance(value, bool) or not match:
         raise ValueError("must be a port, ADDRESS:PORT, or the path of a socket, which starts "
                          "with /")
-    host, port = (match[1] or "").strip("[]"), int(match[2])
+    host, port = (match[1] or "*").strip("[]"), int(match[2])
     if not (0 if any_port else 1) <= port <= 65535:
         raise ValueError("must name a port from 1 to 65535")
-    return host, port
+    hosts = {"*": ("",), "localhost": ("127.0.0.1", "::1")}.get(host, (host,))
+    try:
+        for each in filter(None, hosts):
+            socket.inet_pton(socket.AF_INET6 if ":" in each else socket.AF_INET, each)
+    except (OSError, UnicodeError):
+        raise ValueError(f"must name an IP address, * or localhost: {host!a} is none")
+    return [(each, port) for each in hosts]
 
 
 def _listen(value):
@@ -417,10 +456,10 @@ def _listen(value):
 # Every key of config.json: its default, and what checks it.  README.md says what each does.
 SETTINGS = {
     "listen_port": (80, _listen),
-    "prefix": ("http://", _text),
-    "suffix": ("", _text),
+    "prefix": ("http://", _prefix),
+    "suffix": ("", _suffix),
     "loglevel": ("info", _loglevel),
-    "serve_dir": (".", _text),
+    "serve_dir": (".", _directory),
     "image-creator": ("internal", _text),
     "image-creator-uuid": ("", _uuid_or_empty),
     "image-vendor-uuid": ("", _uuid_or_empty),
@@ -437,8 +476,12 @@ SETTINGS = {
 class Config:
     """The settings, as attributes: `image-creator` is `image_creator`.
 
-    warnings holds what an operator should hear once the log is there.
+    path        of its file; None where there is none, and the defaults are all there is
+    listen      the addresses of listen_port, as parse_listen gives them
+    warnings    for the log, once it is there
     """
+
+    path = None
 
     def __init__(self, values=None, directory="."):
         """Check `values`, a dict as in config.json; relative paths start at `directory`.
@@ -469,12 +512,14 @@ class Config:
         except FileNotFoundError:
             if must_exist:
                 raise UserError(f"there is no {path}", EXIT_CONFIG)
-            values = {}
+            values = None
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}", EXIT_CONFIG)
         except ValueError as error:
             raise UserError(f"{path} {error}", EXIT_CONFIG)
-        return cls(values, os.path.dirname(os.path.abspath(path)))
+        config = cls(values, os.path.dirname(os.path.abspath(path)))
+        config.path = None if values is None else path
+        return config
 
     def check_serve_dir(self):
         """Raise UserError where serve_dir cannot be listed."""
@@ -806,16 +851,34 @@ LIST_PIECE = 16               # images of a list rendered at once: some 20 KB, 2
 ZIPPED_LIMIT = 32 << 20       # bytes of gzip forms in use; of 10,000 images one has 1 MB
 MD5_LIMIT = 16 << 20          # bytes; a file up to this size is hashed when it is asked for
 
-def open_regular(path):
+def trusted_stat(path, serve_dir):
+    """os.stat, which follows a symlink only where root or the owner of serve_dir made it.
+
+    Else a user who may write to one image could publish all that the server can read.
+    Raises OSError.
+    """
+    status = os.lstat(path)
+    if stat.S_ISLNK(status.st_mode):
+        if status.st_uid not in (0, os.stat(serve_dir).st_uid):
+            raise OSError(errno.ELOOP, f"{os.path.basename(path)} is a symlink that belongs to "
+                                       "neither root nor the owner of serve_dir")
+        status = os.stat(path)
+    return status
+
+
+def open_regular(path, serve_dir=None):
     """Open a regular file for reading: (fd, its stat).  A fifo or device is refused at once.
 
-    Raises OSError.  Symlinks are followed: only an operator can have placed them.
+    With serve_dir, symlinks are followed as trusted_stat does.  Raises OSError.
     """
+    trusted = serve_dir and trusted_stat(path, serve_dir)
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "not a regular file")
+        if trusted and not os.path.samestat(trusted, status):
+            raise OSError(errno.ENOENT, "replaced while it was opened")
     except OSError:
         os.close(fd)
         raise
@@ -952,7 +1015,7 @@ class ImageReader:
     """Reads image directories into Images, for one configuration."""
 
     def __init__(self, config):
-        self.creator = config.image_creator
+        self.creator, self.serve_dir = config.image_creator, config.serve_dir
         self.with_channels = bool(config.channels)
         self.base_salt = json.dumps([config.prefix, config.suffix]).encode()
         # Stands for prefix + Host + suffix in a rendered manifest until a request gives them.
@@ -968,8 +1031,9 @@ class ImageReader:
         directory = place + uuid
         image.checked, began = time.monotonic(), time.time_ns()
         try:
-            status = os.stat(directory)
+            status = trusted_stat(directory, self.serve_dir)
             image.directory_changed, image.device = status.st_ctime_ns, status.st_dev
+            trusted_stat(f"{directory}/{MANIFEST}", self.serve_dir)
             manifest, status = read_manifest(directory)
             image.manifest_key = stat_key(status)
             if status.st_dev != image.device:
@@ -1010,7 +1074,8 @@ class ImageReader:
         image.file = name
         file = self._look_at_file(image, stored)
         v2 = complete({**manifest, "files": [file]}, stamp(mtime))
-        icons = [icon for icon in names if icon in ICONS and icon != name]
+        icons = [icon for icon in names if icon in ICONS and icon != name
+                 and self._is_trusted(f"{image.directory}/{icon}")]
         if icons:
             image.icon, v2["icon"] = icons[0], True
         else:
@@ -1031,11 +1096,17 @@ class ImageReader:
             file = {**file, "path": image.path, "url": self.host_placeholder}
             image.dsapi = self._render_v1(as_v1(manifest, v2, file, self.creator), image)
 
-    @staticmethod
-    def _look_at_file(image, stored) -> dict:
+    def _is_trusted(self, path) -> bool:
+        try:
+            trusted_stat(path, self.serve_dir)
+        except OSError:
+            return False
+        return True
+
+    def _look_at_file(self, image, stored) -> dict:
         """files[0] as every client can take it, held against the file on disk."""
         path = f"{image.directory}/{image.file}"
-        status = os.stat(path)
+        status = trusted_stat(path, self.serve_dir)
         image.file_key = stat_key(status)
         if status.st_dev != image.device:
             image.device = None
@@ -2520,14 +2591,14 @@ def check_admin_fields(query):
                                                  '"inclAdminFields" parameter)')
 
 
-def open_of(image, name, kind, fits):
+def open_of(image, name, kind, fits, serve_dir=None):
     """Open a file of an image: (fd, its stat).
 
     Raises ApiError (404) where it has no such file, or fits(its size in bytes) is false.
     """
     try:
         if name is not None:
-            fd, status = open_regular(os.path.join(image.directory, name))
+            fd, status = open_regular(os.path.join(image.directory, name), serve_dir)
             if fits(status.st_size):
                 return fd, status
             os.close(fd)
@@ -2788,7 +2859,8 @@ class Imgapi:
     def icon(self, request, uuid):
         """The icon of an image, with the Content-MD5 that sdc-clients insist on."""
         image, _, _ = self.find(request, uuid)
-        fd, status = open_of(image, image.icon, "icon", lambda size: size <= MD5_LIMIT)
+        fd, status = open_of(image, image.icon, "icon", lambda size: size <= MD5_LIMIT,
+                             self.config.serve_dir)
         try:
             data = os.pread(fd, status.st_size, 0)
         except OSError:
@@ -3730,6 +3802,10 @@ THREAD_IDLE = 10.0            # seconds until a thread without work ends
 CLEAN_UP = 2.0                # seconds that cut uploads get to remove their files at the end
 SWITCH_INTERVAL = 0.001       # seconds until a thread that computes lets the event loop run:
                               # Python's own 5 ms are as long as forty requests
+LOCK_TIME = 5.0               # seconds a start waits for others that start on its Unix socket
+LOCK_POLL = 0.02              # seconds between two tries: such a start takes milliseconds
+PROBE_TIME = 1.0              # seconds to connect to a Unix socket: more, and somebody listens
+NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)       # a machine without IPv6
 
 
 class Workers:
@@ -4009,19 +4085,11 @@ class ImageServer(ThreadingHTTPServer):
         loop.servers.append(self)
 
     def choose_address(self, listen):
-        """The address to bind, and address_family with it.  Raises UserError."""
+        """The address to bind, and address_family with it."""
         host, port = listen
         if not host:
-            if socket.has_dualstack_ipv6():
-                self.address_family = socket.AF_INET6
-                return "::", port
-            return "0.0.0.0", port
-        try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
-                                       flags=socket.AI_PASSIVE | socket.AI_NUMERICHOST)
-        except (OSError, UnicodeError):
-            raise UserError(f"listen: {host!a} is no IP address", EXIT_CONFIG)
-        self.address_family = found[0][0]
+            host = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return host, port
 
     def server_bind(self):
@@ -4066,21 +4134,39 @@ class ImageServer(ThreadingHTTPServer):
 
 @contextlib.contextmanager
 def socket_lock(path):
-    """Within it no other server looks at, removes or binds the socket `path`.
+    """Within it no other server of ours probes, removes or binds the socket `path`.
 
-    The lock is a file beside it, which is removed at the end: who waited for one that has
-    gone begins anew.  One that a killed server left holds no lock, and is taken over.  Raises
-    OSError where that file cannot be written.
+    The lock is on a file beside it, which is removed at the end: a server that waited for a
+    removed one tries the new one.  In a directory that others may write to, any of them may
+    have made it: it is neither followed nor written, and waited for LOCK_TIME only.  Raises
+    UserError, and OSError with the file's name where it cannot be opened.
     """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    deadline = time.monotonic() + LOCK_TIME
     while True:
-        with open(path + ".lock", "wb") as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX)
-            if os.fstat(lock.fileno()).st_nlink:
-                try:
-                    yield
-                finally:
-                    os.unlink(lock.name)
-                return
+        fd = os.open(path + ".lock", flags, 0o600)
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise UserError(f"{path}.lock is no regular file", EXIT_CONFIG)
+            # POSIX has either of two errors for a lock; a file that was removed is no lock.
+            with contextlib.suppress(BlockingIOError, PermissionError, FileNotFoundError):
+                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(status, os.lstat(path + ".lock")):
+                    break
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+        if time.monotonic() > deadline:
+            raise UserError(f"another server starts on {path}: {path}.lock is locked")
+        time.sleep(LOCK_POLL)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):        # another user's, in a sticky directory
+            os.unlink(path + ".lock")
+        os.close(fd)
 
 
 class UnixImageServer(ImageServer):
@@ -4093,9 +4179,9 @@ class UnixImageServer(ImageServer):
         return listen
 
     def server_bind(self):
-        """Bind and listen, replacing the socket file that a dead server has left.
+        """Bind and listen, replacing the socket file of a dead server.
 
-        Raises UserError where a server answers there, or what is there is no socket.
+        Raises UserError where a server listens there, or no socket is there.
         """
         path = self.server_address
         with socket_lock(path):
@@ -4108,40 +4194,43 @@ class UnixImageServer(ImageServer):
                 os.umask(mask)
             status = os.stat(path)
             self._identity = status.st_dev, status.st_ino
-            self.socket.listen(self.request_queue_size)   # until then it looks like a dead one's
+            self.socket.listen(self.request_queue_size)   # until then it seems a dead one's
 
     @staticmethod
     def _clear(path):
-        """Remove what a dead server has left at `path`; nothing else."""
+        """Remove the socket file of a dead server at `path`; nothing else."""
         with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(PROBE_TIME)
             try:
                 if not stat.S_ISSOCK(os.lstat(path).st_mode):
                     raise UserError(f"{path} is there already, and it is no socket", EXIT_CONFIG)
                 probe.connect(path)
             except ConnectionRefusedError:
                 os.unlink(path)           # nobody listens: a server died here
+                return
             except FileNotFoundError:
-                pass                      # the last one has ended well: nothing to remove
-            else:
-                raise UserError(f"another server listens on {path}")
+                return                    # the last one has ended well: nothing to remove
+            except (BlockingIOError, socket.timeout):
+                pass                      # a listener that does not accept: its queue is full
+            raise UserError(f"another server listens on {path}")
 
     def describe(self):
         return self.server_address
 
     def server_close(self):
-        """Stop listening, and remove the socket file if it is ours: once, since the next
-        server's may have the same inode number while we still finish downloads.
+        """Remove the socket file if it is ours, and stop listening.
+
+        In this order no other server takes the file for a dead one's and replaces it before
+        it is removed, so that no lock is needed.  Once: the next server's may have the same
+        inode number while we still finish downloads.
         """
-        super().server_close()
         identity, self._identity = self._identity, None
         if identity is not None:
-            try:
-                with socket_lock(self.server_address):
-                    status = os.stat(self.server_address)
-                    if (status.st_dev, status.st_ino) == identity:
-                        os.unlink(self.server_address)
-            except OSError:
-                pass                      # somebody else has removed it
+            with contextlib.suppress(OSError):    # somebody else has removed it
+                status = os.lstat(self.server_address)
+                if (status.st_dev, status.st_ino) == identity:
+                    os.unlink(self.server_address)
+        super().server_close()
 
 
 # -- commands ----------------------------------------------------------------------------
@@ -4152,18 +4241,25 @@ def start(config, log) -> EventLoop:
     Raises UserError: status 96 where trying again will not help.
     """
     loop = EventLoop(config, log)
-    kind = UnixImageServer if isinstance(config.listen, str) else ImageServer
-    try:
-        kind(config.listen, loop)
-    except PermissionError as error:
-        hint = ("" if isinstance(config.listen, str) or config.listen[1] >= 1024 else
-                "; a port below 1024 needs the privilege net_privaddr, or choose --listen 8080")
-        raise UserError(f"cannot listen on {config.listen_port}: {error.strerror}{hint}",
-                        EXIT_CONFIG)
-    except OSError as error:
-        transient = error.errno == errno.EADDRINUSE
-        raise UserError(f"cannot listen on {config.listen_port}: {error.strerror or error}",
-                        1 if transient else EXIT_CONFIG)
+    listen = list(config.listen)
+    for address in listen:
+        is_path = isinstance(address, str)
+        try:
+            server = (UnixImageServer if is_path else ImageServer)(address, loop)
+            if not is_path and not address[1]:    # any port, but the same one on all addresses
+                listen[1:] = [(host, server.server_address[1]) for host, _ in listen[1:]]
+        except OSError as error:
+            reason = error.strerror or error
+            if loop.servers and address[0] == "::1" and error.errno in NO_SUCH_ADDRESS:
+                continue                          # localhost, and there is no IPv6
+            if error.filename is not None:        # the lock file of a Unix socket
+                reason = f"{error.filename}: {reason}"
+            if isinstance(error, PermissionError) and not is_path and address[1] < 1024:
+                reason = (f"{reason}; a port below 1024 needs the privilege net_privaddr, or "
+                          "choose --listen 8080")
+            transient = error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
+            raise UserError(f"cannot listen on {config.listen_port}: {reason}",
+                            1 if transient else EXIT_CONFIG)
     return loop
 
 
@@ -4508,35 +4604,65 @@ SMF_MANIFEST = """\
 """
 
 
+# Runs it as __main__ from __pycache__, where `make` compiles it: compiling costs each start 8 MiB
+# that never come back.  Isolated, so that no module comes from the working directory.
+SMF_START = ("__file__ = 'imgserver.py'; from importlib.machinery import SourceFileLoader as L; "
+             "exec(L('imgserver', __file__).get_code('imgserver'))")
+
+
+def smf_credential(options):
+    """(user, group) of the service: as the options say, else the manifest that is there.
+
+    A user who may surprise the operator is a line on stderr.
+    """
+    import pwd
+    kept = {}
+    if not options.user:
+        with contextlib.suppress(OSError, UnicodeError), open(
+                os.path.join(os.path.dirname(default_config()), "image-server.smf.xml"),
+                encoding="utf-8") as file:
+            credential = re.search("<method_credential[^>]*>", file.read())
+            kept = dict(re.findall(r'(\w+)="([^"]*)"', credential[0] if credential else ""))
+    user = options.user or html.unescape(kept.get("user", ""))
+    group = options.group or html.unescape(kept.get("group", ":default"))
+    try:
+        if not user:
+            user = str(os.getuid())       # which SMF takes as well as a name
+            user = pwd.getpwuid(os.getuid()).pw_name
+        is_root = (int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid) == 0
+    except KeyError:
+        is_root = False
+        if kept:
+            sys.stderr.write(f"imgserver: there is no user {printable(user)}, who is to run the "
+                             "service: make one, or name another with --user\n")
+    if is_root:
+        sys.stderr.write("imgserver: the service would run as root: name another user with "
+                         "--user (make SMF_FLAGS='--user U --group G')\n")
+    return user, group
+
+
 def run_smf(config, options):
     """Print the SMF manifest for this directory, this user and this Python."""
     directory = os.path.abspath(options.directory or os.path.dirname(__file__))
-    # As a module of the working directory it is read from __pycache__, where `make` compiles it:
-    # compiling costs each start 8 MiB that never come back.  -S: nothing but the standard library.
-    command = [options.python or sys.executable, "-ES", "-m", "imgserver"]
-    if options.config:
-        command += ["--config", os.path.abspath(options.config)]
+    words = [] if not options.config else ["--config", os.path.abspath(options.config)]
     if options.dir is not None:
-        command += ["--dir", config.serve_dir]
+        words += ["--dir", config.serve_dir]
     if options.listen is not None:
-        command += ["--listen", options.listen]
+        words += ["--listen", options.listen]
     if options.loglevel is not None:
-        command += ["--loglevel", options.loglevel]
+        words += ["--loglevel", options.loglevel]
+    python = shlex.quote(options.python or sys.executable)
+    command = " ".join([python, f'-IS -c "{SMF_START}"', *map(shlex.quote, words)])
     privileges = "basic,!file_link_any,!proc_info,!proc_session"
-    if not isinstance(config.listen, str) and config.listen[1] < 1024:
+    if not isinstance(config.listen[0], str) and config.listen[0][1] < 1024:
         privileges += ",net_privaddr"
-    user, group = options.user, options.group
-    if not user:
-        import pwd
-        try:
-            user = pwd.getpwuid(os.getuid()).pw_name
-        except KeyError:
-            user = os.getuid()            # which SMF takes as well
-    values = {"directory": directory, "user": user, "group": group or ":default",
-              "privileges": privileges, "command": shlex.join(command).replace("%", "%%"),
+    user, group = smf_credential(options)
+    values = {"directory": directory, "user": user, "group": group,
+              "privileges": privileges, "command": command.replace("%", "%%"),
               "stop": int(config.drain_time) + 30}
     sys.stdout.write(SMF_MANIFEST.format(
-        **{key: html.escape(str(value)) for key, value in values.items()}))
+        **{key: html.escape(str(value), quote=False).replace('"', "&quot;")
+           for key, value in values.items()}))
     return 0
 
 
@@ -4556,14 +4682,14 @@ def option_parser() -> argparse.ArgumentParser:
         prog="imgserver.py", parents=[shared],
         description="An image server for SmartOS: serves a directory of images to imgadm.",
         epilog="Without a command it serves.  `imgserver.py COMMAND --help` tells more.")
-    parser.set_defaults(run=run_serve)
+    parser.set_defaults(run=run_serve, writes=False)
     parser.add_argument("--version", action="version", help="print the version",
                         version=f"imgserver {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
 
-    def command(name, run, text):
+    def command(name, run, text, writes=False):
         sub = commands.add_parser(name, parents=[shared], help=text, description=text)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, writes=writes)
         return sub
 
     serve = command("serve", run_serve, "serve the images (the default)")
@@ -4574,7 +4700,7 @@ def option_parser() -> argparse.ArgumentParser:
         each.add_argument("--loglevel", metavar="LEVEL", default=argparse.SUPPRESS,
                           help="least level to log: " + ", ".join(LEVELS)
                                + " (default: loglevel of the configuration, info)")
-    sub = command("import", run_import, "publish an image, read from standard input")
+    sub = command("import", run_import, "publish an image, read from standard input", True)
     sub.usage = ("%(prog)s [OPTION ...] NAME VERSION DESCRIPTION [FIELD=VALUE ...] < IMAGE\n"
                  "       %(prog)s [OPTION ...] --manifest FILE [FIELD=VALUE ...] < IMAGE")
     sub.add_argument("words", nargs="*", metavar="NAME VERSION DESCRIPTION [FIELD=VALUE ...]",
@@ -4590,10 +4716,10 @@ def option_parser() -> argparse.ArgumentParser:
     sub.add_argument("--no-stream-check", dest="stream_check", action="store_false",
                      help="it is no ZFS send stream")
     sub.add_argument("-q", "--quiet", action="store_true", help="no progress on a terminal")
-    command("activate", run_activate, "put an unactivated image on show").add_argument(
+    command("activate", run_activate, "put an unactivated image on show", True).add_argument(
         "uuid", metavar="UUID")
-    command("discard", run_discard, "throw an image away that is not active").add_argument(
-        "uuid", metavar="UUID")
+    command("discard", run_discard, "throw an image away that is not active",
+            True).add_argument("uuid", metavar="UUID")
     sub = command("check", run_check, "read every image again, and compare with its manifest")
     sub.add_argument("uuid", nargs="*", metavar="UUID", help="only these images")
     sub.add_argument("--record", action="store_true",
@@ -4613,6 +4739,11 @@ def option_parser() -> argparse.ArgumentParser:
 def load_config(options) -> Config:
     """The configuration file with the command line's options over it.  Raises UserError."""
     config = Config.load(options.config or default_config(), options.config is not None)
+    if options.dir == "":
+        raise UserError("--dir must name the directory of images (serve_dir), not ''", EXIT_CONFIG)
+    if options.writes and config.path is None and options.dir is None:
+        raise UserError(f"there is no {default_config()} that names the directory of images: "
+                        "say --dir DIR", EXIT_CONFIG)
     if options.dir is not None:
         config.serve_dir = os.path.abspath(options.dir)
     if options.listen is not None:
