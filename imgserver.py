@@ -42,6 +42,7 @@ import argparse
 import base64
 import collections
 import contextlib
+import copy
 import datetime
 import email.utils
 import errno
@@ -847,7 +848,7 @@ RECHECK_PAUSE = 0.001         # seconds of a pause: 10,000 images take some 0.2 
 RACY = 50_000_000             # ns; a time this young may not move with the next change: file
                               # systems tell it in ticks, of up to 10 ms (Linux before 6.13)
 LISTS_KEPT = 4                # rendered lists kept: each is as large as all manifests together
-LIST_PIECE = 16               # images of a list rendered at once: some 20 KB, 20 us
+LIST_PIECE = 128 << 10        # bytes of a list rendered at once: some 100 images, 100 us
 ZIPPED_LIMIT = 32 << 20       # bytes of gzip forms in use; of 10,000 images one has 1 MB
 MD5_LIMIT = 16 << 20          # bytes; a file up to this size is hashed when it is asked for
 
@@ -1170,27 +1171,40 @@ class Listing:
     lists has room for them; a reader holds but its position.  length: bytes of the array.
     """
 
-    __slots__ = ("_images", "_text_of", "_pieces", "length", "etag", "zipped")
+    __slots__ = ("_images", "_text_of", "_starts", "_pieces", "length", "etag", "zipped")
 
-    def __init__(self, images, text_of, etag=None, length=None):
+    def __init__(self, images, text_of, etag=None):
+        """Render it once, to learn its length; which is for a thread."""
         self._images, self._text_of, self.etag = images, text_of, etag
         self._pieces = self.zipped = None
-        if length is None:
-            length = sum(len(self.render(number)) for number in range(len(self)))
-        self.length = length
+        self._starts = starts = [0]           # the first image of each piece
+        size = 0
+        for number, image in enumerate(images):
+            if size > LIST_PIECE:
+                starts.append(number)
+                size = 0
+            size += len(text_of(image))
+        self.length = sum(len(self.render(number)) for number in range(len(starts)))
+
+    def for_host(self, text_of, growth) -> Listing:
+        """The same list for another host, of which each image is `growth` bytes longer."""
+        other = copy.copy(self)
+        other._text_of, other._pieces, other.zipped = text_of, None, None
+        other.length += len(self._images) * growth
+        return other
 
     def __len__(self):
         """The number of its pieces; an empty array is one."""
-        return max(1, -(-len(self._images) // LIST_PIECE))
+        return len(self._starts)
 
     def render(self, number) -> bytes:
         """One piece; the first begins the array, the last ends it."""
-        images = self._images[number * LIST_PIECE:(number + 1) * LIST_PIECE]
+        first, *rest = self._starts[number:number + 2]
+        images = self._images[first:rest[0] if rest else None]
         if not images:
             return b"[]"
         text = b",\n".join(map(self._text_of, images)).replace(b"\n", b"\n  ")
-        return b"%b\n  %b%b" % (b"," if number else b"[", text,
-                                b"\n]" if number == len(self) - 1 else b"")
+        return b"%b\n  %b%b" % (b"," if number else b"[", text, b"" if rest else b"\n]")
 
     def piece(self, number) -> bytes:
         """render(), remembered while the list is kept.  For the event loop alone."""
@@ -1236,7 +1250,7 @@ class Snapshot:
 
     def __init__(self, images):
         self.images = tuple(sorted(images, key=lambda image: image.order))
-        self.forms = {}               # (api, view): (images, ETag, bytes without any host)
+        self.forms = {}               # (api, view): (the first Listing of it, its host)
         self.listings = {}            # (api, view, host): Listing, the oldest first
 
     def release(self):
@@ -1465,17 +1479,15 @@ class Store:
         listing = snapshot.listings.get((api, view, host))
         if listing is not None:
             return listing
-        form = snapshot.forms.get((api, view))
-        if form is None:
+        first, first_host = snapshot.forms.get((api, view), (None, None))
+        if first is None:
             if not may_block:
                 raise NeedsThread
             images = select(snapshot.images)
             listing = Listing(images, text_of, list_etag(images, api, view))
-            form = images, listing.etag, listing.length - len(images) * len(host)
-            snapshot.forms[api, view] = form
+            snapshot.forms[api, view] = listing, host
         else:
-            images, etag, length = form
-            listing = Listing(images, text_of, etag, length + len(images) * len(host))
+            listing = first.for_host(text_of, len(host) - len(first_host))
         with self._lists_lock:
             listing = snapshot.listings.setdefault((api, view, host), listing)
             if snapshot is self._snapshot:        # else it was released just now
@@ -3035,6 +3047,7 @@ RENDER_STEP = 64 << 10        # bytes of a list rendered for one socket at once
 TURN = 8 << 20                # bytes sent in such steps in one turn of the loop, about 3 ms
 FILE_STEP = 256 << 10         # bytes of a file sent at first, so that the client can begin early
 FULL_STEP = 512 << 10         # bytes, once the socket was full: then fewer steps cost less
+FILE_STEPS = 8                # such steps while the socket takes them, before others get theirs
 COPY_STEP = 256 << 10         # bytes copied at once where sendfile is of no use
 LINGER = 2.0                  # seconds a refused client gets to read why before the socket goes
 GONE = 499                    # status in the log of a request whose client went away (as nginx)
@@ -3594,8 +3607,12 @@ class Connection:
                     FILE_STEP, getattr(socket, "MSG_MORE", 0)):   # no half packet yet (Linux)
                 return False
             end = response.offset + response.length
-            sent = transport.send_file(response.file, self.position,
-                                       min(self.step, end - self.position))
+            for _ in range(FILE_STEPS):
+                want = min(self.step, end - self.position)
+                sent = transport.send_file(response.file, self.position, want)
+                self.position += sent
+                if sent < want or self.position == end:
+                    break
         except Truncated as error:
             self.loop.log.error(f"{printable(self.line)}: {error}")
             self.failure = " (cut: the file is truncated)"
@@ -3603,10 +3620,8 @@ class Connection:
         except OSError as error:
             self.failure = self.failure or f" (the client went away: {error.strerror})"
             return True
-        if not sent:
+        if sent < want:
             self.step = FULL_STEP
-            return False
-        self.position += sent
         self.moving()
         return self.position == end
 
