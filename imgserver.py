@@ -51,7 +51,6 @@ import functools
 import hashlib
 import html
 import http
-import itertools
 import json
 import math
 import os
@@ -1171,12 +1170,14 @@ class Listing:
     lists has room for them; a reader holds but its position.  length: bytes of the array.
     """
 
-    __slots__ = ("_images", "_text_of", "_starts", "_pieces", "length", "etag", "zipped")
+    __slots__ = ("_images", "_text_of", "_starts", "_pieces", "length", "etag", "fields",
+                 "zipped")
 
     def __init__(self, images, text_of, etag=None):
         """Render it once, to learn its length; which is for a thread."""
         self._images, self._text_of, self.etag = images, text_of, etag
         self._pieces = self.zipped = None
+        self.fields = b""                     # header lines that go with it, for routes
         self._starts = starts = [0]           # the first image of each piece
         size = 0
         for number, image in enumerate(images):
@@ -2650,17 +2651,27 @@ def manifest_response(request, etag, fields, *parts) -> Response:
 
 def list_response(request, store, listing, fields) -> Response:
     """A whole list: with ETag, and as gzip for clients that take it (imgadm does not)."""
-    headers, etag, body = request.headers, listing.etag, listing
+    headers = request.headers
     if "accept-encoding" in headers and accepts_gzip(headers["accept-encoding"]):
         zipped = store.zipped(listing, request.may_block)
         if zipped is not None:
-            body, etag = zipped, etag + "-gzip"
-            fields = b"Content-Encoding: gzip\r\n" + fields
-    fields = b'%bETag: "%b"\r\n%b%b' % (JSON_TYPE, etag.encode(), fields, CORS)
+            return whole_list(headers, zipped, listing.etag + "-gzip", len(zipped),
+                              list_fields(listing.etag + "-gzip",
+                                          b"Content-Encoding: gzip\r\n" + fields))
+    if not listing.fields:
+        listing.fields = list_fields(listing.etag, fields)
+    return whole_list(headers, listing, listing.etag, listing.length, listing.fields)
+
+
+def list_fields(etag, fields) -> bytes:
+    return b'%bETag: "%b"\r\nVary: Accept-Encoding\r\n%b%b' % (JSON_TYPE, etag.encode(), fields,
+                                                             CORS)
+
+
+def whole_list(headers, body, etag, length, fields) -> Response:
     if "if-none-match" in headers and etag_matches(headers["if-none-match"], etag):
         return Response(304, fields)
-    return Response(200, fields, body, length=len(body) if body is not listing
-                    else listing.length)
+    return Response(200, fields, body, length=length)
 
 
 def filtered_response(images, text_of, fields) -> Response:
@@ -2714,7 +2725,7 @@ class Dsapi:
         listing = self.store.listing(DSAPI, (), lambda images: images, text_of,
                                      request.may_block, base)
         return list_response(request, self.store, listing,
-                             b"Vary: Accept-Encoding\r\n" + CACHE_NEVER)
+                             CACHE_NEVER)
 
     def manifest(self, request, uuid):
         """One manifest, also of a disabled image."""
@@ -2791,8 +2802,7 @@ class Imgapi:
             IMGAPI, (channel, version if self.channels else None),
             lambda images: [image for image in images if self.in_channel(image, channel)],
             self.text_of(version), request.may_block)
-        return list_response(request, self.store, listing,
-                             b"Vary: Accept-Encoding\r\n" + CACHE_MANIFESTS)
+        return list_response(request, self.store, listing, CACHE_MANIFESTS)
 
     def _select(self, request, query, channel):
         """The images that a query asks for: filtered, sorted, from the marker on, limited."""
@@ -3043,7 +3053,6 @@ ONE_PIECE = 64 << 10          # bytes; answers up to this size are copied togeth
 PARTS = 64                    # parts of answers given to one sendmsg; POSIX allows 16 at least
 LOOP_SEND = 2 << 20           # bytes of a kept list that the event loop tries to send at first
 LOOP_STEP = 512 << 10         # bytes, once the socket was full: larger ones leave the caches
-RENDER_STEP = 64 << 10        # bytes of a list rendered for one socket at once
 TURN = 8 << 20                # bytes sent in such steps in one turn of the loop, about 3 ms
 FILE_STEP = 256 << 10         # bytes of a file sent at first, so that the client can begin early
 FULL_STEP = 512 << 10         # bytes, once the socket was full: then fewer steps cost less
@@ -3079,15 +3088,20 @@ class ListReader:
     def __init__(self, listing):
         self._listing, self._number, self._offset = listing, 0, 0
 
-    def parts(self, budget):
+    def parts(self, budget) -> list:
         """The next parts, of about `budget` bytes; fewer where they must be rendered."""
-        listing, number, skip = self._listing, self._number, self._offset
-        budget = budget if listing.kept else min(budget, RENDER_STEP)
-        while budget > 0 and number < len(listing):
-            part = memoryview(listing.piece(number))[skip:]
-            yield part
-            budget -= len(part)
-            number, skip = number + 1, 0
+        listing, number = self._listing, self._number
+        if not listing.kept:
+            budget = min(budget, LIST_PIECE)
+        parts = [memoryview(listing.piece(number))[self._offset:]]
+        budget -= len(parts[0])
+        while budget > 0 and len(parts) < PARTS // 2:
+            number += 1
+            if number == len(listing):
+                break
+            parts.append(listing.piece(number))
+            budget -= len(parts[-1])
+        return parts
 
     def advance(self, parts, count):
         """`count` bytes of `parts`, which parts() has given, were sent."""
@@ -3174,9 +3188,9 @@ class Transport:
     def _gather(self, step):
         """Parts for one sendmsg: up to the end of the first list, or of a long part."""
         parts = []
-        for part in self.unsent[:PARTS]:
+        for part in self.unsent[:PARTS // 2]:
             if type(part) is ListReader:
-                parts += itertools.islice(part.parts(step), PARTS - len(parts))
+                parts += part.parts(step)
                 break
             parts.append(memoryview(part)[:step])
             if len(part) > step:
