@@ -8,7 +8,8 @@
 #     make uninstall  remove what that has made, but neither configuration nor images
 #     make clean      remove what Python has compiled here
 #
-# PYTHON=... chooses another Python; SMF_FLAGS='--user U --group G' who runs the service.
+# PYTHON=... chooses another Python; SMF_FLAGS='--user U --group G' who runs the service; without
+# them, the user and group of the image-server.smf.xml that is there stay.
 
 PREFIX = /opt/imgserver
 DESTDIR =
@@ -31,14 +32,15 @@ config:
 
 # The service for this directory, user and Python; written only if that changes it.  It starts
 # sooner and smaller from what Python keeps of an import, as long as imgserver.py stays the same.
-COMPILE = -ES -c 'import sys; sys.path.insert(0, sys.argv[1]); import imgserver'
+COMPILE = -IS -c 'import sys; from importlib.machinery import SourceFileLoader; \
+    SourceFileLoader("imgserver", sys.argv[1]).get_code("imgserver")'
 smf:
 	@$(FIND_PYTHON); \
 	trap 'rm -f $(MANIFEST).new' 0; trap 'exit 1' 1 2 15; \
 	"$$python" imgserver.py smf $(SMF_FLAGS) > $(MANIFEST).new || exit 1; \
 	if cmp -s $(MANIFEST).new $(MANIFEST); then :; \
 	else mv -f $(MANIFEST).new $(MANIFEST) && echo 'wrote $(MANIFEST)'; fi && \
-	umask 022 && "$$python" $(COMPILE) .
+	umask 022 && "$$python" $(COMPILE) imgserver.py
 
 info:
 	@$(FIND_PYTHON); \
@@ -75,7 +77,7 @@ install:
 	"$$python" "$$directory/imgserver.py" smf --directory '$(PREFIX)' $(SMF_FLAGS) \
 	    > "$$directory/.new" && chmod 644 "$$directory/.new" && \
 	mv -f "$$directory/.new" "$$directory/$(MANIFEST)" && \
-	umask 022 && "$$python" $(COMPILE) "$$directory" && \
+	umask 022 && "$$python" $(COMPILE) "$$directory/imgserver.py" && \
 	echo "installed in $$directory; its service: svccfg import '$(PREFIX)/$(MANIFEST)'"
 
 uninstall:

@@ -25,12 +25,25 @@ What it does not do: TLS (put nginx in front), authentication, HTTP/2, uploads o
 MIT licence; see LICENSE.
 """
 
-from __future__ import annotations
+# Python 2.7 and 3.6 refuse this line, and the error shows it.
+from __future__ import annotations; imgserver: "needs Python 3.9 or newer"
+
+import sys
+
+if sys.version_info < (3, 9):
+    sys.stderr.write("imgserver needs Python 3.9 or newer, not %d.%d\n" % sys.version_info[:2])
+    sys.exit(96)              # as EXIT_CONFIG
+# No module comes from the program's directory, where others may be allowed to write.  Isolated
+# (-I, -P since 3.11), Python has not put it there.
+if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isolated):
+    del sys.path[0]
 
 import argparse
 import base64
 import collections
 import contextlib
+import copy
+import datetime
 import email.utils
 import errno
 import fcntl
@@ -51,14 +64,13 @@ import signal
 import socket
 import stat
 import struct
-import sys
 import threading
 import time
 import traceback
 import urllib.parse
 import weakref
 from _thread import start_new_thread
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
 __version__ = "1.0.0"
 
@@ -100,6 +112,10 @@ class ApiError(Exception):
 
 class NeedsThread(Exception):
     """The answer is not in memory: ask again from a thread, which may wait for a disk."""
+
+
+class ClientGone(OSError):
+    """The client has gone in the middle of a body: nobody is left to be answered."""
 
 
 class BadImage(Exception):
@@ -340,6 +356,28 @@ def _text(value):
     return value
 
 
+def _prefix(value):
+    """The part of files[].url before the Host header: a scheme, and labels of a name."""
+    if not isinstance(value, str) or not re.fullmatch(r"https?://([A-Za-z0-9-]+\.)*", value):
+        raise ValueError('must be "http://" or "https://"')
+    return value
+
+
+def _suffix(value):
+    """The part behind it: labels of a name, a port, a path."""
+    match = isinstance(value, str) and re.fullmatch(
+        r"(?:\.[A-Za-z0-9-]+)*(?::([0-9]{1,5}))?(?:/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)*", value)
+    if not match or not 1 <= int(match[1] or 1) <= 65535:
+        raise ValueError('must be "", ":PORT", "/PATH" or ":PORT/PATH", without a / at its end')
+    return value
+
+
+def _directory(value):
+    if not _text(value):
+        raise ValueError("must be the path of a directory")
+    return value
+
+
 def _uuid_or_empty(value):
     if value != "" and not (isinstance(value, str) and is_uuid(value)):
         raise ValueError("must be a UUID in lower case, or empty")
@@ -382,25 +420,32 @@ def _channels(value):
     return value
 
 
-def parse_listen(value, any_port=False):
-    """Where to listen: (host, port), host "" for every address; or the path of a socket.
+def parse_listen(value, any_port=False) -> list:
+    """Where to listen, one or more: (address, port), address "" for all; or a socket's path.
 
-    Takes 8080, "8080", "ADDRESS:PORT", "[IPV6]:PORT" and "/path".  Raises ValueError.
+    Takes 8080, "8080", "ADDRESS:PORT", "[IPV6]:PORT", "*:PORT", "localhost:PORT" (both of its
+    addresses; nobody is asked for names) and "/path".  Raises ValueError.
     """
     if isinstance(value, str) and value.startswith("/"):
         if "\0" in value:
             raise ValueError("is no path")
         if len(os.fsencode(value)) > 107:         # sun_path[108], illumos and Linux
             raise ValueError("is too long for a Unix socket: 107 bytes are the most")
-        return value
-    match = re.fullmatch(r"(?:(\[[0-9A-Fa-f:.]+\]|[^\[\]:/\s]+):)?([0-9]{1,5})", str(value))
+        return [value]
+    match = re.fullmatch(r"(?:(\[[0-9A-Fa-f:.]+\]|[^\[\]:/\s\0]+):)?([0-9]{1,5})", str(value))
     if isinstance(value, bool) or not match:
         raise ValueError("must be a port, ADDRESS:PORT, or the path of a socket, which starts "
                          "with /")
-    host, port = (match[1] or "").strip("[]"), int(match[2])
+    host, port = (match[1] or "*").strip("[]"), int(match[2])
     if not (0 if any_port else 1) <= port <= 65535:
         raise ValueError("must name a port from 1 to 65535")
-    return host, port
+    hosts = {"*": ("",), "localhost": ("127.0.0.1", "::1")}.get(host, (host,))
+    try:
+        for each in filter(None, hosts):
+            socket.inet_pton(socket.AF_INET6 if ":" in each else socket.AF_INET, each)
+    except (OSError, UnicodeError):
+        raise ValueError(f"must name an IP address, * or localhost: {host!a} is none")
+    return [(each, port) for each in hosts]
 
 
 def _listen(value):
@@ -411,10 +456,10 @@ def _listen(value):
 # Every key of config.json: its default, and what checks it.  README.md says what each does.
 SETTINGS = {
     "listen_port": (80, _listen),
-    "prefix": ("http://", _text),
-    "suffix": ("", _text),
+    "prefix": ("http://", _prefix),
+    "suffix": ("", _suffix),
     "loglevel": ("info", _loglevel),
-    "serve_dir": (".", _text),
+    "serve_dir": (".", _directory),
     "image-creator": ("internal", _text),
     "image-creator-uuid": ("", _uuid_or_empty),
     "image-vendor-uuid": ("", _uuid_or_empty),
@@ -431,8 +476,12 @@ SETTINGS = {
 class Config:
     """The settings, as attributes: `image-creator` is `image_creator`.
 
-    warnings holds what an operator should hear once the log is there.
+    path        of its file; None where there is none, and the defaults are all there is
+    listen      the addresses of listen_port, as parse_listen gives them
+    warnings    for the log, once it is there
     """
+
+    path = None
 
     def __init__(self, values=None, directory="."):
         """Check `values`, a dict as in config.json; relative paths start at `directory`.
@@ -463,12 +512,14 @@ class Config:
         except FileNotFoundError:
             if must_exist:
                 raise UserError(f"there is no {path}", EXIT_CONFIG)
-            values = {}
+            values = None
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}", EXIT_CONFIG)
         except ValueError as error:
             raise UserError(f"{path} {error}", EXIT_CONFIG)
-        return cls(values, os.path.dirname(os.path.abspath(path)))
+        config = cls(values, os.path.dirname(os.path.abspath(path)))
+        config.path = None if values is None else path
+        return config
 
     def check_serve_dir(self):
         """Raise UserError where serve_dir cannot be listed."""
@@ -790,25 +841,44 @@ def as_v1(manifest: dict, v2: dict, file: dict, creator: str) -> dict:
 
 MANIFEST_LIMIT = 1 << 20      # bytes; tags may take 100 KiB, a description 10: nothing needs more
 RECHECK = 1.0                 # seconds until an edit in place must be seen in a list
-RECHECK_SOON = 0.6            # seconds until requests for lists begin to look, a part each
-RECHECK_EARLY = 0.8           # seconds by which they are through, or a thread begins to look
-LOOK_AHEAD = 0.005            # seconds such a part of a look may take: more, and the disk is slow
+RECHECK_EARLY = 0.5           # seconds until a list asked for starts a re-check in the background
+RECHECK_SLICE = 0.001         # seconds of such a re-check between two pauses
+RECHECK_PAUSE = 0.001         # seconds of a pause: 10,000 images take some 0.2 s so
 RACY = 50_000_000             # ns; a time this young may not move with the next change: file
                               # systems tell it in ticks, of up to 10 ms (Linux before 6.13)
-LISTS_LIMIT = 128 << 20       # bytes of lists in use at once; of 10,000 images one has 13 MB
 LISTS_KEPT = 4                # rendered lists kept: each is as large as all manifests together
+LIST_PIECE = 128 << 10        # bytes of a list rendered at once: some 100 images, 100 us
+ZIPPED_LIMIT = 32 << 20       # bytes of gzip forms in use; of 10,000 images one has 1 MB
 MD5_LIMIT = 16 << 20          # bytes; a file up to this size is hashed when it is asked for
 
-def open_regular(path):
+def trusted_stat(path, serve_dir):
+    """os.stat, which follows a symlink only where root or the owner of serve_dir made it.
+
+    Else a user who may write to one image could publish all that the server can read.
+    Raises OSError.
+    """
+    status = os.lstat(path)
+    if stat.S_ISLNK(status.st_mode):
+        if status.st_uid not in (0, os.stat(serve_dir).st_uid):
+            raise OSError(errno.ELOOP, f"{os.path.basename(path)} is a symlink that belongs to "
+                                       "neither root nor the owner of serve_dir")
+        status = os.stat(path)
+    return status
+
+
+def open_regular(path, serve_dir=None):
     """Open a regular file for reading: (fd, its stat).  A fifo or device is refused at once.
 
-    Raises OSError.  Symlinks are followed: only an operator can have placed them.
+    With serve_dir, symlinks are followed as trusted_stat does.  Raises OSError.
     """
+    trusted = serve_dir and trusted_stat(path, serve_dir)
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "not a regular file")
+        if trusted and not os.path.samestat(trusted, status):
+            raise OSError(errno.ENOENT, "replaced while it was opened")
     except OSError:
         os.close(fd)
         raise
@@ -876,6 +946,11 @@ class Image:
     def directory(self) -> str:
         return self.place + self.uuid
 
+    @property
+    def title(self) -> str:
+        """Its name and version for the log; "" where it is not sound."""
+        return "" if self.problem else f"{self.name} {self.version}"
+
     def is_fresh(self, api, for_list=False) -> bool:
         """Whether it is rendered for api, and on disk still what was read.
 
@@ -903,6 +978,11 @@ class Image:
                 return False
             self.checked = now
         return True
+
+    def shows_other_than(self, image) -> bool:
+        """Whether a client sees a difference between two readings of one image."""
+        return any(ours and theirs and ours[2] != theirs[2] for ours, theirs in
+                   ((self.dsapi, image.dsapi), (self.imgapi, image.imgapi)))
 
     def fields(self) -> dict:
         """Its v2 manifest, as IMGAPI shows it without channels."""
@@ -935,7 +1015,7 @@ class ImageReader:
     """Reads image directories into Images, for one configuration."""
 
     def __init__(self, config):
-        self.creator = config.image_creator
+        self.creator, self.serve_dir = config.image_creator, config.serve_dir
         self.with_channels = bool(config.channels)
         self.base_salt = json.dumps([config.prefix, config.suffix]).encode()
         # Stands for prefix + Host + suffix in a rendered manifest until a request gives them.
@@ -951,8 +1031,9 @@ class ImageReader:
         directory = place + uuid
         image.checked, began = time.monotonic(), time.time_ns()
         try:
-            status = os.stat(directory)
+            status = trusted_stat(directory, self.serve_dir)
             image.directory_changed, image.device = status.st_ctime_ns, status.st_dev
+            trusted_stat(f"{directory}/{MANIFEST}", self.serve_dir)
             manifest, status = read_manifest(directory)
             image.manifest_key = stat_key(status)
             if status.st_dev != image.device:
@@ -993,7 +1074,8 @@ class ImageReader:
         image.file = name
         file = self._look_at_file(image, stored)
         v2 = complete({**manifest, "files": [file]}, stamp(mtime))
-        icons = [icon for icon in names if icon in ICONS and icon != name]
+        icons = [icon for icon in names if icon in ICONS and icon != name
+                 and self._is_trusted(f"{image.directory}/{icon}")]
         if icons:
             image.icon, v2["icon"] = icons[0], True
         else:
@@ -1014,11 +1096,17 @@ class ImageReader:
             file = {**file, "path": image.path, "url": self.host_placeholder}
             image.dsapi = self._render_v1(as_v1(manifest, v2, file, self.creator), image)
 
-    @staticmethod
-    def _look_at_file(image, stored) -> dict:
+    def _is_trusted(self, path) -> bool:
+        try:
+            trusted_stat(path, self.serve_dir)
+        except OSError:
+            return False
+        return True
+
+    def _look_at_file(self, image, stored) -> dict:
         """files[0] as every client can take it, held against the file on disk."""
         path = f"{image.directory}/{image.file}"
-        status = os.stat(path)
+        status = trusted_stat(path, self.serve_dir)
         image.file_key = stat_key(status)
         if status.st_dev != image.device:
             image.device = None
@@ -1076,89 +1164,143 @@ def etag_of(*parts) -> bytes:
 
 
 class Listing:
-    """One form of a list, ready to be sent: its bytes, its ETag and its header lines."""
+    """A JSON array of images in one form, rendered piece by piece as it is sent.
 
-    __slots__ = ("body", "etag", "fields", "zipped")
+    text_of(image) is the text of one image, in bytes.  Pieces are kept while the cache of
+    lists has room for them; a reader holds but its position.  length: bytes of the array.
+    """
 
-    def __init__(self, body, etag, coding=b""):
-        self.body, self.etag = body, etag
-        self.fields = b'%bETag: "%b"\r\nVary: Accept-Encoding\r\n%b%b' % (
-            JSON_TYPE, etag.encode(), coding, CORS)
-        self.zipped = None                # the Listing of its gzip form, once asked for
+    __slots__ = ("_images", "_text_of", "_starts", "_pieces", "length", "etag", "fields",
+                 "zipped")
+
+    def __init__(self, images, text_of, etag=None):
+        """Render it once, to learn its length; which is for a thread."""
+        self._images, self._text_of, self.etag = images, text_of, etag
+        self._pieces = self.zipped = None
+        self.fields = b""                     # header lines that go with it, for routes
+        self._starts = starts = [0]           # the first image of each piece
+        size = 0
+        for number, image in enumerate(images):
+            if size > LIST_PIECE:
+                starts.append(number)
+                size = 0
+            size += len(text_of(image))
+        self.length = sum(len(self.render(number)) for number in range(len(starts)))
+
+    def for_host(self, text_of, growth) -> Listing:
+        """The same list for another host, of which each image is `growth` bytes longer."""
+        other = copy.copy(self)
+        other._text_of, other._pieces, other.zipped = text_of, None, None
+        other.length += len(self._images) * growth
+        return other
+
+    def __len__(self):
+        """The number of its pieces; an empty array is one."""
+        return len(self._starts)
+
+    def render(self, number) -> bytes:
+        """One piece; the first begins the array, the last ends it."""
+        first, *rest = self._starts[number:number + 2]
+        images = self._images[first:rest[0] if rest else None]
+        if not images:
+            return b"[]"
+        text = b",\n".join(map(self._text_of, images)).replace(b"\n", b"\n  ")
+        return b"%b\n  %b%b" % (b"," if number else b"[", text, b"" if rest else b"\n]")
+
+    def piece(self, number) -> bytes:
+        """render(), remembered while the list is kept.  For the event loop alone."""
+        pieces = self._pieces
+        if pieces is None:
+            return self.render(number)
+        if pieces[number] is None:
+            pieces[number] = self.render(number)
+        return pieces[number]
+
+    @property
+    def kept(self) -> bool:
+        return self._pieces is not None
+
+    def keep(self):
+        """Remember pieces from now on."""
+        self._pieces = [None] * len(self)
+
+    def release(self):
+        """Forget its pieces: who is still reading has them rendered again."""
+        self._pieces = self.zipped = None
 
     def zip(self):
-        """Make its gzip form; which is slow, for a thread."""
-        import gzip
-        self.zipped = Listing(gzip.compress(self.body, 6, mtime=0), self.etag + "-gzip",
-                              b"Content-Encoding: gzip\r\n")
+        """Its gzip form, for a thread: some 30 ms for each MB."""
+        import zlib
+        packer = zlib.compressobj(6, wbits=31)
+        data = ZippedList()
+        for number in range(len(self)):
+            data += packer.compress(self.render(number))
+        return data + packer.flush()
 
 
-class RenderedList(bytearray):
-    """The bytes of a list, which the Store can tell to be in use: by a cache, or being sent."""
+class ZippedList(bytearray):
+    """The gzip form of a list, which Store can tell to be in use: by its cache, or being sent."""
 
-
-def join_list(texts) -> RenderedList:
-    """A JSON array of rendered objects.
-
-    Grown in place: ten thousand manifests are 13 MB, of which no second copy is wanted.
-    """
-    body = RenderedList()
-    for text in texts:
-        body += b",\n  " if body else b"[\n  "
-        body += text.replace(b"\n", b"\n  ")       # no string in JSON holds a raw line end
-    body += b"\n]" if body else b"[]"
-    return body
-
-
-def list_etag(images, api, *view) -> str:
-    """The ETag of a list of these images in a form that `view` describes."""
-    return etag_of(repr(view).encode(), *(getattr(image, api)[2] for image in images)).decode()
+    def __add__(self, data):
+        self += data
+        return self
 
 
 class Snapshot:
-    """The images on show at one moment, in order, and the lists rendered of them."""
+    """The images on show at one moment, in order of publishing, and lists of them."""
 
     def __init__(self, images):
-        self.images = sorted(images, key=lambda image: image.order)
-        self.listings = {}                # view: Listing, the oldest first
+        self.images = tuple(sorted(images, key=lambda image: image.order))
+        self.forms = {}               # (api, view): (the first Listing of it, its host)
+        self.listings = {}            # (api, view, host): Listing, the oldest first
+
+    def release(self):
+        """Forget rendered lists: another snapshot takes its place."""
+        for listing in list(self.listings.values()):
+            listing.release()
 
 
 class Store:
-    """The images of one serve_dir."""
+    """The images of one serve_dir.
 
-    def __init__(self, config, log):
+    Single images are re-checked with each request for them, all images when a list is asked
+    for, by one thread at a time.  in_background(job) runs a job in another thread.
+    """
+
+    def __init__(self, config, log, in_background):
         self.directory = config.serve_dir
         self.place = os.path.join(config.serve_dir, "")
         self.log = log
+        self._in_background = in_background
         self._reader = ImageReader(config)
-        self._images = {}             # uuid: Image, sound or not
+        self._images = {}             # uuid: Image, sound or not; written under _lock
         self._lock = threading.Lock()
+        self._recheck_lock = threading.Lock()     # taken before _lock
+        self._rechecking = False      # a re-check in the background is on its way
         self._snapshot = None
-        self._apis = frozenset()      # what all images of the snapshot are rendered for
+        self._apis = frozenset()      # APIs that all images of the snapshot are rendered for
         self._changed = True          # an image has been read since the snapshot was made
-        self._seen = None             # mtime of serve_dir at the last look at its names
-        self._device = None           # the file system it was on then
-        self._checked = -math.inf     # when the last look at every image began (monotonic)
-        self._rechecking = False      # a thread is on its way to do that look
-        self._ahead = None            # [the images, how many were looked at, since when]: the
-                                      # look that the loop does in parts, if it is at one
-        self._bodies = weakref.WeakValueDictionary()      # id: every list that is in use
-        self._bodies_lock = threading.Lock()
-        self._loops = set()           # images left out because their origins form a cycle
+        self._names_key = None        # serve_dir as it was when its names were read
+        self._checked = -math.inf     # when the last re-check of all images began (monotonic)
+        self._cyclic = {}             # uuid: whether its chain of origins never ends; a memo
+        self._cycles_logged = set()
+        self._lists_lock = threading.Lock()       # for listings of a snapshot, and gzip forms
+        self._zipping = threading.Lock()
+        self._zipped = weakref.WeakValueDictionary()      # id: ZippedList that is in use
 
     # single images
 
     def image(self, uuid, api, may_block) -> Image:
-        """The image of a directory, as it is on disk now: active, disabled or failed.
+        """The image of a directory, as it is on disk now, in any state.
 
-        Raises ApiError (404) where there is none that is sound, NeedsThread where it must be read,
-        OSError where serve_dir is gone.
+        Raises ApiError (404) where there is none that is sound, NeedsThread where it must be
+        read, OSError where serve_dir is gone.
         """
         image = self._find(uuid, api, may_block)
         if image is None or image.try_again:
             os.stat(f"{self.directory}/.")            # is it serve_dir that cannot be read?
-        if image is None or image.problem or image.origin and self._loops_back(
-                image, lambda origin: self._find(origin, api, may_block)):
+        if image is None or image.problem or image.origin and self._is_cyclic(
+                image, lambda origin: self._known(origin, api, may_block)):
             raise not_found(f"image {uuid} not found")
         return image
 
@@ -1177,6 +1319,11 @@ class Store:
                 image = self._load(uuid, api)
         return image
 
+    def _known(self, uuid, api, may_block) -> Image | None:
+        """An image as it was last read: a link in a chain is re-checked when it is asked for."""
+        image = self._images.get(uuid)
+        return self._find(uuid, api, may_block) if image is None else image
+
     def unactivated(self, uuid) -> Image:
         """The whole image that waits in .incoming-<uuid>.  Raises ApiError (404)."""
         image = self._reader.read(uuid, f"{self.directory}/{INCOMING}", (IMGAPI,))
@@ -1185,159 +1332,200 @@ class Store:
         return image
 
     def _load(self, uuid, api) -> Image | None:
-        """Read one image again; the lock is held.  Says in the log what became of it."""
+        """Read one image again; _lock is held.  Logs the change."""
         before = self._images.get(uuid)
         apis = self._apis | {api} | {other for other in (DSAPI, IMGAPI)
                                      if before is not None and getattr(before, other)}
         image = self._reader.read(uuid, self.place, apis)
-        # Set before the image is: the loop may look between the two (see _look_ahead).
         self._changed |= (before is not None and not before.problem
                           or image is not None and not image.problem)
         if image is None:
-            if self._images.pop(uuid, None) is not None:
-                self.log.info(f"image {uuid} is gone")
+            self._images.pop(uuid, None)
         else:
             self._images[uuid] = image
-            self._say(image, before)
+        self._cyclic = {}
+        self._log_change(uuid, image, before)
         return image
 
-    def _say(self, image, before):
-        """Log what is new about an image, once."""
+    def _log_change(self, uuid, image, before):
+        """Log that an image came, changed or went: once, and not all at the first list."""
+        if image is None:
+            if before is not None:
+                self.log.info(f"image {uuid} is gone: {before.title or before.problem}")
+            return
         if image.problem:
             if before is None or before.problem != image.problem:
-                self.log.warn(f"image {image.uuid} is left out: {printable(image.problem)}")
+                self.log.warn(f"image {uuid} is left out: {printable(image.problem)}")
             return
-        if before is not None and before.problem:
-            self.log.info(f"image {image.uuid} is on show")
+        if before is not None and before.problem or before is None and self._snapshot is not None:
+            self.log.info(f"image {uuid} is on show: {image.title}, {image.size} bytes")
+        elif before is not None and before.shows_other_than(image):
+            self.log.info(f"image {uuid} has changed: {image.title}, {image.size} bytes")
         if image.origin and (before is None or before.origin != image.origin) \
                 and not os.path.exists(f"{self.directory}/{image.origin}/{MANIFEST}"):
-            self.log.warn(f"image {image.uuid}: its origin {image.origin} is not on this "
-                          "server; imgadm needs another source for that one")
+            self.log.warn(f"image {image.uuid}: imgadm cannot import it until image "
+                          f"{image.origin} is on this server, too")
 
-    def _loops_back(self, image, find) -> bool:
-        """Whether the chain of origins never ends: imgadm would follow it for ever."""
-        seen = {image.uuid}
-        link = image
-        while link is not None and not link.problem and link.origin:
-            if link.origin in seen:
-                if image.uuid not in self._loops:
-                    self._loops.add(image.uuid)
-                    self.log.warn(f"image {image.uuid} is left out: its origins form a cycle")
-                return True
-            seen.add(link.origin)
+    def _is_cyclic(self, image, find) -> bool:
+        """Whether its chain of origins never ends: imgadm would follow it for ever."""
+        memo, chain, link = self._cyclic, [], image
+        seen = set()
+        while True:
+            if link is None or link.problem or not link.origin:
+                verdict = False
+            elif link.uuid in seen:
+                verdict = True
+            else:
+                verdict = memo.get(link.uuid)
+            if verdict is not None:
+                break
+            seen.add(link.uuid)
+            chain.append(link.uuid)
             link = find(link.origin)
-        self._loops.discard(image.uuid)
-        return False
+        for uuid in chain:
+            memo[uuid] = verdict
+        if not verdict:
+            self._cycles_logged.discard(image.uuid)
+        elif image.uuid not in self._cycles_logged:
+            self._cycles_logged.add(image.uuid)
+            self.log.warn(f"image {image.uuid} is left out: its origins form a cycle")
+        return verdict
 
     # lists
 
     def snapshot(self, api, may_block) -> Snapshot:
-        """All active images, rendered for api.  Raises NeedsThread, and OSError from serve_dir."""
-        now = time.monotonic()
-        if self._fresh(api, now, RECHECK):
-            if (now - self._checked < RECHECK_SOON
-                    or not may_block and (self._rechecking or self._look_ahead(api, now))):
-                return self._snapshot
-            # This one has a thread look again; the others are still served.
-            self._rechecking = True
+        """All active images, rendered for api.  Raises NeedsThread, and OSError of serve_dir."""
+        age = time.monotonic() - self._checked
+        if age < RECHECK and api in self._apis and self._key_of_names() == self._names_key:
+            if age >= RECHECK_EARLY and not self._rechecking:
+                self._rechecking = True
+                try:
+                    self._in_background(lambda: self._recheck_early(api))
+                except (RuntimeError, MemoryError):       # no thread can be had: at RECHECK then
+                    self._rechecking = False
+            return self._snapshot
         if not may_block:
             raise NeedsThread
-        with self._lock:
-            try:
-                if not self._fresh(api, time.monotonic(), RECHECK_SOON):
-                    self._recheck(api)
-            finally:
-                self._rechecking = False
-            return self._snapshot
+        with self._recheck_lock:
+            if not (time.monotonic() - self._checked < RECHECK_EARLY and api in self._apis
+                    and self._key_of_names() == self._names_key):
+                self._recheck(api)
+        return self._snapshot
 
-    def listing(self, api, view, render, may_block) -> Listing:
-        """The list of all active images in the form `view`, made by render(snapshot, *view)."""
-        snapshot = self.snapshot(api, may_block)
-        view = (api, *view)
-        listing = snapshot.listings.get(view)
-        if listing is None:
-            if not may_block:
-                raise NeedsThread
-            with self._lock:
-                listing = snapshot.listings.get(view)
-                if listing is None:
-                    listing = snapshot.listings[view] = render(snapshot, *view)
-                    if len(snapshot.listings) > LISTS_KEPT:
-                        del snapshot.listings[next(iter(snapshot.listings))]
-        return listing
+    def _recheck_early(self, api):
+        """In the background: re-check before requests have to wait for it."""
+        try:
+            with self._recheck_lock:
+                self._recheck(api, RECHECK_PAUSE)
+        except OSError:
+            self._checked = -math.inf     # the next list meets the same error, and says so
+        finally:
+            self._rechecking = False
 
-    def join(self, texts) -> RenderedList:
-        """join_list, if memory for it is left.  Raises ApiError (503).
-
-        The lists of one Host are one Body, however many clients take it; filters and Host
-        headers are the clients' to make up, and each could hold one by not reading it.
-        """
-        with self._bodies_lock:
-            used = [len(body) for body in self._bodies.values()]
-            if len(used) > LISTS_KEPT and sum(used) > LISTS_LIMIT:
-                raise ApiError(503, "ServiceUnavailableError", "too many different lists are "
-                              "being sent", fields=b"Retry-After: 10\r\n")
-            body = join_list(texts)
-            self._bodies[id(body)] = body
-        return body
-
-    def _fresh(self, api, now, age) -> bool:
-        """Whether no name has changed, and every image was looked at less than age seconds ago."""
-        return (api in self._apis and now - self._checked < age
-                and os.stat(self.directory).st_mtime_ns == self._seen)
-
-    def _look_ahead(self, api, now) -> bool:
-        """In the loop: look at as many images as are due now.  False: let a thread look.
-
-        A thread that looks at ten thousand trades the interpreter's lock with the loop at
-        every stat; where lists are asked for all the time, the loop itself is done sooner.
-        Other file systems than that of serve_dir are not for the loop: one may hang.
-        """
-        if self._changed or now - self._checked >= RECHECK_EARLY:
-            self._ahead = None
-            return False
-        if self._ahead is None or self._ahead[2] < self._checked:
-            self._ahead = [list(self._images.values()), 0, now]
-        images, count, since = self._ahead
-        time_given = (RECHECK_EARLY - RECHECK_SOON) / 2       # the other half is in reserve
-        due = len(images) * min(1, (now - since) / time_given)
-        while count < due:
-            if (images[count].device != self._device or not images[count].is_fresh(api, True)
-                    or time.monotonic() - now > LOOK_AHEAD):
-                self._ahead = None
-                return False
-            count += 1
-        self._ahead[1] = count
-        if count == len(images):
-            self._checked, self._ahead = since, None
-        return True
-
-    def _recheck(self, api):
-        """Look at every name, and at every image if that is due; the lock is held."""
-        now = time.monotonic()
-        everything = now - self._checked >= RECHECK_SOON or api not in self._apis
+    def _key_of_names(self):
+        """A value that changes when a name in serve_dir comes, goes or is replaced."""
         status = os.stat(self.directory)
-        seen, self._device = status.st_mtime_ns, status.st_dev
-        # A change within the same tick of the file system's clock leaves the mtime as it is: one
-        # may come after the names are read, so what counts is how old the mtime is before.
-        settled = abs(time.time_ns() - seen) > RACY
+        return status.st_ctime_ns, status.st_mtime_ns, status.st_ino, status.st_dev
+
+    def _recheck(self, api, pause=0):
+        """Re-check every name, and every image if that is due; _recheck_lock is held.
+
+        pause: seconds to sleep after each RECHECK_SLICE, so that the event loop gets the
+        interpreter's lock in time.
+        """
+        now = time.monotonic()
+        everything = now - self._checked >= RECHECK_EARLY or api not in self._apis
+        key = self._key_of_names()
+        # A change within the same tick of the file system's clock leaves its time as it is: one
+        # may come after the names are read, so what counts is how old the time is before.
+        settled = abs(time.time_ns() - max(key[:2])) > RACY
         names = {name for name in os.listdir(self.directory) if is_uuid(name)}
+        stale, slice_end = [], now + RECHECK_SLICE
         for uuid in sorted(names | set(self._images)):
             image = self._images.get(uuid)
-            if image is None or uuid not in names \
-                    or everything and not image.is_fresh(api, True):
+            if image is None or uuid not in names or everything and not image.is_fresh(api, True):
+                stale.append(uuid)
+            if pause and time.monotonic() > slice_end:
+                time.sleep(pause)
+                slice_end = time.monotonic() + RECHECK_SLICE
+        with self._lock:
+            for uuid in stale:
                 self._load(uuid, api)
-        if self._changed:
-            self._changed = False
-            self._snapshot = Snapshot(
-                image for image in self._images.values()
-                if not image.problem and image.state == "active"
-                and not (image.origin and self._loops_back(image, self._images.get)))
-        # What the loop takes for a sign that the snapshot is fresh comes after it.
-        self._seen = seen if settled else None
-        self._apis |= {api}
-        if everything:
-            self._checked = now
+            if self._changed:
+                self._changed = False
+                self._replace_snapshot()
+            # The event loop reads these without the lock, in the other order.
+            self._names_key = key if settled else None
+            self._apis |= {api}
+            if everything:
+                self._checked = now
+
+    def _replace_snapshot(self):
+        """Make a snapshot of the images as they are in memory; _lock is held."""
+        before, self._snapshot = self._snapshot, Snapshot(
+            image for image in self._images.values()
+            if not image.problem and image.state == "active"
+            and not (image.origin and self._is_cyclic(image, self._images.get)))
+        if before is not None:
+            with self._lists_lock:
+                before.release()
+
+    def listing(self, api, view, select, text_of, may_block, host=b"") -> Listing:
+        """The list of all active images that select(images) gives, in one form.
+
+        view tells forms of one API apart, all but the host: bytes that text_of puts into
+        each image once.  Raises NeedsThread for the first list of a view.
+        """
+        snapshot = self.snapshot(api, may_block)
+        listing = snapshot.listings.get((api, view, host))
+        if listing is not None:
+            return listing
+        first, first_host = snapshot.forms.get((api, view), (None, None))
+        if first is None:
+            if not may_block:
+                raise NeedsThread
+            images = select(snapshot.images)
+            listing = Listing(images, text_of, list_etag(images, api, view))
+            snapshot.forms[api, view] = listing, host
+        else:
+            listing = first.for_host(text_of, len(host) - len(first_host))
+        with self._lists_lock:
+            listing = snapshot.listings.setdefault((api, view, host), listing)
+            if snapshot is self._snapshot:        # else it was released just now
+                listing.keep()
+            if len(snapshot.listings) > LISTS_KEPT:
+                snapshot.listings.pop(next(iter(snapshot.listings))).release()
+        return listing
+
+    def zipped(self, listing, may_block) -> ZippedList | None:
+        """The gzip form of a kept list; None where making one is not worth it now.
+
+        One thread at a time makes them, and those in use are bounded: clients may take a list
+        unread, and make up as many Host headers as they like.  Raises NeedsThread.
+        """
+        data = listing.zipped
+        if data is not None or not listing.kept:
+            return data
+        if not may_block:
+            raise NeedsThread
+        with self._lists_lock:
+            used = sum(len(other) for other in self._zipped.values())
+        if used > ZIPPED_LIMIT or not self._zipping.acquire(blocking=False):
+            return None
+        try:
+            data = listing.zip()
+            with self._lists_lock:
+                self._zipped[id(data)] = data
+                if listing.kept:
+                    listing.zipped = data
+            return data
+        finally:
+            self._zipping.release()
+
+
+def list_etag(images, api, view) -> str:
+    """The ETag of a list of these images in a form that `view` describes."""
+    return etag_of(repr(view).encode(), *(getattr(image, api)[2] for image in images)).decode()
 
 
 # -- ZFS streams -------------------------------------------------------------------------
@@ -1932,10 +2120,10 @@ class Import:
             os.path.join(image.directory, image.file), file["compression"]).guid)
 
 
-# -- requests and responses --------------------------------------------------------------
+# -- HTTP messages -----------------------------------------------------------------------
 #
-# A request is parsed from its bytes, each of which is one character here (latin-1); a
-# response is a value.  Nothing here knows a socket.
+# A Request is made of bytes, each of which is one character here (latin-1); a Response is a
+# value.  Nothing here knows a socket.
 
 HEAD_LINE_LIMIT = 8 << 10     # bytes of a request line; nginx and node allow 8 KiB too
 HEAD_LIMIT = 32 << 10         # bytes of a whole request head: imgadm sends less than 1 KiB
@@ -1951,7 +2139,7 @@ _FIELD_LINE = _TOKEN + r":[^\x00-\x08\n-\x1f\x7f]*\r?\n"
 _HEAD = re.compile(rf"{_REQUEST_LINE}((?:{_FIELD_LINE})*)\r?\n")
 _BEGINNING = re.compile(_REQUEST_LINE)
 _HEAD_END = re.compile(r"\n\r?\n")
-_HOST = re.compile(r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?")
+_HOST = re.compile(r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{0,5}))?")
 _LENGTH = re.compile("[0-9]{1,19}")
 _RANGE = re.compile("bytes=([0-9]{0,19})-([0-9]{0,19})")
 _TARGET_HOST = re.compile("https?://[^/?]*", re.IGNORECASE)
@@ -1963,43 +2151,49 @@ METHODS = frozenset(("GET", "HEAD", "OPTIONS", "POST", "PUT", "DELETE", "PATCH",
 class Request:
     """One parsed request.
 
-    headers   lower-case name: value; values of a repeated field are joined by commas
-    segments  the path, split and percent-decoded: ["datasets", uuid]; [""] for /
-    query     the text after "?", undecoded
-    host      the Host header, checked; None on HTTP/1.0 without one
-    keep      whether the client wants to go on with this connection
-    may_block  whether answering may take its time: True in a thread, False in the loop
+    line        the request line as it came, for the log
+    headers     lower-case name: value; values of a repeated field are joined by commas
+    segments    the path, split and percent-decoded: ["datasets", uuid]; [""] for /
+    query       the text after "?", undecoded
+    host        the Host header, checked; None on HTTP/1.0 without one
+    keep_alive  whether the client wants to go on with this connection
+    length      bytes of its body; None where it is chunked
+    body        an object with read(n), as Body has it; None until a thread answers it
+    may_block   whether answering may take its time: True in a thread, False in the event loop
+    route, arguments    the row of the route table that answers it, once it was found
     """
 
-    __slots__ = ("method", "target", "is_1_0", "headers", "segments", "query", "host", "keep",
-                 "may_block")
+    __slots__ = ("line", "method", "target", "is_1_0", "headers", "segments", "query", "host",
+                 "keep_alive", "length", "body", "may_block", "route", "arguments")
 
 
-def parse_head(match) -> Request:
-    """Make a Request of what _HEAD has matched.
+def parse_request(match) -> Request:
+    """The Request in a match of _HEAD.
 
-    Raises ApiError; whatever it says, the connection is of no further use then, since
-    nobody can tell where the next request begins.
+    Raises ApiError, after which the connection is of no further use: nobody can tell where
+    the next request begins.
     """
     request = Request()
-    request.may_block = False
-    _, request.method, request.target, version, block = match.groups()
+    request.may_block, request.body, request.route = False, None, None
+    request.line, request.method, request.target, version, block = match.groups()
     if version[0] != "1":
         raise ApiError(505, "HttpVersionNotSupported", "HTTP/1.0 and HTTP/1.1 are spoken here")
     request.is_1_0 = version == "1.0"
     request.headers = headers = parse_fields(block)
     request.host = host = headers.get("host")
     if host is not None:
-        if not names_host(host):
+        if not is_host(host):
             raise bad_request("the Host header names no host")
     elif not request.is_1_0:
         raise bad_request("the Host header is missing")
-    request.keep = not request.is_1_0
+    request.keep_alive = not request.is_1_0
     if "connection" in headers:
         options = [option.strip().lower() for option in headers["connection"].split(",")]
-        request.keep = "close" not in options and (request.keep or "keep-alive" in options)
+        request.keep_alive = "close" not in options and (request.keep_alive
+                                                         or "keep-alive" in options)
+    request.length = 0
     if "transfer-encoding" in headers or "content-length" in headers:
-        check_framing(headers)
+        request.length = body_length(headers, request.is_1_0)
     if "expect" in headers and headers["expect"].lower() != "100-continue":
         raise ApiError(417, "ExpectationFailed", "only 100-continue can be expected")
     request.segments, request.query = split_target(request.target)
@@ -2007,9 +2201,9 @@ def parse_head(match) -> Request:
 
 
 def explain_head(data):
-    """Why `data` is no request head.  Returns if it may only be incomplete.
+    """Raise ApiError where `data`, a text, is not the beginning of a request head.
 
-    Raises ApiError for the beginning of what can become no request (TLS, HTTP/0.9) at once.
+    Returns where it may only be incomplete.  TLS and HTTP/0.9 are refused at once.
     """
     end = _HEAD_END.search(data)
     head = data[:end.end()] if end else data
@@ -2029,9 +2223,12 @@ def check_size(head):
 
 
 @functools.lru_cache(HOSTS_KEPT)
-def names_host(host) -> bool:
-    """Whether a Host header is a name or address, with a port or without (RFC 9112 §3.2)."""
-    match = _HOST.fullmatch(host)
+def is_host(text) -> bool:
+    """Whether a Host header is a name or address, with a port or without (RFC 9112 §3.2).
+
+    The port may be empty (RFC 3986 §3.2.3).
+    """
+    match = _HOST.fullmatch(text)
     return match is not None and int(match[2] or 0) <= 65535
 
 
@@ -2042,7 +2239,7 @@ def parse_fields(block: str) -> dict:
     lines.pop()
     if len(lines) > HEAD_FIELDS_LIMIT:
         raise ApiError(431, "RequestHeaderFieldsTooLarge",
-                      f"more than {HEAD_FIELDS_LIMIT} header lines")
+                       f"more than {HEAD_FIELDS_LIMIT} header lines")
     for line in lines:
         name, _, value = line.partition(":")
         name, value = name.lower(), value.strip(" \t\r")
@@ -2054,21 +2251,25 @@ def parse_fields(block: str) -> dict:
     return headers
 
 
-def check_framing(headers):
-    """Refuse a body that cannot be told from the next request (RFC 9112 §6.1, §6.3)."""
+def body_length(headers, is_1_0):
+    """The length of a body in bytes; None for a chunked one (RFC 9112 §6.1 - 6.3).
+
+    Raises ApiError for a body that cannot be told from the next request.
+    """
     coding, length = headers.get("transfer-encoding"), headers.get("content-length")
     if coding is not None:
-        if length is None and coding.lower() == "chunked":
-            raise ApiError(411, "LengthRequired", "a body needs a Content-Length here")
-        raise bad_request("this Transfer-Encoding is not understood")
+        if length is not None or is_1_0 or coding.lower() != "chunked":
+            raise bad_request("this Transfer-Encoding is not understood")
+        return None
     if not _LENGTH.fullmatch(length):
         raise bad_request("Content-Length is not a number")
+    return int(length)
 
 
 def split_target(target):
     """(segments, query) of a request target.  Raises ApiError.
 
-    imgadm asks for files in absolute-form, of whatever host the url names: only the path
+    imgadm asks for files in absolute-form, of any host that a url names: only the path
     counts (RFC 9112 §3.2.2; every request that arrives is for this server).
     """
     if target[0] != "/":
@@ -2101,18 +2302,19 @@ def decode_segment(segment):
 
 
 class Response:
-    """What a request is answered with: status, header lines, and bytes or a part of a file.
+    """The answer to a request: status, header lines, and bytes, a Listing or part of a file.
 
     fields are header lines as bytes that end in CRLF; Server, Date, Content-Length and
-    Connection are added by whoever sends.  file is an open file descriptor, of which
-    `length` bytes from `offset` are the body; it is the sender's to close.
+    Connection are added by the connection.  file is an open file descriptor, of which
+    `length` bytes from `offset` are the body; the connection closes it.  title is put behind
+    the line in the log.
     """
 
-    __slots__ = ("status", "fields", "body", "file", "offset", "length")
+    __slots__ = ("status", "fields", "body", "file", "offset", "length", "title")
 
-    def __init__(self, status, fields=b"", body=b"", file=None, offset=0, length=None):
+    def __init__(self, status, fields=b"", body=b"", file=None, offset=0, length=None, title=""):
         self.status, self.fields, self.body = status, fields, body
-        self.file, self.offset = file, offset
+        self.file, self.offset, self.title = file, offset, title
         self.length = len(body) if length is None else length
 
     def close(self):
@@ -2133,12 +2335,12 @@ def json_response(value, status=200, fields=CORS) -> Response:
     return Response(status, JSON_TYPE + fields, render_json(value).encode())
 
 
-def error_response(refusal) -> Response:
+def error_response(error) -> Response:
     """The error answer that imgadm prints: {code, message}, and errors where IMGAPI has them."""
-    value = {"code": refusal.code, "message": refusal.message}
-    if refusal.errors is not None:
-        value["errors"] = refusal.errors
-    return json_response(value, refusal.status, CORS + refusal.fields)
+    value = {"code": error.code, "message": error.message}
+    if error.errors is not None:
+        value["errors"] = error.errors
+    return json_response(value, error.status, CORS + error.fields)
 
 
 def etag_matches(header, etag) -> bool:
@@ -2166,9 +2368,15 @@ def http_date(seconds) -> str:
 
 
 def not_modified_since(header, seconds) -> bool:
-    """Whether If-Modified-Since is a date not before `seconds` (RFC 9110 §13.1.3)."""
+    """Whether If-Modified-Since is a date not before `seconds` (RFC 9110 §13.1.3).
+
+    All three forms of a date (§5.6.7) are in UTC, also those that name no zone.
+    """
     try:
-        return email.utils.parsedate_to_datetime(header).timestamp() >= int(seconds)
+        date = email.utils.parsedate_to_datetime(header)
+        if date.tzinfo is None:
+            date = date.replace(tzinfo=datetime.timezone.utc)
+        return date.timestamp() >= int(seconds)
     except (ValueError, TypeError, IndexError, OverflowError, OSError):
         return False
 
@@ -2190,21 +2398,21 @@ def parse_range(header, size):
             return None
     if offset >= size:
         raise ApiError(416, "RequestedRangeNotSatisfiable", f"the file has {size} bytes",
-                      fields=header_line("Content-Range", f"bytes */{size}"))
+                       fields=header_line("Content-Range", f"bytes */{size}"))
     return offset, min(last, size - 1) - offset + 1
 
 
-def file_response(request, fd, status, etag, fields, md5=None) -> Response:
+def file_response(request, fd, status, etag, fields, md5=None, title="") -> Response:
     """The answer to a GET or HEAD of an open regular file: 200, 206, 304 or 416.
 
-    md5 is called for the digest as bytes, or None, if the whole file is the answer.
-    Closes fd unless the Response holds it.
+    md5 is called for the digest as bytes, or None, if the whole file is the answer.  A date
+    in If-Range never matches: two files may have one mtime (RFC 9110 §13.1.5).  Closes fd
+    unless the Response holds it.
     """
     headers, size = request.headers, status.st_size
     try:
-        modified = http_date(int(status.st_mtime))
         fields += b'ETag: "%b"\r\nLast-Modified: %b\r\nAccept-Ranges: bytes\r\n' % (
-            etag.encode(), modified.encode())
+            etag.encode(), http_date(int(status.st_mtime)).encode())
         if "if-none-match" in headers:
             unmodified = etag_matches(headers["if-none-match"], etag)
         else:
@@ -2214,17 +2422,17 @@ def file_response(request, fd, status, etag, fields, md5=None) -> Response:
             return Response(304, fields)
         part = None
         if ("range" in headers and request.method == "GET"
-                and headers.get("if-range", modified) in (modified, f'"{etag}"')):
+                and headers.get("if-range", f'"{etag}"') == f'"{etag}"'):
             part = parse_range(headers["range"], size)
         if part is not None:
             offset, length = part
             fields += header_line("Content-Range", f"bytes {offset}-{offset + length - 1}/{size}")
-            response = Response(206, fields, b"", fd, offset, length)
+            response = Response(206, fields, b"", fd, offset, length, title)
         else:
             digest = md5() if md5 is not None else None
             if digest is not None:
                 fields += b"Content-MD5: " + base64.b64encode(digest) + b"\r\n"
-            response = Response(200, fields, b"", fd, 0, size)
+            response = Response(200, fields, b"", fd, 0, size, title)
         fd = None
         return response
     finally:
@@ -2234,30 +2442,30 @@ def file_response(request, fd, status, etag, fields, md5=None) -> Response:
 
 # -- routes ------------------------------------------------------------------------------
 #
-# From a Request to a Response.  A route may be called in the server's loop, where it
-# raises NeedsThread rather than wait for a disk; it is then called again in a thread.
+# From a Request to a Response.  Everything that can be asked for is a row of a table; a row
+# says where it is answered: MEMORY rows are tried in the event loop, where they raise
+# NeedsThread rather than wait for a disk, THREAD rows go to a thread at once.  BODY rows take
+# a body (and are THREAD rows), CHUNKED ones also a body of unknown length.
+
+MEMORY, THREAD, BODY, CHUNKED = 0, 1, 3, 7        # THREAD is a bit of BODY, BODY of CHUNKED
+ANYONE = "anyone"                                 # the right to what is open to everybody
+
+CACHE_FILES = b"Cache-Control: public, max-age=86400\r\n"
+CACHE_MANIFESTS = b"Cache-Control: public, max-age=1, stale-if-error=86400\r\n"
+CACHE_NEVER = b"Cache-Control: private, no-cache\r\n"     # holds the Host header of a client
+
+# method (GET includes HEAD), pattern, handler(request, *the uuid and name in the path)
+Route = collections.namedtuple("Route", "method pattern handler flags right")
 
 # Samples of the errors that IMGAPI knows, for /ping?error=NAME (sdc-imgapi, GET /ping).
-PING_ERRORS = {                   # what ApiError is made of
+PING_ERRORS = {                   # arguments of ApiError
     "ValidationFailed": (422, "ValidationFailed", "boom", []),
     "InvalidParameter": (422, "InvalidParameter", 'invalid "foo"',
                          [{"field": "foo", "code": "Invalid"}]),
-    "ImageFilesImmutable": (422, "ImageFilesImmutable", "cannot modify files on activated image"),
-    "ImageAlreadyActivated": (422, "ImageAlreadyActivated", "image is already activated"),
-    "NoActivationNoFile": (422, "NoActivationNoFile",
-                           "image cannot be activated: it has no file"),
     "OperatorOnly": (403, "OperatorOnly", "this endpoint may only be called by an operator"),
-    "ImageUuidAlreadyExists": (409, "ImageUuidAlreadyExists", "image uuid already exists"),
     "StorageIsDown": (503, "StorageIsDown", "storage is down"),
-    "StorageUnsupported": (503, "StorageUnsupported", "storage is unsupported"),
-    "RemoteSource": (503, "RemoteSourceError", ""),
     "Internal": (500, "InternalError", "boom"),
 }
-PING_ERRORS_WITHOUT_SAMPLE = frozenset((
-    "ResourceNotFound", "Upload", "Download", "OwnerDoesNotExist", "AccountDoesNotExist",
-    "NotImageOwner", "NotMantaPathOwner", "OriginDoesNotExist", "OriginIsNotActive",
-    "InsufficientServerVersion", "ImageHasDependentImages", "NotAvailable", "NotImplemented",
-    "InvalidHeader", "ServiceUnavailable", "Unauthorized", "BadRequest"))
 
 
 def parse_query(query) -> dict:
@@ -2294,7 +2502,7 @@ def as_text(value) -> str:
     return ""
 
 
-def filters_of(query, account):
+def image_filters(query, account):
     """The filters of a GET /images, as functions of an Image, cheap ones first."""
     filters = []
 
@@ -2315,12 +2523,16 @@ def filters_of(query, account):
         filters.append(lambda image, tag=tag: tag != "" and tag in image.billing_tags)
     if account:
         filters.append(lambda image: may_see(image, account))
-    for name, values in query.items():
-        if name.startswith("tag."):
-            filters.append(lambda image, key=name[4:], values=values: all(
-                value != "" and as_text(image.fields().get("tags", {}).get(key)) == value
-                for value in values))
+    tags = [(name[4:], value) for name, values in query.items() if name.startswith("tag.")
+            for value in values]
+    if tags:
+        filters.append(lambda image: has_tags(image.fields().get("tags", {}), tags))
     return filters
+
+
+def has_tags(tags, wanted) -> bool:
+    """Whether the tags of an image have all (key, text) pairs of a query."""
+    return all(text != "" and as_text(tags.get(key)) == text for key, text in wanted)
 
 
 def may_see(image, account) -> bool:
@@ -2349,12 +2561,25 @@ def limit_of(query):
     return 0 if value[0] == "-" else int(value.lstrip("0")[:9])
 
 
+def parse_marker(text):
+    """The place in the order of images that a date gives; a shorter form is its beginning.
+
+    Raises ValueError.
+    """
+    text = text.replace(" ", "T").rstrip("Z")
+    text += "0000-01-01T00:00:00.000"[len(text):]
+    time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S")
+    if not text.isascii() or not re.fullmatch(r"\.[0-9]{3}", text[19:]):
+        raise ValueError(text)
+    return text
+
+
 def parse_accept_version(headers, target) -> int:
     """1 or 2: whether `channels` are shown is all that differs.  Raises ApiError."""
     wanted = headers.get("accept-version", "~1").strip()
     match = re.fullmatch(r"[~^=v]?\s*([0-9]{1,9})(\.(?:[0-9]{1,9}|[x*])){0,2}", wanted)
     if not match:
-        return 2                  # "*", and whatever else cannot be told: any version will do
+        return 2                  # "*", and all that cannot be told: any version will do
     if match[1] not in ("1", "2") or re.search(r"\.0*[1-9]", wanted):
         raise ApiError(400, "InvalidVersion", f"{wanted} is not supported by {target}")
     return int(match[1])
@@ -2369,227 +2594,169 @@ def accepts_gzip(header) -> bool:
     return False
 
 
-def image_text(image, version) -> bytes:
-    """The v2 manifest of an image as a version of IMGAPI shows it."""
-    before, channels, _ = image.imgapi
-    return before + (channels if version == 2 else b"") + b"\n}"
-
-
-def admin_fields(query):
+def check_admin_fields(query):
     """Refuse inclAdminFields, which is for operators of the official server."""
     value = single_value(query, "inclAdminFields")
     if value not in (None, "true", "false"):
         raise invalid("inclAdminFields", f'invalid "inclAdminFields": "{value}"')
     if value == "true":
         raise ApiError(401, "UnauthorizedError", 'Unauthorized (auth required to use '
-                                                '"inclAdminFields" parameter)')
+                                                 '"inclAdminFields" parameter)')
 
 
-def open_of(image, name, what, fits):
+def open_of(image, name, kind, fits, serve_dir=None):
     """Open a file of an image: (fd, its stat).
 
     Raises ApiError (404) where it has no such file, or fits(its size in bytes) is false.
     """
     try:
         if name is not None:
-            fd, status = open_regular(os.path.join(image.directory, name))
+            fd, status = open_regular(os.path.join(image.directory, name), serve_dir)
             if fits(status.st_size):
                 return fd, status
             os.close(fd)
     except OSError as error:
         raise_shortage(error)
-    raise not_found(f'image "{image.uuid}" has no {what}')
+    raise not_found(f'image "{image.uuid}" has no {kind}')
 
 
-class Site:
-    """Everything that can be asked for, over one store."""
+def file_of(request, image) -> Response:
+    """The file of an image; its manifest may have been true until a moment ago only."""
+    fd, status = open_of(image, image.file, "file", lambda size: size == image.size)
 
-    def __init__(self, config, store, log):
-        self.config, self.store, self.log = config, store, log
-        self.channels = {channel["name"]: channel for channel in config.channels}
-        # prefix + Host + suffix, as JSON: what files[].url begins with.
-        self.url_base = functools.lru_cache(HOSTS_KEPT)(self._make_base)
+    def md5():
+        if image.md5 is None and image.size <= MD5_LIMIT:
+            image.md5 = hashlib.md5(os.pread(fd, image.size, 0)).digest()
+        return image.md5
+
+    return file_response(request, fd, status, image.sha1,
+                         b"Content-Type: application/octet-stream\r\n" + CACHE_FILES, md5,
+                         image.title)
+
+
+def manifest_response(request, etag, fields, *parts) -> Response:
+    """One manifest, of which `parts` are the bytes: 200 or 304 (RFC 9110 §13.2.2).
+
+    Raises ApiError (412) where If-Match names another one.
+    """
+    headers = request.headers
+    if "if-match" in headers and not etag_matches(headers["if-match"], etag.decode()):
+        raise ApiError(412, "PreconditionFailed",
+                       f"if-match '{headers['if-match']}' didn't match etag '{etag.decode()}'")
+    fields = b'%bETag: "%b"\r\n%b%b' % (JSON_TYPE, etag, fields, CORS)
+    if "if-none-match" in headers and etag_matches(headers["if-none-match"], etag.decode()):
+        return Response(304, fields)
+    return Response(200, fields, b"".join(parts))
+
+
+def list_response(request, store, listing, fields) -> Response:
+    """A whole list: with ETag, and as gzip for clients that take it (imgadm does not)."""
+    headers = request.headers
+    if "accept-encoding" in headers and accepts_gzip(headers["accept-encoding"]):
+        zipped = store.zipped(listing, request.may_block)
+        if zipped is not None:
+            return whole_list(headers, zipped, listing.etag + "-gzip", len(zipped),
+                              list_fields(listing.etag + "-gzip",
+                                          b"Content-Encoding: gzip\r\n" + fields))
+    if not listing.fields:
+        listing.fields = list_fields(listing.etag, fields)
+    return whole_list(headers, listing, listing.etag, listing.length, listing.fields)
+
+
+def list_fields(etag, fields) -> bytes:
+    return b'%bETag: "%b"\r\nVary: Accept-Encoding\r\n%b%b' % (JSON_TYPE, etag.encode(), fields,
+                                                             CORS)
+
+
+def whole_list(headers, body, etag, length, fields) -> Response:
+    if "if-none-match" in headers and etag_matches(headers["if-none-match"], etag):
+        return Response(304, fields)
+    return Response(200, fields, body, length=length)
+
+
+def filtered_response(images, text_of, fields) -> Response:
+    """A list of some images, of which nothing is kept."""
+    listing = Listing(images, text_of)
+    return Response(200, JSON_TYPE + fields + CORS, listing, length=listing.length)
+
+
+class Dsapi:
+    """The API of 2012: everything is below /datasets, and files have names."""
+
+    def __init__(self, config, store):
+        self.config, self.store = config, store
+        # prefix + Host + suffix, as JSON: the beginning of files[].url
+        self.url_base = functools.lru_cache(HOSTS_KEPT)(self._make_url_base)
         # The suffix was made to add a port: not to a Host header that has one.
-        self._plain_suffix = re.sub("^:[0-9]+", "", config.suffix)
+        self._suffix_without_port = re.sub("^:[0-9]+", "", config.suffix)
 
-    def answer(self, request) -> Response:
-        """The Response to a Request, also where it is refused.  Raises NeedsThread."""
-        try:
-            route = self._route(request)
-            if len(request.segments) > 1:
-                return route(self, request, request.segments[1])
-            return route(self, request)
-        except ApiError as refusal:
-            return error_response(refusal)
-        except OSError as error:
-            self.log.error(f"cannot answer {printable(request.target)}: {error.strerror}")
-            return error_response(ApiError(503, "ServiceUnavailableError",
-                                            "the image directory cannot be read",
-                                            fields=b"Retry-After: 10\r\n"))
+    def routes(self):
+        return [
+            Route("GET", "datasets", self.list, MEMORY, ANYONE),
+            Route("GET", "datasets/:uuid", self.manifest, MEMORY, ANYONE),
+            Route("GET", "datasets/:uuid/:file", self.file, THREAD, ANYONE),
+        ]
 
-    def _route(self, request):
-        """The route for a request's path and method.  Raises ApiError."""
-        segments = request.segments
-        if len(segments) == 1:
-            pattern = segments[0] if "/" not in segments[0] else None     # /images%2F:uuid
-        elif not is_uuid(segments[1]):
-            pattern = None
-        elif len(segments) == 2:
-            pattern = segments[0] + "/:uuid"
-        else:
-            last = "/".join(segments[2:])
-            pattern = segments[0] + "/:uuid/" + (":file" if segments[0] == "datasets"
-                                                 and len(segments) == 3 else last)
-        route = ROUTES.get(pattern)
-        if route is None:
-            raise not_found(f"{request.target} does not exist")
-        if request.method in ("GET", "HEAD"):
-            return route
-        if request.method == "OPTIONS":
-            return Site.options
-        if request.method not in METHODS:
-            raise ApiError(501, "NotImplemented", "the method is not known here")
-        raise ApiError(405, "MethodNotAllowedError", f"{request.method} is not allowed",
-                      fields=b"Allow: GET, HEAD, OPTIONS\r\n")
-
-    def options(self, request, *_):
-        """What may be asked of a path, for scripts of other sites (CORS)."""
-        headers = request.headers.get("access-control-request-headers", "")
-        allow = b"GET, HEAD, OPTIONS"
-        fields = b"Allow: %b\r\n%bAccess-Control-Allow-Methods: %b\r\n" % (allow, CORS, allow)
-        if re.fullmatch(r"[A-Za-z0-9, -]{1,500}", headers):
-            fields += header_line("Access-Control-Allow-Headers", headers)
-        return Response(204, fields)
-
-    # both
-
-    def root(self, request):
-        """index.html for a browser, index.json for the rest, as the original; else a hint."""
-        if not request.may_block:
-            raise NeedsThread
-        accept = request.headers.get("accept", "")
-        names = ["index.json"]
-        if "text/html" in accept or "application/xhtml+xml" in accept:
-            names.insert(0, "index.html")
-        for name in names:
-            try:
-                fd, status = open_regular(os.path.join(self.config.serve_dir, name))
-            except OSError as error:
-                raise_shortage(error)
-                continue
-            kind = "text/html; charset=utf-8" if name.endswith("html") else "application/json"
-            etag = hashlib.sha1(repr(stat_key(status)).encode()).hexdigest()
-            return file_response(request, fd, status, etag,
-                                 header_line("Content-Type", kind) + b"Vary: Accept\r\n" + CORS)
-        return json_response({"server": f"imgserver/{__version__}", "datasets": "/datasets",
-                              "images": "/images", "ping": "/ping"})
-
-    def ping(self, request):
-        """What tells both kinds of source what this is; ?error=NAME is answered by a sample."""
-        if request.query:
-            query = parse_query(request.query)
-            if "error" in query:
-                raise self._ping_error(single_value(query, "error") or "Internal")
-        return json_response({"ping": "pong", "version": __version__, "imgapi": True,
-                              "dsapi": True})
-
-    @staticmethod
-    def _ping_error(name):
-        name = name[:-len("Error")] if name.endswith("Error") else name
-        if name in PING_ERRORS:
-            return ApiError(*PING_ERRORS[name])
-        if name in PING_ERRORS_WITHOUT_SAMPLE:
-            return ApiError(500, "InternalError", f'do not have a sample "{name}Error" error')
-        return invalid("error", f"unknown error: {name}Error", "Missing")
-
-    def manifest_response(self, request, etag, *parts):
-        """One manifest, of which `parts` are the bytes: 200, 304 or 412 (RFC 9110 §13.2.2)."""
-        headers = request.headers
-        fields = b'%bETag: "%b"\r\n%b' % (JSON_TYPE, etag, CORS)
-        if "if-match" in headers and not etag_matches(headers["if-match"], etag.decode()):
-            raise ApiError(412, "PreconditionFailed",
-                          f"if-match '{headers['if-match']}' didn't match etag '{etag.decode()}'")
-        if "if-none-match" in headers and etag_matches(headers["if-none-match"], etag.decode()):
-            return Response(304, fields)
-        return Response(200, fields, b"".join(parts))
-
-    def list_response(self, request, listing):
-        """A whole list: with ETag, and as gzip for who asks (imgadm does not)."""
-        headers = request.headers
-        if "accept-encoding" in headers and accepts_gzip(headers["accept-encoding"]):
-            if listing.zipped is None:
-                if not request.may_block:
-                    raise NeedsThread
-                listing.zip()
-            listing = listing.zipped
-        if "if-none-match" in headers and etag_matches(headers["if-none-match"], listing.etag):
-            return Response(304, listing.fields)
-        return Response(200, listing.fields, listing.body)
-
-    def stored_file(self, request, image):
-        """The file of an image, of which the manifest may have been true a moment ago only."""
-        if not request.may_block:
-            raise NeedsThread
-        fd, status = open_of(image, image.file, "file", lambda size: size == image.size)
-
-        def md5():
-            if image.md5 is None and image.size <= MD5_LIMIT:
-                image.md5 = hashlib.md5(os.pread(fd, image.size, 0)).digest()
-            return image.md5
-
-        return file_response(request, fd, status, image.sha1,
-                             b"Content-Type: application/octet-stream\r\n", md5)
-
-    # DSAPI
-
-    def _make_base(self, host):
+    def _make_url_base(self, host):
         suffix = self.config.suffix
         if suffix and _HOST.fullmatch(host)[2]:
-            suffix = self._plain_suffix
+            suffix = self._suffix_without_port
         return _quote(self.config.prefix + host + suffix)[1:-1].encode()
 
-    def datasets(self, request):
-        """All active images, v1; filters as dsapid has them: by prefix, or ~part."""
-        url_base = self.url_base(request.host)
+    def list(self, request):
+        """All active images; filters as dsapid has them: by prefix, or ~part."""
+        base = self.url_base(request.host)
+
+        def text_of(image):
+            return base.join(image.dsapi[:2])
+
         if request.query:
             query = parse_query(request.query)
             wanted = {name: single_value(query, name)
                       for name in ("name", "version", "os", "type")}
             if any(wanted.values()):
-                snapshot = self._thread_snapshot(request, DSAPI)
-                return self._plain_list(url_base.join(image.dsapi[:2]) for image in snapshot.images
-                                        if all(value is None or matches_text(
-                                            getattr(image, name), value, name != "type")
-                                            for name, value in wanted.items()))
-        return self.list_response(request, self.store.listing(
-            DSAPI, (url_base,), self._render_datasets, request.may_block))
+                if not request.may_block:
+                    raise NeedsThread     # it is rendered to learn its length
+                images = [image for image in self.store.snapshot(DSAPI, True).images
+                          if all(value is None or matches_text(getattr(image, name), value,
+                                                               name != "type")
+                                 for name, value in wanted.items())]
+                return filtered_response(images, text_of, CACHE_NEVER)
+        listing = self.store.listing(DSAPI, (), lambda images: images, text_of,
+                                     request.may_block, base)
+        return list_response(request, self.store, listing,
+                             CACHE_NEVER)
 
-    def _render_datasets(self, snapshot, api, url_base):
-        texts = (url_base.join(image.dsapi[:2]) for image in snapshot.images)
-        return Listing(self.store.join(texts), list_etag(snapshot.images, api))
-
-    def _thread_snapshot(self, request, api):
-        """The snapshot for a filtered list, which is made anew each time: in a thread."""
-        if not request.may_block:
-            raise NeedsThread
-        return self.store.snapshot(api, True)
-
-    def _plain_list(self, texts):
-        return Response(200, JSON_TYPE + CORS, self.store.join(texts))
-
-    def dataset(self, request, uuid):
-        """One manifest, v1."""
+    def manifest(self, request, uuid):
+        """One manifest, also of a disabled image."""
         before, after, etag = self.store.image(uuid, DSAPI, request.may_block).dsapi
-        return self.manifest_response(request, etag, before, self.url_base(request.host), after)
+        return manifest_response(request, etag, CACHE_NEVER, before, self.url_base(request.host),
+                                 after)
 
-    def dataset_file(self, request, uuid):
+    def file(self, request, uuid, name):
         """The file of an image, by the name that its v1 manifest gives."""
-        image = self.store.image(uuid, DSAPI, request.may_block)
-        if request.segments[2] != image.path:
+        image = self.store.image(uuid, DSAPI, True)
+        if name != image.path:
             raise not_found(f"{request.target} does not exist")
-        return self.stored_file(request, image)
+        return file_of(request, image)
 
-    # IMGAPI
+
+class Imgapi:
+    """The API that imgadm uses by default since 2013: its reading half."""
+
+    def __init__(self, config, store):
+        self.config, self.store = config, store
+        self.channels = {channel["name"]: channel for channel in config.channels}
+
+    def routes(self):
+        return [
+            Route("GET", "images", self.list, MEMORY, ANYONE),
+            Route("GET", "images/:uuid", self.manifest, MEMORY, ANYONE),
+            Route("GET", "images/:uuid/file", self.file, THREAD, ANYONE),
+            Route("GET", "images/:uuid/icon", self.icon, THREAD, ANYONE),
+            Route("GET", "state", self.state, MEMORY, ANYONE),
+        ] + ([Route("GET", "channels", self.channel_list, MEMORY, ANYONE)] if self.channels
+             else [])
 
     def channel_of(self, query):
         """The channel a request is about: None without channels, "*" for all.
@@ -2602,12 +2769,12 @@ class Site:
         if name is None:
             if self.config.default_channel is None:
                 raise ApiError(422, "ValidationFailed",
-                              "channel not specified and the server has no default channel",
-                              [{"field": "channel", "code": "MissingParameter"}])
+                               "channel not specified and the server has no default channel",
+                               [{"field": "channel", "code": "MissingParameter"}])
             return self.config.default_channel
         if name not in self.channels and name != "*":
             raise ApiError(422, "ValidationFailed", f"unknown channel: {name}",
-                          [{"field": "channel", "code": "Invalid"}])
+                           [{"field": "channel", "code": "Invalid"}])
         return name
 
     def in_channel(self, image, channel) -> bool:
@@ -2615,24 +2782,27 @@ class Site:
         return channel is None or any(name == channel or channel == "*"
                                       for name in image.channels if name in self.channels)
 
-    def images(self, request):
-        """All active images, v2, as IMGAPI's ListImages: filtered, sorted, marked, limited."""
+    @staticmethod
+    def text_of(version):
+        """A function of an Image: its v2 manifest, as a version of IMGAPI shows it."""
+        if version == 2:
+            return lambda image: b"%b%b\n}" % image.imgapi[:2]
+        return lambda image: image.imgapi[0] + b"\n}"
+
+    def list(self, request):
+        """All active images, as ListImages: filtered, sorted, marked, limited."""
         version = parse_accept_version(request.headers, f"{request.method} /images")
         query = parse_query(request.query) if request.query else {}
-        admin_fields(query)
+        check_admin_fields(query)
         channel = self.channel_of(query)
-
         if set(query) - {"channel", "inclAdminFields"}:
             images = self._select(request, query, channel)
-            return self._plain_list(image_text(image, version) for image in images)
-        view = (channel, version if self.channels else None)
-        return self.list_response(request, self.store.listing(
-            IMGAPI, view, self._render_images, request.may_block))
-
-    def _render_images(self, snapshot, api, channel, version):
-        images = [image for image in snapshot.images if self.in_channel(image, channel)]
-        return Listing(self.store.join(image_text(image, version) for image in images),
-                       list_etag(images, api, version))
+            return filtered_response(images, self.text_of(version), CACHE_MANIFESTS)
+        listing = self.store.listing(
+            IMGAPI, (channel, version if self.channels else None),
+            lambda images: [image for image in images if self.in_channel(image, channel)],
+            self.text_of(version), request.may_block)
+        return list_response(request, self.store, listing, CACHE_MANIFESTS)
 
     def _select(self, request, query, channel):
         """The images that a query asks for: filtered, sorted, from the marker on, limited."""
@@ -2643,39 +2813,39 @@ class Site:
             raise invalid("state", f'invalid state: "{state}"')
         if state not in ("active", "all"):
             return []             # nobody here is known well enough to be shown those
-        images = [image for image in self._thread_snapshot(request, IMGAPI).images
+        if not request.may_block:
+            raise NeedsThread     # it is rendered to learn its length
+        images = [image for image in self.store.snapshot(IMGAPI, True).images
                   if self.in_channel(image, channel)]
-        for check in filters_of(query, account):
+        for check in image_filters(query, account):
             images = [image for image in images if check(image)]
         if backwards:
             images.reverse()
         marker = single_value(query, "marker")
         if marker is not None:
-            first = self._marker(marker, backwards, request)
+            first = self._marker(marker, backwards)
             images = [image for image in images
                       if (image.order <= first if backwards else image.order >= first)]
         return images[:limit]
 
-    def _marker(self, marker, backwards, request):
+    def _marker(self, marker, backwards):
         """The place in the order where a list is to begin.  Raises ApiError."""
         if is_uuid(marker):
-            return self.store.image(marker, IMGAPI, request.may_block).order
-        text = marker.replace(" ", "T").rstrip("Z")
-        text += "0000-01-01T00:00:00.000"[len(text):]
+            return self.store.image(marker, IMGAPI, True).order
         try:
-            time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S")
-            if not text.isascii() or not re.fullmatch(r"\.[0-9]{3}", text[19:]):
-                raise ValueError
+            return parse_marker(marker), "~" if backwards else ""
         except ValueError:
             raise invalid("marker", f'invalid value for "marker" param: "{marker}" is not a '
                                     "UUID or date string")
-        return text, "~" if backwards else ""
 
-    def one_image(self, request, uuid):
-        """The image of an IMGAPI request, in any state, if its channel and account show it."""
+    def find(self, request, uuid):
+        """(image, version, query) of a request for one image, in any state.
+
+        Raises ApiError (404) where its channel or account does not show it, NeedsThread.
+        """
         query = parse_query(request.query) if request.query else {}
         version = parse_accept_version(request.headers, f"{request.method} {request.target}")
-        admin_fields(query)
+        check_admin_fields(query)
         account = single_value(query, "account")
         if account is not None and not is_uuid(account):
             raise invalid("account", f'invalid "account": not a UUID: "{account}"')
@@ -2692,41 +2862,38 @@ class Site:
             raise not_found("image not found")
         return image, version, query
 
-    def image(self, request, uuid):
-        """One manifest, v2."""
-        image, version, _ = self.one_image(request, uuid)
+    def manifest(self, request, uuid):
+        """One manifest."""
+        image, version, _ = self.find(request, uuid)
         before, channels, etag = image.imgapi
         if version == 1 and channels:
             channels, etag = b"", etag + b"-1"
-        return self.manifest_response(request, etag, before, channels, b"\n}")
+        return manifest_response(request, etag, CACHE_MANIFESTS, before, channels, b"\n}")
 
-    def image_file(self, request, uuid):
+    def file(self, request, uuid):
         """The file of an image; ?index=0 is the only one."""
-        image, _, query = self.one_image(request, uuid)
+        image, _, query = self.find(request, uuid)
         index = single_value(query, "index") or "0"
         if re.fullmatch("[0-9]+", index) and index.strip("0"):
             raise not_found(f'image "{uuid}" has no file at index {index.lstrip("0")}')
-        return self.stored_file(request, image)
+        return file_of(request, image)
 
-    def image_icon(self, request, uuid):
+    def icon(self, request, uuid):
         """The icon of an image, with the Content-MD5 that sdc-clients insist on."""
-        image, _, _ = self.one_image(request, uuid)
-        if not request.may_block:
-            raise NeedsThread
-        fd, status = open_of(image, image.icon, "icon", lambda size: size <= MD5_LIMIT)
+        image, _, _ = self.find(request, uuid)
+        fd, status = open_of(image, image.icon, "icon", lambda size: size <= MD5_LIMIT,
+                             self.config.serve_dir)
         try:
             data = os.pread(fd, status.st_size, 0)
         except OSError:
             os.close(fd)
             raise
         return file_response(request, fd, status, hashlib.sha1(data).hexdigest(),
-                             header_line("Content-Type", ICONS[image.icon]) + CORS,
-                             hashlib.md5(data).digest)
+                             header_line("Content-Type", ICONS[image.icon]) + CACHE_MANIFESTS
+                             + CORS, hashlib.md5(data).digest)
 
     def channel_list(self, request):
-        """The channels as they are configured; 404 where there are none."""
-        if not self.channels:
-            raise not_found(f"{request.target} does not exist")
+        """The channels as they are configured."""
         return json_response(self.config.channels)
 
     def state(self, request):
@@ -2734,65 +2901,177 @@ class Site:
         raise ApiError(401, "UnauthorizedError", "Unauthorized")
 
 
-ROUTES = {
-    "": Site.root,
-    "ping": Site.ping,
-    "datasets": Site.datasets,
-    "datasets/:uuid": Site.dataset,
-    "datasets/:uuid/:file": Site.dataset_file,
-    "images": Site.images,
-    "images/:uuid": Site.image,
-    "images/:uuid/file": Site.image_file,
-    "images/:uuid/icon": Site.image_icon,
-    "channels": Site.channel_list,
-    "state": Site.state,
-}
+class Site:
+    """The table of routes over one store, and the routes that belong to no API.
+
+    Tests give further `routes`.
+    """
+
+    def __init__(self, config, store, log, routes=()):
+        self.config, self.store, self.log = config, store, log
+        self.table = {}                   # pattern: {method: Route}
+        for route in (Route("GET", "", self.root, THREAD, ANYONE),
+                      Route("GET", "ping", self.ping, MEMORY, ANYONE),
+                      *Dsapi(config, store).routes(), *Imgapi(config, store).routes(), *routes):
+            self.table.setdefault(route.pattern, {})[route.method] = route
+
+    def answer(self, request) -> Response:
+        """The Response to a Request, also where it is refused.
+
+        Raises NeedsThread in the event loop; then it is called again in a thread.
+        """
+        try:
+            route = request.route or self._find(request)
+            if route.flags and not request.may_block:
+                raise NeedsThread
+            return route.handler(request, *request.arguments)
+        except ApiError as error:
+            return error_response(error)
+        except ClientGone:
+            raise
+        except OSError as error:
+            self.log.error(f"cannot answer {printable(request.target)} from serve_dir "
+                           f"{printable(self.config.serve_dir)}: {error.strerror}")
+            return error_response(ApiError(503, "ServiceUnavailableError",
+                                           "the image directory cannot be read",
+                                           fields=b"Retry-After: 10\r\n"))
+
+    def _find(self, request) -> Route:
+        """The row for a request; it is noted there, with the arguments.  Raises ApiError."""
+        segments = request.segments
+        request.arguments = segments[1:2]
+        if len(segments) == 1:
+            pattern = segments[0] if "/" not in segments[0] else None     # /images%2F:uuid
+        elif not is_uuid(segments[1]):
+            pattern = None
+        elif len(segments) == 2:
+            pattern = segments[0] + "/:uuid"
+        elif segments[0] == "datasets" and len(segments) == 3:
+            pattern = "datasets/:uuid/:file"
+            request.arguments = segments[1:]
+        else:
+            pattern = f"{segments[0]}/:uuid/{'/'.join(segments[2:])}"
+        rows = self.table.get(pattern, {})
+        method = request.method
+        route = rows.get("GET" if method == "HEAD" else method)
+        if request.length != 0:
+            self._check_body(request, route)
+        if not rows:
+            raise not_found(f"{request.target} does not exist")
+        if route is None:
+            route = self._other_method(request, rows)
+        request.route = route
+        return route
+
+    def _other_method(self, request, rows) -> Route:
+        """The row for OPTIONS.  Raises ApiError for a method that the path does not have."""
+        methods = sorted(set(rows) | ({"HEAD"} if "GET" in rows else set()) | {"OPTIONS"})
+        allow = ", ".join(methods)
+        if request.method == "OPTIONS":
+            request.arguments = [allow]
+            return Route("OPTIONS", "", self.options, MEMORY, ANYONE)
+        if request.method not in METHODS:
+            raise ApiError(501, "NotImplemented", "the method is not known here")
+        raise ApiError(405, "MethodNotAllowedError", f"{request.method} is not allowed",
+                       fields=header_line("Allow", allow))
+
+    @staticmethod
+    def _check_body(request, route):
+        """Refuse a body of a kind that is not taken there.  Raises ApiError."""
+        if request.length is None and (route is None or route.flags & CHUNKED != CHUNKED):
+            raise ApiError(411, "LengthRequired", "a body needs a Content-Length here")
+        if request.method in ("GET", "HEAD", "OPTIONS"):
+            raise bad_request(f"a {request.method} has no body here")
+
+    def options(self, request, allow):
+        """The methods of a path; scripts of other sites may read, and no more (CORS)."""
+        headers = request.headers.get("access-control-request-headers", "")
+        fields = (header_line("Allow", allow) + CORS
+                  + b"Access-Control-Allow-Methods: GET, HEAD, OPTIONS\r\n")
+        if re.fullmatch(r"[A-Za-z0-9, -]{1,500}", headers):
+            fields += header_line("Access-Control-Allow-Headers", headers)
+        return Response(204, fields)
+
+    def root(self, request):
+        """index.html for a browser, index.json for the rest, as the original; else a hint."""
+        accept = request.headers.get("accept", "")
+        names = ["index.json"]
+        if "text/html" in accept or "application/xhtml+xml" in accept:
+            names.insert(0, "index.html")
+        for name in names:
+            try:
+                fd, status = open_regular(os.path.join(self.config.serve_dir, name))
+            except OSError as error:
+                raise_shortage(error)
+                continue
+            kind = "text/html; charset=utf-8" if name.endswith("html") else "application/json"
+            etag = hashlib.sha1(repr(stat_key(status)).encode()).hexdigest()
+            return file_response(request, fd, status, etag,
+                                 header_line("Content-Type", kind) + b"Vary: Accept\r\n"
+                                 + CACHE_MANIFESTS + CORS)
+        return json_response({"server": f"imgserver/{__version__}", "datasets": "/datasets",
+                              "images": "/images", "ping": "/ping"})
+
+    def ping(self, request):
+        """Tells both kinds of source that this is one; ?error=NAME is answered by a sample."""
+        if request.query:
+            query = parse_query(request.query)
+            if "error" in query:
+                name = single_value(query, "error") or "Internal"
+                name = name[:-len("Error")] if name.endswith("Error") else name
+                if name not in PING_ERRORS:
+                    raise invalid("error", f"unknown error: {name}Error", "Missing")
+                raise ApiError(*PING_ERRORS[name])
+        return json_response({"ping": "pong", "version": __version__, "imgapi": True,
+                              "dsapi": True})
 
 
 # -- connections -------------------------------------------------------------------------
 #
-# A connection does not own a thread.  The loop holds it while it waits (READING), answers it
-# from memory, and goes on with what the socket does not take at once (SENDING).  What may
-# wait for a disk is for a thread (WORKING): it sends a file, or makes an answer that the loop
-# is to send, and gives the connection back.
+# A connection does not own a thread.  One owner at a time uses its socket: the event loop, a
+# worker that reads a body, or a sender of files.  States, each with a deadline:
 #
-#            +------------------ answered, more to come ------------------+
-#            v                                                            |
-#   accept: READING --- whole request, answer in memory, all sent --------+
-#            |  |  |                                                      |
-#            |  |  +--- file, or slow answer ---> WORKING -- given back --+
-#            |  |                                                         |
-#            |  +------ the socket is full -----> SENDING --- all sent ---+
-#            |                                       |
-#            +--- refused, or the end ---> LINGERING |
-#            |                                 |     |
-#            +---------------------------------+-----+---> CLOSED
+#   READING    the event loop waits for a request, and answers it from memory
+#   SENDING    the event loop sends an answer from memory that the socket did not take at once
+#   WORKING    a worker thread answers a request that may wait for a disk, or has a body
+#   STREAMING  a sender sends a file
+#   LINGERING  the last answer is sent; a client that still sends gets the time to read it
+#   CLOSED
 #
-# The answers of one turn of the loop go out together at its end: the clients of the first
-# ones are not woken in between, which costs as much as answering (virtual machines most).
+#   READING -> SENDING -> READING              a long list
+#   READING -> WORKING -> READING              an answer made in a thread
+#   READING -> WORKING -> STREAMING -> READING a file
+#   READING -> LINGERING -> CLOSED             a refusal, or the end; each state may end CLOSED
 #
-# Sockets do not block; a thread waits with poll for one that is full, or has it block until
-# the loop takes it back.  Only the loop changes a state, registers or closes a socket.  Every
-# state has a deadline, and the loop looks at all of them once a second.
+# Only the event loop changes a state, and registers or closes a socket.  Answers of one turn
+# of the loop go out together at its end: the clients of the first ones are not woken in
+# between, which costs as much as answering (virtual machines most).
 
 RECEIVE = 16 << 10            # bytes asked of a socket at once: many whole requests
-ONE_PIECE = 64 << 10          # bytes; a body up to this size is copied behind its head
+RECEIVE_BODY = 256 << 10      # bytes of a body asked for at once
+ONE_PIECE = 64 << 10          # bytes; answers up to this size are copied together
 PARTS = 64                    # parts of answers given to one sendmsg; POSIX allows 16 at least
-LOOP_SEND = 2 << 20           # bytes of one part that the loop tries to send at first
+LOOP_SEND = 2 << 20           # bytes of a kept list that the event loop tries to send at first
 LOOP_STEP = 512 << 10         # bytes, once the socket was full: larger ones leave the caches
 TURN = 8 << 20                # bytes sent in such steps in one turn of the loop, about 3 ms
-STEP = 256 << 10              # bytes a thread sends at once, so that the client can begin early
+FILE_STEP = 256 << 10         # bytes of a file sent at first, so that the client can begin early
 FULL_STEP = 512 << 10         # bytes, once the socket was full: then fewer steps cost less
+FILE_STEPS = 8                # such steps while the socket takes them, before others get theirs
+COPY_STEP = 256 << 10         # bytes copied at once where sendfile is of no use
 LINGER = 2.0                  # seconds a refused client gets to read why before the socket goes
-TICK = 1.0                    # seconds between two looks at the time limits
+GONE = 499                    # status in the log of a request whose client went away (as nginx)
+TICK = 1.0                    # seconds between two checks of deadlines
+HANG = 1.0                    # seconds of one step after which a disk hangs, and others go on
+SENDERS = 4                   # senders of files: with more threads, downloads get no faster
+SENDER_THREADS = 32           # threads of all senders, each but the first of one on a hung disk
 
-READING, SENDING, WORKING, LINGERING, CLOSED = (
-    "reading", "sending", "working", "lingering", "closed")
+READING, SENDING, WORKING, STREAMING, LINGERING, CLOSED = (
+    "reading", "sending", "working", "streaming", "lingering", "closed")
 
 STATUS_LINES = {int(status): b"HTTP/1.1 %d %b\r\nServer: imgserver/%b\r\nDate: " % (
     status, status.phrase.encode(), __version__.encode()) for status in http.HTTPStatus}
 
-# What sendfile says where it is of no use for a socket or file (illumos, old kernels).
+# Errors of sendfile for a socket or file that it is of no use for (illumos, old kernels).
 _NO_SENDFILE = frozenset((errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EAFNOSUPPORT,
                           errno.ENOSYS, errno.ENOTSOCK))
 
@@ -2801,82 +3080,295 @@ class Truncated(Exception):
     """The file ended before the Content-Length that was announced."""
 
 
-class Copier:
-    """Sends parts of a file through a buffer of its own, where sendfile is of no use.
+class ListReader:
+    """A Listing on its way to one client: a position, and no bytes."""
 
-    It makes the socket block: a Unix socket polls as full until it is nearly empty.
+    __slots__ = ("_listing", "_number", "_offset")
+
+    def __init__(self, listing):
+        self._listing, self._number, self._offset = listing, 0, 0
+
+    def parts(self, budget) -> list:
+        """The next parts, of about `budget` bytes; fewer where they must be rendered."""
+        listing, number = self._listing, self._number
+        if not listing.kept:
+            budget = min(budget, LIST_PIECE)
+        parts = [memoryview(listing.piece(number))[self._offset:]]
+        budget -= len(parts[0])
+        while budget > 0 and len(parts) < PARTS // 2:
+            number += 1
+            if number == len(listing):
+                break
+            parts.append(listing.piece(number))
+            budget -= len(parts[-1])
+        return parts
+
+    def advance(self, parts, count):
+        """`count` bytes of `parts`, which parts() has given, were sent."""
+        for part in parts:
+            if count < len(part):
+                self._offset += count
+                return
+            count -= len(part)
+            self._number, self._offset = self._number + 1, 0
+
+    @property
+    def done(self) -> bool:
+        return self._number == len(self._listing)
+
+
+class Transport:
+    """Bytes from and to one socket that does not block.
+
+    It keeps exactly the parts that the socket did not take.  sent counts bytes.
     """
 
-    def __init__(self, sock, fd):
-        self._sock = sock
-        self._sock.setblocking(True)
-        self._file = open(fd, "rb", buffering=0, closefd=False)
-        self._buffer = memoryview(bytearray(STEP))    # 900 a second are so many in stall_timeout
+    __slots__ = ("sock", "unsent", "unsent_bytes", "has_list", "sent", "by_kernel")
 
-    def __call__(self, offset, want) -> int:
-        """Send up to `want` bytes from `offset`; returns how many, 0 at the end of the file."""
-        self._file.seek(offset)
-        count = self._file.readinto(self._buffer[:min(want, STEP)])
-        self._sock.sendall(self._buffer[:count])
-        return count
+    def __init__(self, sock):
+        self.sock = sock
+        sock.setblocking(False)
+        self.unsent, self.unsent_bytes, self.sent = [], 0, 0
+        self.has_list = False
+        # os.sendfile is for TCP only: illumos refuses AF_UNIX, and CPython up to 3.13 may
+        # report a made-up count for that (gh-154324); 3.9.0 loses counts (bpo-42237).
+        self.by_kernel = (hasattr(os, "sendfile") and sys.version_info >= (3, 9, 1)
+                          and sock.family in (socket.AF_INET, socket.AF_INET6))
+
+    def receive(self, size):
+        """Up to `size` bytes; b"" at the end, also where it was reset; None: none have come."""
+        try:
+            return self.sock.recv(size)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+
+    def queue(self, part, length):
+        """Send `part` (bytes or a Listing) of `length` bytes with the next flush."""
+        if type(part) is Listing:
+            part, self.has_list = ListReader(part), True
+        self.unsent.append(part)
+        self.unsent_bytes += length
+
+    def flush(self, step, flags=0) -> bool:
+        """Send as much as the socket takes, of each part about `step` bytes.
+
+        Returns whether nothing is left.  Raises OSError where the client has gone.
+        """
+        unsent = self.unsent
+        try:
+            if self.unsent_bytes <= ONE_PIECE and not self.has_list:
+                parts = self.unsent = unsent = [b"".join(unsent)]
+                count = self.sock.send(parts[0], flags)
+            else:
+                parts = self._gather(step)
+                count = self.sock.sendmsg(parts, (), flags)
+        except BlockingIOError:
+            return False
+        self.sent += count
+        self.unsent_bytes -= count
+        if not self.unsent_bytes:
+            self.unsent, self.has_list = [], False
+            return True
+        while count:
+            if type(unsent[0]) is ListReader:
+                unsent[0].advance(parts, count)
+                if unsent[0].done:
+                    unsent.pop(0)
+                break                     # nothing behind a list was gathered
+            size = len(unsent[0])
+            if count < size:
+                unsent[0] = memoryview(unsent[0])[count:]
+                break
+            count -= size
+            del unsent[0], parts[0]
+        return False
+
+    def _gather(self, step):
+        """Parts for one sendmsg: up to the end of the first list, or of a long part."""
+        parts = []
+        for part in self.unsent[:PARTS // 2]:
+            if type(part) is ListReader:
+                parts += part.parts(step)
+                break
+            parts.append(memoryview(part)[:step])
+            if len(part) > step:
+                break
+        return parts
+
+    def send_file(self, fd, offset, count) -> int:
+        """Send up to `count` bytes of a file; returns how many, 0 where the socket is full.
+
+        Raises Truncated where the file has ended, OSError where the client has gone.  An
+        error of sendfile means that this call sent nothing: copying goes on from `offset`.
+        """
+        try:
+            if self.by_kernel:
+                sent = os.sendfile(self.sock.fileno(), fd, offset, count)
+            else:
+                data = os.pread(fd, min(count, COPY_STEP), offset)
+                sent = self.sock.send(data) if data else 0
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            if not self.by_kernel or error.errno not in _NO_SENDFILE:
+                raise
+            self.by_kernel = False
+            return self.send_file(fd, offset, count)
+        if not 0 < sent <= count:
+            raise Truncated(f"truncated at {offset} bytes (sent {sent})")
+        self.sent += sent
+        return sent
+
+    def wait(self, event, timeout) -> bool:
+        """In a thread: wait for POLLIN or POLLOUT; False where `timeout` seconds passed."""
+        poll = select.poll()
+        poll.register(self.sock, event)
+        return bool(poll.poll(timeout * 1000))
+
+    def end_sending(self):
+        """Half-close: the client reads to the end, and may still be sending."""
+        self.sock.shutdown(socket.SHUT_WR)
+
+    def hang_up(self):
+        """End the connection under whichever thread uses it: its next call fails."""
+        try:
+            self.sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass                          # the client was faster
 
 
-def unsent(sock):
-    """How full the socket's send queue is, only good to be compared; None: not known.
+class Body:
+    """The body of a request, for the worker thread that answers it.
 
-    A slow reader takes bytes long before the queue has room for more.  illumos cannot tell.
+    First come the bytes that came with the head, then those of the socket.  `100 Continue` is
+    sent at the first read, so that every refusal that needs no body comes before it.  rest:
+    bytes read that belong to the next request.
     """
-    try:
-        import termios
-        return fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0\0\0\0")
-    except (ImportError, AttributeError, OSError):
-        return None
+
+    def __init__(self, transport, rest, request, stall_timeout):
+        self._transport, self.rest = transport, rest
+        self._left = request.length           # of the body or the chunk; None: before a chunk
+        self._chunked = request.length is None
+        self._stall_timeout = stall_timeout
+        self._asked = "expect" not in request.headers or request.is_1_0
+        self.received = 0
+        self.finished = request.length == 0
+
+    def read(self, size) -> bytes:
+        """Up to `size` bytes, as they come; b"" at the end.
+
+        Raises ClientGone, and ApiError (400) where a chunked body breaks RFC 9112 §7.1, (408)
+        where nothing came for stall_timeout.
+        """
+        if self.finished:
+            return b""
+        if self._left is None:
+            self._begin_chunk()
+            if self.finished:
+                return b""
+        data = self._take(min(size, self._left))
+        self._left -= len(data)
+        self.received += len(data)
+        if not self._left:
+            if self._chunked:
+                self._expect_line_end()
+                self._left = None
+            else:
+                self.finished = True
+        return data
+
+    def _take(self, size):
+        """Up to `size` bytes, one at least."""
+        if not self.rest:
+            self.rest = self._receive(max(size, RECEIVE) if self._chunked else size)
+        data, self.rest = self.rest[:size], self.rest[size:]
+        return data
+
+    def _receive(self, size):
+        """What has come by now, or comes next."""
+        transport = self._transport
+        if not self._asked:
+            self._asked = True
+            transport.queue(b"HTTP/1.1 100 Continue\r\n\r\n", 25)
+            while not transport.flush(ONE_PIECE):
+                self._wait(select.POLLOUT)
+        while True:
+            data = transport.receive(min(size, RECEIVE_BODY))
+            if data:
+                return data
+            if data is not None:
+                raise ClientGone(errno.ECONNRESET, "the client went away before the end of the "
+                                 f"body: {self.received} bytes came")
+            self._wait(select.POLLIN)
+
+    def _wait(self, event):
+        if not self._transport.wait(event, self._stall_timeout):
+            raise ApiError(408, "RequestTimeout", "the body stopped coming: nothing for "
+                           f"{self._stall_timeout} s after {self.received} bytes")
+
+    def _line(self):
+        """The next line of the chunked coding, of which no valid one is long."""
+        while b"\n" not in self.rest and len(self.rest) < 20:
+            self.rest += self._receive(RECEIVE)
+        line, end, self.rest = self.rest.partition(b"\n")
+        if not end or not line.endswith(b"\r"):
+            raise bad_request("the chunked body is not well formed")
+        return line[:-1]
+
+    def _begin_chunk(self):
+        """Read the size of a chunk; extensions and trailers are refused: nobody sends them."""
+        line = self._line()
+        if not re.fullmatch(rb"[0-9A-Fa-f]{1,16}", line):
+            raise bad_request("the size of a chunk is not a hexadecimal number")
+        self._left = int(line, 16)
+        if not self._left:
+            self._expect_line_end()
+            self.finished = True
+
+    def _expect_line_end(self):
+        if self._line():
+            raise bad_request("a chunk does not end where its size says")
 
 
-class Handler(BaseHTTPRequestHandler):
-    """One connection: its buffer, its state, and the request that is being answered."""
+class Connection:
+    """One client: its socket, its state, and the request that is being answered."""
 
-    def setup(self):
-        """Called once the connection is accepted, in place of http.server's files."""
-        self.connection = self.request
-        self.connection.setblocking(False)
-        self.requestline = self.address = ""
+    __slots__ = ("transport", "loop", "peer", "state", "deadline", "buffer", "request", "line",
+                 "response", "position", "step", "started", "answered", "partial", "scanned",
+                 "unread", "closing", "unlogged", "failure", "sender")
+
+    def __init__(self, sock, peer, loop):
+        self.transport, self.loop = Transport(sock), loop
+        self.peer = peer                  # what the log calls the client; "" on a Unix socket
         self.state = READING
-        self.deadline = self.server.now + self.server.config.header_timeout
-        self.buffer = ""                  # what came and is not parsed yet, as latin-1
-        self.asked = None                 # the Request that is being answered
-        self.out = []                     # parts of answers that are to be sent
-        self.held = 0                     # bytes in them
-        self.late = None                  # the response that a thread has made, to be put
-        self.started = self.server.now    # when the request being answered began (monotonic)
+        self.deadline = loop.now + loop.config.header_timeout
+        self.buffer = b""                 # bytes that came and are not parsed yet
+        self.request = None               # the Request that is being answered
+        self.line = ""                    # its first line, also where it is no Request
+        self.response = None              # the Response of which the file is being sent
+        self.position = self.step = 0     # of that file, in bytes
+        self.started = loop.now           # when the request being answered began (monotonic)
         self.answered = 0                 # requests so far
         self.partial = False              # a request has begun, and is not whole yet
         self.scanned = 0                  # bytes of it in which no head ends
         self.unread = False               # the client may still be sending what nobody reads
-        self.close_connection = False
-        self.unsent = None                # bytes, at the last look of the clock
-        self.note = ""                    # what the log says of a request that went wrong
+        self.closing = False              # this answer is the last one
+        self.unlogged = []                # answers of which the socket has not taken all
+        self.failure = ""                 # why an answer was not sent whole, for the log
+        self.sender = None
 
-    def handle(self):
-        """Nothing yet: the loop calls readable() when there is something to read."""
-
-    def finish(self):
-        """Nothing: the connection lives until the loop closes it."""
-
-    # in the loop: reading
+    # in the event loop: requests
 
     def readable(self):
-        """There are bytes, or the client has gone."""
-        try:
-            data = self.connection.recv(RECEIVE)
-        except BlockingIOError:
+        """Bytes have come, or the client has gone."""
+        data = self.transport.receive(RECEIVE)
+        if data is None:
             return
-        except OSError:
-            data = b""
         if not data:
-            self.server.drop(self)
+            self.close()
         elif self.state is READING:
-            data = data.decode("latin-1")
             self.buffer = self.buffer + data if self.buffer else data
             self.advance()
 
@@ -2884,335 +3376,469 @@ class Handler(BaseHTTPRequestHandler):
         """Answer the whole requests in the buffer, until one needs a thread, or there is
         enough to send first: a client that never reads must not fill the memory.
         """
-        while (self.buffer and self.state is READING and self.held <= ONE_PIECE
-               and self.handle_one_request()):
+        while (self.buffer and self.state is READING
+               and self.transport.unsent_bytes <= ONE_PIECE and self._answer_next()):
             pass
 
-    def handle_one_request(self):
+    def _answer_next(self):
         """Answer one request.  Returns whether it was answered and the next may be."""
-        self.started = self.server.now
+        self.started = self.loop.now
         try:
-            if not self.parse_request():
+            if not self._parse():
                 return False
-            response = self.server.site.answer(self.asked)
+            response = self.loop.site.answer(self.request)
         except NeedsThread:
-            self.server.work(self)
+            self._work()
             return False
-        except ApiError as refusal:
-            return self.refuse(refusal)
+        except ApiError as error:
+            return self.refuse(error)
         except Exception:
-            response = self.fault()
+            response = self._fault()
         return self.put(response)
 
-    def refuse(self, refusal):
-        """Answer what is no request, or is not taken: the last answer of this connection."""
-        self.close_connection = self.unread = True
-        return self.put(error_response(refusal))
+    def refuse(self, error):
+        """Answer an error in place of a request: the last answer of this connection."""
+        self.request = None
+        self.closing = self.unread = True
+        return self.put(error_response(error))
 
-    def parse_request(self):
-        """Take one request off the buffer.  Returns whether it is all there.
+    def _parse(self):
+        """Make the request at the head of the buffer.  Returns whether it is all there.
 
-        Raises ApiError for what is no request; the connection is of no further use then.
+        Raises ApiError for bytes that are no request; the connection is of no use then.
         """
-        self.asked = None
-        if self.buffer[0] in "\r\n":
-            self.buffer = self.buffer.lstrip("\r\n")      # RFC 9112 §2.2
-        # Of what was incomplete before, only the new bytes are searched for its end: matching
-        # all of it again for each byte of a slow client would cost it little and us much.
-        match = None
-        if not self.partial or _HEAD_END.search(self.buffer, self.scanned):
-            match = _HEAD.match(self.buffer)
+        self.request = None
+        if self.buffer[0] in b"\r\n":
+            self.buffer = self.buffer.lstrip(b"\r\n")     # RFC 9112 §2.2
+        # Of an incomplete one, only the new bytes are searched for its end: matching all of it
+        # again for each byte of a slow client would cost it little and us much.
+        text, match = self.buffer.decode("latin-1"), None
+        if not self.partial or _HEAD_END.search(text, self.scanned):
+            match = _HEAD.match(text)
         if match is None:
-            self.wait_for_more()
+            self._wait_for_more(text)
             return False
         end = match.end()
-        self.requestline = match[1]
+        self.line = match[1]
         if end > HEAD_LINE_LIMIT:
-            check_size(self.buffer[:end])
+            check_size(text[:end])
         self.buffer = self.buffer[end:]
         self.partial = False
-        self.asked = asked = parse_head(match)
-        if asked.host is None:
-            asked.host = self.server.own_host(self.connection)
-        if not asked.keep or self.server.draining:
-            self.close_connection = True
-        if "content-length" in asked.headers and asked.headers["content-length"].strip("0"):
-            # No route takes a body, and what follows is never read as a request.
-            self.close_connection = self.unread = True
-            if asked.method in ("GET", "HEAD", "OPTIONS"):
-                raise bad_request(f"a {asked.method} has no body here")
+        self.request = request = parse_request(match)
+        if request.host is None:
+            request.host = self.loop.own_host(self.transport.sock)
+        if not request.keep_alive or self.loop.draining:
+            self.closing = True
         return True
 
-    def wait_for_more(self):
+    def _wait_for_more(self, text):
         """No whole request is there.  Raises ApiError where there will be none."""
-        if not self.buffer:
+        if not text:
             return
-        if self.partial and self.buffer.find("\n", self.scanned) < 0:
-            has_line = self.buffer.find("\n", 0, HEAD_LINE_LIMIT + 1) >= 0
-            if len(self.buffer) <= (HEAD_LIMIT if has_line else HEAD_LINE_LIMIT):
+        if self.partial and text.find("\n", self.scanned) < 0:
+            has_line = text.find("\n", 0, HEAD_LINE_LIMIT + 1) >= 0
+            if len(text) <= (HEAD_LIMIT if has_line else HEAD_LINE_LIMIT):
                 return                    # nothing that could be judged is new
-        self.requestline = self.buffer[:HEAD_LINE_LIMIT].partition("\n")[0].rstrip("\r")
-        explain_head(self.buffer)
-        self.scanned = max(0, len(self.buffer) - 2)
+        self.line = text[:HEAD_LINE_LIMIT].partition("\n")[0].rstrip("\r")
+        explain_head(text)
+        self.scanned = max(0, len(text) - 2)
         if not self.partial:
             self.partial = True
             if self.answered:             # the first one's time began with the connection
-                self.deadline = self.server.now + self.server.config.header_timeout
+                self.deadline = self.loop.now + self.loop.config.header_timeout
 
-    def fault(self):
+    def _fault(self):
         """The answer when our own code has failed."""
-        self.server.log.exception("internal error")
-        self.close_connection = True
+        self.loop.log.exception("internal error")
+        self.closing = True
         return error_response(ApiError(500, "InternalError", "internal error"))
 
-    # in the loop: answering
+    # in the event loop: answers
 
-    def head(self, response) -> bytes:
+    def _head(self, response) -> bytes:
         """The head of a response as it is sent."""
-        status = response.status
+        status, request = response.status, self.request
+        if request is not None and request.length != 0 and (
+                request.body is None or not request.body.finished):
+            self.closing = self.unread = True     # the rest is never taken for a request
         framing = b"" if status in (204, 304) else b"Content-Length: %d\r\n" % response.length
-        if self.close_connection:
+        if self.closing:
             framing += b"Connection: close\r\n"
-        elif self.asked.is_1_0:
+        elif request.is_1_0:
             framing += b"Connection: keep-alive\r\n"
-        return b"%b%b\r\n%b%b\r\n" % (STATUS_LINES[status], self.server.date,
+        return b"%b%b\r\n%b%b\r\n" % (STATUS_LINES[status], self.loop.date,
                                        response.fields, framing)
 
-    def has_body(self):
-        return not self.requestline.startswith("HEAD ")
+    @property
+    def _wants_body(self):
+        return self.request.method != "HEAD" if self.request is not None \
+            else not self.line.startswith("HEAD ")
 
     def put(self, response):
-        """Have a response from memory sent at the end of this turn.
+        """Queue a response for the end of this turn; a file of it is left to a sender.
 
         Returns whether the connection goes on after it.
         """
-        if not self.out:
-            self.server.outbox.append(self)
-        head, size = self.head(response), 0
-        self.out.append(head)
-        if response.body and self.has_body():
+        transport = self.transport
+        if not transport.unsent:
+            self.loop.outbox.append(self)
+        head = self._head(response)
+        transport.queue(head, len(head))
+        end, size = transport.sent + transport.unsent_bytes, 0
+        if response.length and self._wants_body:
             size = response.length
-            self.out.append(response.body)
-        self.held += len(head) + size
-        self.log_request(response.status, size)
+            end += size
+            if response.file is None:
+                transport.queue(response.body, size)
         self.answered += 1
-        return not self.close_connection
+        self.unlogged.append((end, self.line, response.status, size, self.started,
+                              response.title, self.peer or self._proxied()))
+        return not self.closing
 
     def flush(self):
-        """Send as much of what was put as the socket takes; go on once it takes more."""
+        """Send as much of the queue as the socket takes; go on once it takes more."""
+        loop = self.loop
         try:
-            if self.held <= ONE_PIECE:
-                self.out = [b"".join(self.out)]
-                sent = self.connection.send(self.out[0])
-            else:
-                step = LOOP_SEND if self.state is READING else self.server.share
-                sent = self.connection.sendmsg([memoryview(part)[:step]
-                                                for part in self.out[:PARTS]])
-        except BlockingIOError:
-            sent = 0
+            done = self.transport.flush(LOOP_SEND if self.state is READING else loop.share)
         except OSError as error:
-            self.went_away(error.strerror)
+            self._give_up(f"the client went away: {error.strerror}")
             return
-        self.held -= sent
-        if self.held:
-            while sent >= len(self.out[0]):
-                sent -= len(self.out.pop(0))
-            self.out[0] = memoryview(self.out[0])[sent:]
+        if done:
+            self._log_answers()
+            if self.state is SENDING:
+                self.state = READING
+                loop.rewatch(self.transport.sock, selectors.EVENT_READ, self.readable)
+            self._after_answer()
+        else:
             self.moving()
             if self.state is READING:
-                self.server.send_on(self)
-        else:
-            self.out = []
-            if self.state is SENDING:
-                self.server.read_on(self)
-            self.after_answer()
-
-    def went_away(self, why):
-        """End the connection, and say so: the log already has its answer as sent."""
-        self.server.log.info(f"{self.address_string()} went away: {why}")
-        self.server.drop(self)
-
-    def given_back(self):
-        """A thread has answered, or made the answer that is to be sent."""
-        response, self.late = self.late, None
-        if response is None:
-            self.after_answer()
-        else:
-            self.put(response)
-            self.server.outbox.append(self)       # also where older answers wait in self.out
-
-    def after_answer(self):
-        """What was asked so far is answered: go on, or end."""
-        if self.close_connection:
-            self.server.close_or_linger(self)
-            return
-        config = self.server.config
-        self.deadline = self.server.now + (config.header_timeout if self.partial
-                                           else config.idle_timeout)
-        if self.buffer and not self.partial:
-            self.advance()
-
-    # in a thread
-
-    def answer_slowly(self):
-        """Answer a request that may wait for the disk; what is not a file the loop sends."""
-        self.asked.may_block = True
-        try:
-            response = self.server.site.answer(self.asked)
-        except Exception:
-            response = self.fault()
-        if response.file is None or not response.length or not self.has_body():
-            response.close()
-            self.late = response
-        else:
-            self.send_with_file(response)
-
-    def send_with_file(self, response):
-        """Send what was put, and a part of a file.
-
-        Whatever goes wrong here closes the connection, so that nobody takes a part for all.
-        """
-        sent = 0
-        try:
-            self.out.append(self.head(response))
-            self.send_heads()
-            for sent in self.send_file(response):
-                self.moving()
-        except Truncated as error:
-            self.close_connection = True
-            self.server.log.error(f"{printable(self.requestline)}: {error}")
-        except OSError as error:
-            self.close_connection = True
-            self.note = self.note or f" (the client went away: {error.strerror})"
-        finally:
-            response.close()
-            self.server.log.tick(int(time.time()))
-            self.log_request(response.status, sent)
-            self.answered += 1
+                self.state = SENDING
+                loop.rewatch(self.transport.sock, selectors.EVENT_WRITE, self.flush)
 
     def moving(self):
         """Bytes have gone out: the client has stall_timeout to take more."""
-        self.deadline = time.monotonic() + self.server.config.stall_timeout
+        self.deadline = time.monotonic() + self.loop.config.stall_timeout
 
-    def send_heads(self):
-        """Send what was put, before a file; raises OSError."""
-        data, self.out, self.held = memoryview(b"".join(self.out)), [], 0
-        more = getattr(socket, "MSG_MORE", 0)     # Linux: do not send half a packet yet
+    def _give_up(self, reason):
+        """End a connection of which not all answers were sent."""
+        self.failure = f" ({reason})"
+        self._log_answers()
+        self.close()
+
+    def _after_answer(self):
+        """Everything asked for so far is answered: go on, or end."""
+        if self.closing:
+            self._close_or_linger()
+            return
+        config = self.loop.config
+        self.deadline = self.loop.now + (config.header_timeout if self.partial
+                                         else config.idle_timeout)
+        if self.buffer and not self.partial:
+            self.advance()
+
+    # threads
+
+    def _work(self):
+        """READING to WORKING: a worker answers."""
+        loop = self.loop
+        loop.unwatch(self.transport.sock)
+        self.state, self.deadline = WORKING, math.inf
+        try:
+            loop.workers.submit(self._answer_in_thread)
+        except (RuntimeError, MemoryError):       # can't start new thread
+            self.state = READING
+            loop.watch(self.transport.sock, selectors.EVENT_READ, self.readable)
+            loop.tell_to_come_back(self, "no thread to answer with")
+
+    def _answer_in_thread(self):
+        """In a worker: make the answer, and give the connection back to the event loop."""
+        request = self.request
+        request.may_block = True
+        response = None
+        try:
+            if request.route.flags & BODY == BODY:
+                request.body = Body(self.transport, self.buffer, request,
+                                    self.loop.config.stall_timeout)
+            response = self.loop.site.answer(request)
+            if response.file is not None and (not self._wants_body
+                                              or response.length <= ONE_PIECE):
+                self._read_small(response)
+        except ClientGone as error:
+            response, self.failure = None, f" ({error.strerror})"
+        except Exception:
+            if response is not None:
+                response.close()
+            response = self._fault()
+        finally:
+            self.loop.give_back(self, response)
+
+    def _read_small(self, response):
+        """Replace a small file, or one that is not to be sent, by its bytes."""
+        try:
+            if self._wants_body:
+                response.body = os.pread(response.file, response.length, response.offset)
+                if len(response.body) != response.length:
+                    raise Truncated(f"truncated at {response.offset + len(response.body)} bytes")
+        except Truncated as error:
+            self.loop.log.error(f"{printable(self.line)}: {error}")
+            raise ClientGone(errno.EIO, "the file is truncated")
+        finally:
+            response.close()
+
+    def take_back(self, response):
+        """WORKING to READING, or to STREAMING where the answer is a file."""
+        if self.request.body is not None:
+            self.buffer = self.request.body.rest
+        if response is None:              # nobody is there to be answered
+            self.unlogged.append((math.inf, self.line, GONE, 0, self.started, "",
+                                  self.peer or self._proxied()))
+            self._log_answers()
+            self.close()
+            return
+        self.put(response)
+        if response.file is None:
+            self.state = READING
+            self.loop.watch(self.transport.sock, selectors.EVENT_READ, self.readable)
+            self.loop.outbox.append(self)         # also where older answers are queued
+            return
+        self.state, self.response = STREAMING, response
+        self.position, self.step = response.offset, FILE_STEP
         self.moving()
-        while data:
-            try:
-                data = data[self.connection.send(data, more):]
-                self.moving()
-            except BlockingIOError:
-                self.wait_writable()
+        try:
+            self.loop.send_file(self)
+        except (RuntimeError, MemoryError):
+            response.close()
+            self._give_up("no thread to send it with")
 
-    def send_file(self, response):
-        """Send a part of a file; yields how many bytes have gone out so far.
+    def send_more(self) -> bool:
+        """In a sender: send the queue, then a part of the file; True: all is sent, or it failed.
 
-        Raises Truncated if the file ends early, OSError if the client goes away.
-        os.sendfile is for TCP only: illumos refuses AF_UNIX, and CPython up to 3.13 may
-        report a made-up count for that (gh-154324).  An error from it means that nothing
-        was sent by this call, so that copying goes on at the same place.
+        A failure closes the connection, so that nobody takes a part for all.
         """
-        copy = None
-        by_kernel = (hasattr(os, "sendfile") and sys.version_info >= (3, 9, 1)  # bpo-42237
-                     and self.connection.family in (socket.AF_INET, socket.AF_INET6))
-        offset, end, step = response.offset, response.offset + response.length, STEP
-        while offset < end:
-            want = min(step, end - offset)
-            try:
-                if by_kernel:
-                    count = os.sendfile(self.connection.fileno(), response.file, offset, want)
-                else:
-                    copy = copy or Copier(self.connection, response.file)
-                    count = copy(offset, want)
-            except BlockingIOError:
-                self.wait_writable()
-                step = FULL_STEP
-                continue
-            except OSError as error:
-                if not by_kernel or error.errno not in _NO_SENDFILE:
-                    raise
-                by_kernel = False
-                continue
-            if not 0 < count <= want:
-                raise Truncated(f"truncated at {offset} of {end} bytes (sent {count})")
-            offset += count
-            yield offset - response.offset
+        response, transport = self.response, self.transport
+        try:
+            if transport.unsent_bytes and not transport.flush(
+                    FILE_STEP, getattr(socket, "MSG_MORE", 0)):   # no half packet yet (Linux)
+                return False
+            end = response.offset + response.length
+            for _ in range(FILE_STEPS):
+                want = min(self.step, end - self.position)
+                sent = transport.send_file(response.file, self.position, want)
+                self.position += sent
+                if sent < want or self.position == end:
+                    break
+        except Truncated as error:
+            self.loop.log.error(f"{printable(self.line)}: {error}")
+            self.failure = " (cut: the file is truncated)"
+            return True
+        except OSError as error:
+            self.failure = self.failure or f" (the client went away: {error.strerror})"
+            return True
+        if sent < want:
+            self.step = FULL_STEP
+        self.moving()
+        return self.position == end
 
-    def wait_writable(self):
-        """Wait until the socket takes bytes again, or it is time to see whether it has ended.
+    def file_sent(self):
+        """STREAMING to READING: a sender has sent the file, or failed."""
+        self.response.close()
+        self.response = None
+        self._log_answers()
+        if self.failure:
+            self.close()
+            return
+        self.state = READING
+        self.loop.watch(self.transport.sock, selectors.EVENT_READ, self.readable)
+        self._after_answer()
 
-        The loop shuts down a socket that has waited too long, which wakes poll on Linux;
-        nobody says that it does elsewhere.
-        """
-        poll = select.poll()
-        poll.register(self.connection, select.POLLOUT)
-        poll.poll(TICK * 1000)
+    # time limits and the end
 
-    # time limits, called by the loop once a second
-
-    def check_time(self, now):
-        """Do what is due when a deadline has passed."""
-        if self.state in (SENDING, WORKING) and self.deadline < math.inf:
-            left = unsent(self.connection)
-            if left != self.unsent:
-                self.unsent = left
-                self.moving()
+    def check_deadline(self, now):
+        """End what has taken too long."""
         if now < self.deadline:
             return
-        if self.state in (SENDING, WORKING):
-            why = f"cut: the client has taken nothing for {self.server.config.stall_timeout} s"
-            if self.state is SENDING:
-                self.went_away(why)
-            else:
-                self.note = f" ({why})"
-                self.server.hang_up(self)         # which wakes the thread with an error
+        stalled = f"cut: the client has taken nothing for {self.loop.config.stall_timeout} s"
+        if self.state is SENDING:
+            self._give_up(stalled)
+        elif self.state is STREAMING:
+            self.failure = f" ({stalled})"
+            self.deadline = math.inf
+            self.transport.hang_up()              # which wakes the sender with an error
         elif self.state is READING and self.partial:
             self.partial = False
             self.started = time.monotonic()
-            self.asked = None
             self.refuse(ApiError(408, "RequestTimeout", "the request has not come to its end"))
         else:
-            self.server.drop(self)
+            self.close()
+
+    def _close_or_linger(self):
+        """READING to CLOSED, by way of LINGERING where the client may still be sending.
+
+        Closing a socket that holds unread bytes resets it, and the client would lose the
+        answer that it was just sent (imgadm: "write EPIPE").
+        """
+        try:                              # bytes that came while the answer was sent
+            waits = self.unread or self.buffer or self.transport.sock.recv(1, socket.MSG_PEEK)
+        except OSError:
+            waits = False
+        if not waits:
+            self.close()
+            return
+        self.state, self.buffer = LINGERING, b""
+        self.deadline = self.loop.now + LINGER
+        try:
+            self.transport.end_sending()
+        except OSError:                   # it has gone already
+            self.close()
+
+    def close(self):
+        """Any state to CLOSED; not while a thread uses the socket."""
+        self.state = CLOSED
+        self.loop.forget(self)
+        self.transport.sock.close()
 
     # log
 
-    def address_string(self):
-        """Who is asking: a number, never a name; behind a Unix socket, whom the proxy names."""
-        if self.address:
-            return self.address
-        if isinstance(self.client_address, tuple):    # not so where a Unix socket has a name
-            self.address = self.client_address[0]
-            if self.address.startswith("::ffff:"):
-                self.address = self.address[7:]
-            return self.address
-        headers = self.asked.headers if self.asked is not None else {}
+    def _proxied(self):
+        """Behind a Unix socket the client is whom the proxy names; for the log alone."""
+        headers = self.request.headers if self.request is not None else {}
         address = headers.get("x-real-ip") or headers.get("x-forwarded-for", "").split(",")[-1]
         return printable(address.strip(), ADDRESS_LIMIT) or "unix"
 
-    def log_request(self, code="-", size="-"):
-        """The line of a request: who, what, status, bytes of the body, time taken."""
-        log = self.server.log
-        if log.level <= INFO:
-            took = (time.monotonic() - self.started) * 1000
-            line = self.requestline
+    def _log_answers(self):
+        """A line for each answer: client, request, status, bytes of the body, time, image.
+
+        It is written when the answer has gone, or has failed: then with the bytes that went.
+        """
+        log, unlogged, self.unlogged = self.loop.log, self.unlogged, []
+        if log.level > INFO:
+            return
+        now, sent = time.monotonic(), self.transport.sent
+        for end, line, status, size, started, title, client in unlogged:
+            failure = ""
+            if end > sent:
+                failure, size = self.failure, max(0, size - end + sent)
             if len(line) > LOG_TARGET_LIMIT or not _is_plain(line):
                 line = printable(line)
-            log.add(f'info {self.address or self.address_string()} "{line}" '
-                    f"{code} {size} {took:.1f}ms{self.note}")
+            log.add(f'info {client} "{line}" {status} {size} {(now - started) * 1000:.1f}ms'
+                    f"{title and ' ' + title}{failure}")
+
+
+class Sender:
+    """Sends files to many clients, each as fast as it reads, in a thread of its own.
+
+    A step that hangs on a disk costs that client: watch() has another thread go on with the
+    others, and the hung one ends after its step.
+    """
+
+    def __init__(self, loop):
+        self._loop = loop
+        self._selector = selectors.DefaultSelector()
+        self._wakeup, self._waker = socket.socketpair()
+        self._wakeup.setblocking(False)
+        self._waker.setblocking(False)
+        self._selector.register(self._wakeup, selectors.EVENT_READ)
+        self._arrivals = collections.deque()
+        self._lock = threading.Lock()     # for all that follows
+        self._number = 0                  # of the thread that is in charge; 0: none yet
+        self._current = None              # the connection of its step
+        self._began = math.inf            # when that step began (monotonic)
+        self.count = 0                    # connections that it has
+        self.threads = 0                  # one, and one for each hung step
+
+    def add(self, connection):
+        """Take over a connection in STREAMING.  Raises RuntimeError where no thread can be had."""
+        with self._lock:
+            if not self._number:
+                start_new_thread(self._run, (1,))
+                self._number = self.threads = 1
+            self.count += 1
+        self._arrivals.append(connection)
+        self._wake()
+
+    def _wake(self):
+        try:
+            self._waker.send(b"\0")
+        except BlockingIOError:
+            pass                          # it will wake
+
+    def _run(self, number):
+        """Send until another thread is in charge."""
+        while True:
+            for key, _ in self._selector.select():
+                if key.data is not None:
+                    if not self._step(key.data, number):
+                        return
+                    continue
+                self._wakeup.recv(4096)
+                while self._arrivals:
+                    connection = self._arrivals.popleft()
+                    self._selector.register(connection.transport.sock, selectors.EVENT_WRITE,
+                                            connection)
+
+    def _step(self, connection, number) -> bool:
+        """One step of one connection.  Returns whether this thread is still in charge."""
+        with self._lock:
+            if self._number != number:
+                return False
+            self._current, self._began = connection, time.monotonic()
+        try:
+            done = connection.send_more()
+        except Exception as error:
+            self._loop.log.exception("internal error")
+            connection.failure, done = f" (cut: {type(error).__name__})", True
+        with self._lock:
+            replaced = self._number != number
+            self.count -= done
+            self.threads -= replaced
+            if not replaced:
+                self._began = math.inf
+                if done:
+                    self._selector.unregister(connection.transport.sock)
+        if done:
+            self._loop.file_sent(connection)
+        elif replaced:
+            self._arrivals.append(connection)
+            self._wake()
+        return not replaced
+
+    def watch(self, now, may_start):
+        """For the event loop: have another thread go on where one hangs, if may_start."""
+        with self._lock:
+            if now - self._began < HANG or not may_start:
+                return
+            sock = self._current.transport.sock
+            self._selector.unregister(sock)
+            try:
+                start_new_thread(self._run, (self._number + 1,))
+            except (RuntimeError, MemoryError):
+                self._selector.register(sock, selectors.EVENT_WRITE, self._current)
+                return
+            self._number += 1
+            self.threads += 1
+            self._began = math.inf
 
 
 # -- servers -----------------------------------------------------------------------------
+#
+# One event loop with all connections, and the servers whose sockets it accepts from.
 
-ACCEPT_BATCH = 32             # connections accepted before those that wait are looked at again
+ACCEPT_BATCH = 32             # connections accepted before those that wait get their turn
 ACCEPT_PAUSE = 0.5            # seconds without accepting after the files ran out
 OVERFLOW = 256                # connections above the limit that are told 503 before they close
 SPARE_FILES = 64              # file descriptors kept for images, directories and the log
 THREAD_IDLE = 10.0            # seconds until a thread without work ends
+CLEAN_UP = 2.0                # seconds that cut uploads get to remove their files at the end
+SWITCH_INTERVAL = 0.001       # seconds until a thread that computes lets the event loop run:
+                              # Python's own 5 ms are as long as forty requests
+LOCK_TIME = 5.0               # seconds a start waits for others that start on its Unix socket
+LOCK_POLL = 0.02              # seconds between two tries: such a start takes milliseconds
+PROBE_TIME = 1.0              # seconds to connect to a Unix socket: more, and somebody listens
+NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)       # a machine without IPv6
+
 
 class Workers:
-    """Threads for what may wait: started when none is idle, ended when idle for long."""
+    """Threads for jobs that may block: started when none is idle, ended when idle for long."""
 
     def __init__(self):
         self._jobs = queue.SimpleQueue()
@@ -3226,7 +3852,7 @@ class Workers:
             start_new_thread(self._run, ([job],))     # Thread.start() would wait until it runs
 
     def _run(self, jobs):
-        job = jobs.pop()                  # what it was called with stays until a thread ends
+        job = jobs.pop()                  # an argument would stay until the thread ends
         while True:
             job()
             job = None                    # or the connection would stay until the next one
@@ -3239,52 +3865,260 @@ class Workers:
                 job = self._jobs.get()    # one was put just now, and it counts on us
 
 
-class ImageServer(ThreadingHTTPServer):
-    """The server on TCP: accepts, holds every connection, and knows all the time limits.
+class EventLoop:
+    """Waits for all sockets, answers from memory, and knows all the time limits.
 
-    config, log, site   what it was made with
+    config, log, site   the configuration, the log and the routes
     now, date           the time of this turn of the loop: monotonic, and for the Date header
-    draining            whether it is about to end, and only finishes what it has begun
-    share               bytes that one full socket is given in this turn of the loop
+    draining            whether it is about to end, and only finishes what has begun
+    outbox              connections with answers to send in this turn
+    share               bytes that one full socket is given in this turn
     """
-
-    request_queue_size = 1024             # a fleet that boots imports all at once
 
     def __init__(self, config, log):
         self.config, self.log = config, log
-        self.site = Site(config, Store(config, log), log)
+        self.workers = Workers()
+        self.site = Site(config, Store(config, log, self.workers.submit), log)
+        self.servers = []
         self.draining = False
+        self.outbox, self.share = [], LOOP_STEP
         self._connections = set()
-        self.outbox = []                  # handlers with answers to send, in this turn
-        self.share = LOOP_STEP
-        self._workers = Workers()
-        self._returned = collections.deque()
+        self._senders = [Sender(self) for _ in range(SENDERS)]
         self._selector = selectors.DefaultSelector()
         self._wakeup, self._waker = socket.socketpair()
         self._waker.setblocking(False)
-        self._short = False               # accept has failed, and the log says so
-        self._resume_accept = None        # when to accept again, after the files ran out
+        self._given_back = collections.deque()    # (what to call, arguments), from threads
+        self._accept_again = None         # when to accept again, after the files ran out
+        self._accept_failed = False       # and the log says so
         self._cut_at = None               # when draining ends (monotonic); -inf: at once
         self._second = 0
         self._read_clock()
-        self._ended = threading.Event()
-        host, port = self.choose_address()
-        super().__init__((host, port), Handler)
 
-    def choose_address(self):
-        """The address to bind, and address_family with it.  Raises UserError."""
-        host, port = self.config.listen
-        if not host:
-            if socket.has_dualstack_ipv6():
-                self.address_family = socket.AF_INET6
-                return "::", port
-            return "0.0.0.0", port
+    def _read_clock(self):
+        """Set the time of this turn of the loop; dates are made once a second."""
+        self.now = time.monotonic()
+        now = int(time.time())
+        if now != self._second:
+            self._second, self.date = now, http_date(now).encode()
+            self.log.tick(now)
+
+    # sockets
+
+    def watch(self, sock, event, callback):
+        """Call callback() whenever a socket is ready."""
+        self._selector.register(sock, event, callback)
+
+    def rewatch(self, sock, event, callback):
+        self._selector.modify(sock, event, callback)
+
+    def unwatch(self, sock):
+        self._selector.unregister(sock)
+
+    # the loop
+
+    def run(self):
+        """Serve until stop(); then finish what has begun, for drain_time."""
+        config = self.config
+        sys.setswitchinterval(SWITCH_INTERVAL)
+        # So often that no limit is overrun by more than a quarter.
+        tick = min(TICK, config.header_timeout / 4, config.idle_timeout / 4,
+                   config.stall_timeout / 4)
+        checked = flushed = self.now
+        for server in self.servers:
+            self.watch(server.socket, selectors.EVENT_READ, server.accept)
+        self.watch(self._wakeup, selectors.EVENT_READ, self._take_back)
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
-                                       flags=socket.AI_PASSIVE | socket.AI_NUMERICHOST)
-        except (OSError, UnicodeError):
-            raise UserError(f"listen: {host!a} is no IP address", EXIT_CONFIG)
-        self.address_family = found[0][0]
+            while self._cut_at is None or self._connections and self.now < self._cut_at:
+                events = self._selector.select(LOG_DELAY if self.log.pending else tick)
+                self._read_clock()
+                self.share = max(ONE_PIECE, min(LOOP_STEP, TURN // (len(events) or 1)))
+                for key, _ in events:
+                    try:
+                        key.data()
+                    except Exception:
+                        self.fault(key.data.__self__)
+                self._send_out()          # first, as these connections have a new deadline
+                if self.now - checked >= tick:
+                    checked = self.now
+                    self._check_deadlines()
+                    self._send_out()
+                if self.now - flushed >= LOG_DELAY:
+                    flushed = self.now
+                    self.log.flush()
+                if self._cut_at is not None and not self.draining:
+                    self._drain()
+        finally:
+            self._end()
+
+    def adopt(self, sock, peer):
+        """Take up a connection; at the limit, tell it to come back, without a thread."""
+        if len(self._connections) >= self.config.max_connections + OVERFLOW:
+            sock.close()
+            return
+        connection = Connection(sock, peer, self)
+        self.watch(sock, selectors.EVENT_READ, connection.readable)
+        self._connections.add(connection)
+        if len(self._connections) > self.config.max_connections:
+            self.tell_to_come_back(connection, "too many connections")
+
+    def tell_to_come_back(self, connection, reason):
+        """Answer 503 in place of any request."""
+        self.log.warn(f"{connection.peer or 'unix'} is told to come back: {reason}")
+        connection.refuse(ApiError(503, "ServiceUnavailableError", reason,
+                                   fields=b"Retry-After: 5\r\n"))
+
+    def forget(self, connection):
+        """A connection is closed."""
+        with contextlib.suppress(KeyError):       # it may be nobody's, or a thread's
+            self._selector.unregister(connection.transport.sock)
+        self._connections.discard(connection)
+
+    def _send_out(self):
+        """Send the answers of this turn."""
+        while self.outbox:
+            connections, self.outbox = self.outbox, []
+            for connection in connections:
+                if connection.state is READING and connection.transport.unsent:
+                    try:
+                        connection.flush()
+                    except Exception:
+                        self.fault(connection)
+
+    def fault(self, connection):
+        """A fault of our own that nothing has caught: only this connection has to go."""
+        if connection in self._connections and connection.state not in (WORKING, STREAMING):
+            connection.close()
+        try:
+            self.log.exception("internal error")
+        except Exception:
+            pass                          # not even that: the others are still to be served
+
+    def _check_deadlines(self):
+        """End what has taken too long."""
+        now = self.now
+        for connection in [each for each in self._connections if now >= each.deadline]:
+            try:
+                connection.check_deadline(now)
+            except Exception:
+                self.fault(connection)
+        for sender in self._senders:
+            sender.watch(now, sum(each.threads for each in self._senders) < SENDER_THREADS)
+        if self._accept_again is not None and now >= self._accept_again and not self.draining:
+            self._accept_again = None
+            for server in self.servers:
+                self.watch(server.socket, selectors.EVENT_READ, server.accept)
+
+    def accept_failed(self, error):
+        """The system is short of something: accept again a little later."""
+        if not self._accept_failed:
+            self._accept_failed = True
+            self.log.error(f"cannot accept connections: {error.strerror}")
+        for server in self.servers:
+            with contextlib.suppress(KeyError):
+                self.unwatch(server.socket)
+        self._accept_again = self.now + ACCEPT_PAUSE
+
+    def accepted_all(self):
+        """The queue of a server is empty: whatever was short is not any more."""
+        self._accept_failed = False
+
+    # threads
+
+    def send_file(self, connection):
+        """Hand a connection to the sender that has the fewest."""
+        min(self._senders, key=lambda sender: sender.count).add(connection)
+
+    def give_back(self, connection, response):
+        """From a worker: it has an answer for a connection, or None where the client has gone."""
+        self._given_back.append((connection, connection.take_back, (response,)))
+        self._wake()
+
+    def file_sent(self, connection):
+        """From a sender: it is done with a connection."""
+        self._given_back.append((connection, connection.file_sent, ()))
+        self._wake()
+
+    def _take_back(self):
+        """Go on with connections that threads have given back."""
+        self._wakeup.recv(4096)
+        while self._given_back:
+            connection, call, arguments = self._given_back.popleft()
+            try:
+                call(*arguments)
+            except Exception:
+                connection.state = READING
+                self.fault(connection)
+
+    @staticmethod
+    def own_host(sock) -> str:
+        """The Host of a client of HTTP/1.0 that sends none: the address that it has asked."""
+        if sock.family == socket.AF_UNIX:
+            return "localhost"
+        host, port = sock.getsockname()[:2]
+        host = (host[7:] if host.startswith("::ffff:") else host).partition("%")[0]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    # the end
+
+    def _wake(self):
+        try:
+            self._waker.send(b"\0")
+        except (BlockingIOError, OSError):
+            pass                          # full: it will wake; closed: it has ended
+
+    def stop(self, at_once=False):
+        """End the loop: now, or after drain_time.  Safe in a signal handler."""
+        self._cut_at = -math.inf if at_once else time.monotonic() + self.config.drain_time
+        self._wake()
+
+    def _drain(self):
+        """No new connections, no further requests; what has begun is finished."""
+        self.draining = True
+        for server in self.servers:
+            with contextlib.suppress(KeyError):
+                self.unwatch(server.socket)
+            server.server_close()
+        busy = 0
+        for connection in list(self._connections):
+            connection.closing = True
+            if connection.state in (SENDING, WORKING, STREAMING):
+                busy += 1
+            elif not connection.partial and connection.state is READING:
+                connection.close()
+        if busy:
+            self.log.info(f"finishing {busy} answers, for {self.config.drain_time} s at most")
+
+    def _end(self):
+        """Cut whatever is left; uploads get a moment to remove what they have written."""
+        for connection in list(self._connections):
+            connection.transport.hang_up()
+        end = time.monotonic() + CLEAN_UP
+        while time.monotonic() < end and any(
+                connection.state is WORKING and connection.request.body is not None
+                for connection in self._connections):
+            if select.select([self._wakeup], [], [], CLEAN_UP / 10)[0]:
+                self._take_back()
+        for server in self.servers:
+            server.server_close()
+        self.log.flush()
+
+
+class ImageServer(ThreadingHTTPServer):
+    """A listening TCP socket; the event loop has its connections, and no thread of its own."""
+
+    request_queue_size = 1024             # a fleet that boots imports all at once
+
+    def __init__(self, listen, loop):
+        self.loop = loop
+        super().__init__(self.choose_address(listen), Connection)
+        loop.servers.append(self)
+
+    def choose_address(self, listen):
+        """The address to bind, and address_family with it."""
+        host, port = listen
+        if not host:
+            host = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return host, port
 
     def server_bind(self):
@@ -3292,7 +4126,7 @@ class ImageServer(ThreadingHTTPServer):
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if self.address_family == socket.AF_INET6 and self.server_address[0] == "::":
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        # What is accepted inherits it, on Linux; answers are sent whole, so it matters little.
+        # Inherited by what is accepted, on Linux; answers are sent whole, so it matters little.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
@@ -3306,268 +4140,62 @@ class ImageServer(ThreadingHTTPServer):
         host, port = self.server_address[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
-    @staticmethod
-    def own_host(connection) -> str:
-        """What stands for the Host header of a client of HTTP/1.0 that sends none."""
-        host, port = connection.getsockname()[:2]
-        host = (host[7:] if host.startswith("::ffff:") else host).partition("%")[0]
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-    def _read_clock(self):
-        """What time it is for this turn of the loop; dates are made once a second."""
-        self.now = time.monotonic()
-        now = int(time.time())
-        if now != self._second:
-            self._second, self.date = now, http_date(now).encode()
-            self.log.tick(now)
-
-    # the loop
-
-    def serve_forever(self, poll_interval=TICK):
-        """Serve until shutdown() or a signal; then finish what has begun, for drain_time."""
-        config = self.config
-        # So often that no limit is overrun by more than a quarter.
-        tick = min(poll_interval, config.header_timeout / 4, config.idle_timeout / 4,
-                   config.stall_timeout / 4)
-        looked = flushed = self.now
-        self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
-        self._selector.register(self._wakeup, selectors.EVENT_READ, self._take_back)
-        try:
-            while self._cut_at is None or self._connections and self.now < self._cut_at:
-                events = self._selector.select(LOG_DELAY if self.log.pending else tick)
-                self._read_clock()
-                self.share = max(ONE_PIECE, min(LOOP_STEP, TURN // (len(events) or 1)))
-                for key, _ in events:
-                    try:
-                        key.data()
-                    except Exception:
-                        self.handle_error(key.data.__self__, None)
-                self._send_out()          # first, as what is answered has a new deadline
-                if self.now - looked >= tick:
-                    looked = self.now
-                    self._check_deadlines()
-                    self._send_out()
-                if self.now - flushed >= LOG_DELAY:
-                    flushed = self.now
-                    self.log.flush()
-                if self._cut_at is not None and not self.draining:
-                    self._drain()
-        finally:
-            self._end()
-
-    def _accept(self):
+    def accept(self):
+        """Accept the connections that wait, up to a batch."""
         for _ in range(ACCEPT_BATCH):
             try:
                 request, address = self.get_request()
             except BlockingIOError:
-                self._short = False       # the queue is empty: whatever was short, is not
+                self.loop.accepted_all()
                 return
             except OSError as error:
                 if error.errno in SHORTAGE:
-                    if not self._short:
-                        self._short = True
-                        self.log.error(f"cannot accept connections: {error.strerror}")
-                    self._selector.unregister(self.socket)
-                    self._resume_accept = self.now + ACCEPT_PAUSE
+                    self.loop.accept_failed(error)
                     return
-                continue                  # the client has gone before we came
+                continue                  # the client went away while it waited
             self.process_request(request, address)
 
     def process_request(self, request, client_address):
-        """Take up a connection; at the limit, tell it to come back, without a thread."""
-        if len(self._connections) >= self.config.max_connections + OVERFLOW:
-            request.close()
-            return
-        handler = self.RequestHandlerClass(request, client_address, self)
-        self._selector.register(request, selectors.EVENT_READ, handler.readable)
-        self._connections.add(handler)
-        if len(self._connections) > self.config.max_connections:
-            self.refuse(handler, "too many connections")
-
-    def refuse(self, handler, why):
-        """Answer 503 in place of whatever was asked."""
-        self.log.warn(f"{handler.address_string()} is told to come back: {why}")
-        handler.refuse(ApiError(503, "ServiceUnavailableError", why,
-                               fields=b"Retry-After: 5\r\n"))
-
-    def _send_out(self):
-        """Send the answers of this turn."""
-        while self.outbox:
-            handlers, self.outbox = self.outbox, []
-            for handler in handlers:
-                if handler.state is READING and handler.held:
-                    try:
-                        handler.flush()
-                    except Exception:
-                        self.handle_error(handler, None)
-
-    def handle_error(self, request, client_address):
-        """A fault of our own that nothing has caught: only this connection has to go."""
-        if request in self._connections and request.state is not WORKING:
-            self.drop(request)
-        try:
-            self.log.exception("internal error")
-        except Exception:
-            pass                          # not even that: the others are still to be served
-
-    def _check_deadlines(self):
-        """End what has taken too long."""
-        now = self.now
-        for handler in list(self._connections):
-            if now >= handler.deadline or handler.state in (SENDING, WORKING):
-                try:
-                    handler.check_time(now)
-                except Exception:
-                    self.handle_error(handler, None)
-        if self._resume_accept is not None and now >= self._resume_accept and not self.draining:
-            self._resume_accept = None
-            self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
-
-    # states of a connection: each transition is one of these
-
-    def send_on(self, handler):
-        """READING to SENDING: nothing is read until all that was put is sent."""
-        handler.state = SENDING
-        self._selector.modify(handler.connection, selectors.EVENT_WRITE, handler.flush)
-
-    def read_on(self, handler):
-        """SENDING to READING."""
-        handler.state = READING
-        self._selector.modify(handler.connection, selectors.EVENT_READ, handler.readable)
-
-    def work(self, handler):
-        """READING to WORKING: have a thread answer."""
-        self._selector.unregister(handler.connection)
-        handler.state, handler.deadline = WORKING, math.inf
-        try:
-            self._workers.submit(lambda: self._do(handler))
-        except (RuntimeError, MemoryError):       # can't start new thread
-            handler.state = READING
-            self._selector.register(handler.connection, selectors.EVENT_READ, handler.readable)
-            self.refuse(handler, "no thread to answer with")
-
-    def _do(self, handler):
-        """In a thread: answer, and give the connection back to the loop."""
-        try:
-            handler.answer_slowly()
-        except Exception:
-            handler.close_connection = True
-            self.log.exception("internal error")
-        finally:
-            handler.deadline = math.inf
-            self._returned.append(handler)
-            self._wake()
-
-    def _take_back(self):
-        """WORKING to READING: with an answer to send, or after it."""
-        self._wakeup.recv(4096)
-        while self._returned:
-            handler = self._returned.popleft()
-            handler.state = READING
-            handler.connection.setblocking(False)
-            try:
-                self._selector.register(handler.connection, selectors.EVENT_READ,
-                                        handler.readable)
-                handler.given_back()
-            except Exception:
-                self.handle_error(handler, None)
-
-    def close_or_linger(self, handler):
-        """READING to CLOSED, by way of LINGERING where the client may still be sending.
-
-        Closing a socket that holds unread bytes resets it, and the client would lose the
-        answer that it was just sent (imgadm: "write EPIPE").
-        """
-        try:                              # what came while an answer was sent, nobody has read
-            waits = handler.unread or handler.buffer or handler.connection.recv(
-                1, socket.MSG_PEEK)
-        except OSError:
-            waits = False
-        if not waits:
-            self.drop(handler)
-            return
-        handler.state, handler.buffer = LINGERING, ""
-        handler.deadline = self.now + LINGER
-        try:
-            handler.connection.shutdown(socket.SHUT_WR)
-        except OSError:                   # it has gone already
-            self.drop(handler)
-
-    def drop(self, handler):
-        """Any but WORKING to CLOSED."""
-        handler.state = CLOSED
-        with contextlib.suppress(KeyError):       # register or modify may have failed
-            self._selector.unregister(handler.connection)
-        handler.connection.close()
-        self._connections.discard(handler)
-
-    @staticmethod
-    def hang_up(handler):
-        """End a connection that a thread is working on: what it does next fails."""
-        try:
-            handler.connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass                          # the client was faster
-
-    # the end
-
-    def _wake(self):
-        try:
-            self._waker.send(b"\0")
-        except (BlockingIOError, OSError):
-            pass                          # full: it will wake; closed: it has ended
-
-    def stop(self, at_once=False):
-        """Have the loop end: now, or after drain_time.  Safe in a signal handler."""
-        self._cut_at = -math.inf if at_once else time.monotonic() + self.config.drain_time
-        self._wake()
-
-    def shutdown(self):
-        """Have the loop end, and wait until it has; from another thread."""
-        self.stop()
-        self._ended.wait()
-
-    def _drain(self):
-        """No new connections, no further requests; what has begun is finished."""
-        self.draining = True
-        if self._resume_accept is None:
-            self._selector.unregister(self.socket)
-        self.server_close()
-        working = 0
-        for handler in list(self._connections):
-            handler.close_connection = True
-            if handler.state in (SENDING, WORKING):
-                working += 1
-            elif not handler.partial and handler.state is READING:
-                self.drop(handler)
-        if working:
-            self.log.info(f"finishing {working} answers, for {self.config.drain_time} s at most")
-
-    def _end(self):
-        for handler in list(self._connections):
-            self.hang_up(handler)
-        self.server_close()
-        self.log.flush()
-        self._ended.set()
+        """Hand a connection to the event loop, with the address that the log names it by."""
+        peer = client_address[0] if isinstance(client_address, tuple) else ""
+        self.loop.adopt(request, peer[7:] if peer.startswith("::ffff:") else peer)
 
 
 @contextlib.contextmanager
 def socket_lock(path):
-    """Within it no other server looks at, removes or binds the socket `path`.
+    """Within it no other server of ours probes, removes or binds the socket `path`.
 
-    The lock is a file beside it, which is removed at the end: who waited for one that has
-    gone begins anew.  One that a killed server left holds no lock, and is taken over.  Raises
-    OSError where that file cannot be written.
+    The lock is on a file beside it, which is removed at the end: a server that waited for a
+    removed one tries the new one.  In a directory that others may write to, any of them may
+    have made it: it is neither followed nor written, and waited for LOCK_TIME only.  Raises
+    UserError, and OSError with the file's name where it cannot be opened.
     """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    deadline = time.monotonic() + LOCK_TIME
     while True:
-        with open(path + ".lock", "wb") as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX)
-            if os.fstat(lock.fileno()).st_nlink:
-                try:
-                    yield
-                finally:
-                    os.unlink(lock.name)
-                return
+        fd = os.open(path + ".lock", flags, 0o600)
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise UserError(f"{path}.lock is no regular file", EXIT_CONFIG)
+            # POSIX has either of two errors for a lock; a file that was removed is no lock.
+            with contextlib.suppress(BlockingIOError, PermissionError, FileNotFoundError):
+                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(status, os.lstat(path + ".lock")):
+                    break
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+        if time.monotonic() > deadline:
+            raise UserError(f"another server starts on {path}: {path}.lock is locked")
+        time.sleep(LOCK_POLL)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):        # another user's, in a sticky directory
+            os.unlink(path + ".lock")
+        os.close(fd)
 
 
 class UnixImageServer(ImageServer):
@@ -3576,81 +4204,92 @@ class UnixImageServer(ImageServer):
     address_family = socket.AF_UNIX
     _identity = None                      # (device, inode) of our socket file while it is there
 
-    def choose_address(self):
-        return self.config.listen, None
+    def choose_address(self, listen):
+        return listen
 
     def server_bind(self):
-        """Bind and listen, replacing the socket file that a dead server has left.
+        """Bind and listen, replacing the socket file of a dead server.
 
-        Raises UserError where a server answers there, or what is there is no socket.
+        Raises UserError where a server listens there, or no socket is there.
         """
-        self.server_address = path = self.config.listen
+        path = self.server_address
         with socket_lock(path):
             self._clear(path)
             # illumos asks for read and write permission of who connects (so_ux_lookup).
-            mask = os.umask(0o777 & ~int(self.config.socket_mode, 8))
+            mask = os.umask(0o777 & ~int(self.loop.config.socket_mode, 8))
             try:
                 self.socket.bind(path)
             finally:
                 os.umask(mask)
             status = os.stat(path)
             self._identity = status.st_dev, status.st_ino
-            self.socket.listen(self.request_queue_size)   # until then it looks like a dead one's
+            self.socket.listen(self.request_queue_size)   # until then it seems a dead one's
 
     @staticmethod
     def _clear(path):
-        """Remove what a dead server has left at `path`; nothing else."""
+        """Remove the socket file of a dead server at `path`; nothing else."""
         with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(PROBE_TIME)
             try:
                 if not stat.S_ISSOCK(os.lstat(path).st_mode):
                     raise UserError(f"{path} is there already, and it is no socket", EXIT_CONFIG)
                 probe.connect(path)
             except ConnectionRefusedError:
                 os.unlink(path)           # nobody listens: a server died here
+                return
             except FileNotFoundError:
-                pass                      # the last one has ended well: nothing to remove
-            else:
-                raise UserError(f"another server listens on {path}")
+                return                    # the last one has ended well: nothing to remove
+            except (BlockingIOError, socket.timeout):
+                pass                      # a listener that does not accept: its queue is full
+            raise UserError(f"another server listens on {path}")
 
     def describe(self):
         return self.server_address
 
-    @staticmethod
-    def own_host(connection):
-        return "localhost"
-
     def server_close(self):
-        """Stop listening, and remove the socket file if it is ours: once, since the next
-        server's may have the same inode number while we still finish downloads.
+        """Remove the socket file if it is ours, and stop listening.
+
+        In this order no other server takes the file for a dead one's and replaces it before
+        it is removed, so that no lock is needed.  Once: the next server's may have the same
+        inode number while we still finish downloads.
         """
-        super().server_close()
         identity, self._identity = self._identity, None
         if identity is not None:
-            try:
-                with socket_lock(self.server_address):
-                    status = os.stat(self.server_address)
-                    if (status.st_dev, status.st_ino) == identity:
-                        os.unlink(self.server_address)
-            except OSError:
-                pass                      # somebody else has removed it
+            with contextlib.suppress(OSError):    # somebody else has removed it
+                status = os.lstat(self.server_address)
+                if (status.st_dev, status.st_ino) == identity:
+                    os.unlink(self.server_address)
+        super().server_close()
 
 
 # -- commands ----------------------------------------------------------------------------
 
-def start(config, log) -> ImageServer:
-    """A server that listens.  Raises UserError: status 96 where trying again will not help."""
-    kind = UnixImageServer if isinstance(config.listen, str) else ImageServer
-    try:
-        return kind(config, log)
-    except PermissionError as error:
-        hint = ("" if isinstance(config.listen, str) or config.listen[1] >= 1024 else
-                "; a port below 1024 needs the privilege net_privaddr, or choose --listen 8080")
-        raise UserError(f"cannot listen on {config.listen_port}: {error.strerror}{hint}",
-                      EXIT_CONFIG)
-    except OSError as error:
-        transient = error.errno == errno.EADDRINUSE
-        raise UserError(f"cannot listen on {config.listen_port}: {error.strerror or error}",
-                      1 if transient else EXIT_CONFIG)
+def start(config, log) -> EventLoop:
+    """An event loop with servers that listen.
+
+    Raises UserError: status 96 where trying again will not help.
+    """
+    loop = EventLoop(config, log)
+    listen = list(config.listen)
+    for address in listen:
+        is_path = isinstance(address, str)
+        try:
+            server = (UnixImageServer if is_path else ImageServer)(address, loop)
+            if not is_path and not address[1]:    # any port, but the same one on all addresses
+                listen[1:] = [(host, server.server_address[1]) for host, _ in listen[1:]]
+        except OSError as error:
+            reason = error.strerror or error
+            if loop.servers and address[0] == "::1" and error.errno in NO_SUCH_ADDRESS:
+                continue                          # localhost, and there is no IPv6
+            if error.filename is not None:        # the lock file of a Unix socket
+                reason = f"{error.filename}: {reason}"
+            if isinstance(error, PermissionError) and not is_path and address[1] < 1024:
+                reason = (f"{reason}; a port below 1024 needs the privilege net_privaddr, or "
+                          "choose --listen 8080")
+            transient = error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
+            raise UserError(f"cannot listen on {config.listen_port}: {reason}",
+                            1 if transient else EXIT_CONFIG)
+    return loop
 
 
 def raise_file_limit(config, log):
@@ -3678,19 +4317,19 @@ def run_serve(config, _):
         log.warn(warning)
     config.check_serve_dir()
     raise_file_limit(config, log)
-    server = start(config, log)
+    loop = start(config, log)
 
     def end(number, frame):
-        server.stop(at_once=server.draining)
+        loop.stop(at_once=loop.draining)
 
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGHUP, lambda number, frame: log.info(
         "SIGHUP: nothing to read again, the directory is always read as it is"))
     log.info(f"imgserver {__version__} serves {printable(config.serve_dir)} on "
-             f"{printable(server.describe())}")
+             + ", ".join(printable(server.describe()) for server in loop.servers))
     log.flush()
-    server.serve_forever()
+    loop.run()
     log.info("ended")
     log.flush()
     return 0
@@ -4018,35 +4657,65 @@ SMF_MANIFEST = """\
 """
 
 
+# Runs it as __main__ from __pycache__, where `make` compiles it: compiling costs each start 8 MiB
+# that never come back.  Isolated, so that no module comes from the working directory.
+SMF_START = ("__file__ = 'imgserver.py'; from importlib.machinery import SourceFileLoader as L; "
+             "exec(L('imgserver', __file__).get_code('imgserver'))")
+
+
+def smf_credential(options):
+    """(user, group) of the service: as the options say, else the manifest that is there.
+
+    A user who may surprise the operator is a line on stderr.
+    """
+    import pwd
+    kept = {}
+    if not options.user:
+        with contextlib.suppress(OSError, UnicodeError), open(
+                os.path.join(os.path.dirname(default_config()), "image-server.smf.xml"),
+                encoding="utf-8") as file:
+            credential = re.search("<method_credential[^>]*>", file.read())
+            kept = dict(re.findall(r'(\w+)="([^"]*)"', credential[0] if credential else ""))
+    user = options.user or html.unescape(kept.get("user", ""))
+    group = options.group or html.unescape(kept.get("group", ":default"))
+    try:
+        if not user:
+            user = str(os.getuid())       # which SMF takes as well as a name
+            user = pwd.getpwuid(os.getuid()).pw_name
+        is_root = (int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid) == 0
+    except KeyError:
+        is_root = False
+        if kept:
+            sys.stderr.write(f"imgserver: there is no user {printable(user)}, who is to run the "
+                             "service: make one, or name another with --user\n")
+    if is_root:
+        sys.stderr.write("imgserver: the service would run as root: name another user with "
+                         "--user (make SMF_FLAGS='--user U --group G')\n")
+    return user, group
+
+
 def run_smf(config, options):
     """Print the SMF manifest for this directory, this user and this Python."""
     directory = os.path.abspath(options.directory or os.path.dirname(__file__))
-    # As a module of the working directory it is read from __pycache__, where `make` compiles it:
-    # compiling costs each start 8 MiB that never come back.  -S: nothing but the standard library.
-    command = [options.python or sys.executable, "-ES", "-m", "imgserver"]
-    if options.config:
-        command += ["--config", os.path.abspath(options.config)]
+    words = [] if not options.config else ["--config", os.path.abspath(options.config)]
     if options.dir is not None:
-        command += ["--dir", config.serve_dir]
+        words += ["--dir", config.serve_dir]
     if options.listen is not None:
-        command += ["--listen", options.listen]
+        words += ["--listen", options.listen]
     if options.loglevel is not None:
-        command += ["--loglevel", options.loglevel]
+        words += ["--loglevel", options.loglevel]
+    python = shlex.quote(options.python or sys.executable)
+    command = " ".join([python, f'-IS -c "{SMF_START}"', *map(shlex.quote, words)])
     privileges = "basic,!file_link_any,!proc_info,!proc_session"
-    if not isinstance(config.listen, str) and config.listen[1] < 1024:
+    if not isinstance(config.listen[0], str) and config.listen[0][1] < 1024:
         privileges += ",net_privaddr"
-    user, group = options.user, options.group
-    if not user:
-        import pwd
-        try:
-            user = pwd.getpwuid(os.getuid()).pw_name
-        except KeyError:
-            user = os.getuid()            # which SMF takes as well
-    values = {"directory": directory, "user": user, "group": group or ":default",
-              "privileges": privileges, "command": shlex.join(command).replace("%", "%%"),
+    user, group = smf_credential(options)
+    values = {"directory": directory, "user": user, "group": group,
+              "privileges": privileges, "command": command.replace("%", "%%"),
               "stop": int(config.drain_time) + 30}
     sys.stdout.write(SMF_MANIFEST.format(
-        **{key: html.escape(str(value)) for key, value in values.items()}))
+        **{key: html.escape(str(value), quote=False).replace('"', "&quot;")
+           for key, value in values.items()}))
     return 0
 
 
@@ -4096,15 +4765,15 @@ def option_parser() -> argparse.ArgumentParser:
         prog="imgserver.py", parents=[shared],
         description="An image server for SmartOS: serves a directory of images to imgadm.",
         epilog="Without a command it serves.  `imgserver.py COMMAND --help` tells more.")
-    parser.set_defaults(run=run_serve)
+    parser.set_defaults(run=run_serve, writes=False)
     parser.add_argument("--version", action="version", help="print the version",
                         version=f"imgserver {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands",
                                      parser_class=CommandParser)
 
-    def command(name, run, text):
+    def command(name, run, text, writes=False):
         sub = commands.add_parser(name, parents=[shared], help=text, description=text)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, writes=writes)
         return sub
 
     serve = command("serve", run_serve, "serve the images (the default)")
@@ -4115,12 +4784,12 @@ def option_parser() -> argparse.ArgumentParser:
         each.add_argument("--loglevel", metavar="LEVEL", default=argparse.SUPPRESS,
                           help="least level to log: " + ", ".join(LEVELS)
                                + " (default: loglevel of the configuration, info)")
-    sub = command("import", run_import, "publish an image, read from standard input")
+    sub = command("import", run_import, "publish an image, read from standard input", True)
     add_import_options(sub)
     # For the script import-image alone, which passes everything on: without help, not listed.
     sub = commands.add_parser("import-image", parents=[shared], prog="import-image",
                               description="Publish an image, read from standard input.")
-    sub.set_defaults(run=run_import_image)
+    sub.set_defaults(run=run_import_image, writes=True)
     add_import_options(sub)
     sub.usage += ("\n       %(prog)s [--dir DIR] [--config FILE] -a UUID | -d UUID"
                   "\n       %(prog)s -p | -h")
@@ -4131,10 +4800,10 @@ def option_parser() -> argparse.ArgumentParser:
     sub.add_argument("-p", action="store_true",
                      help="print the Python that is used: $PYTHON, or the newest in "
                           "/opt/local/bin, or python3")
-    command("activate", run_activate, "put an unactivated image on show").add_argument(
+    command("activate", run_activate, "put an unactivated image on show", True).add_argument(
         "uuid", metavar="UUID")
-    command("discard", run_discard, "throw an image away that is not active").add_argument(
-        "uuid", metavar="UUID")
+    command("discard", run_discard, "throw an image away that is not active",
+            True).add_argument("uuid", metavar="UUID")
     sub = command("check", run_check, "read every image again, and compare with its manifest")
     sub.add_argument("uuid", nargs="*", metavar="UUID", help="only these images")
     sub.add_argument("--record", action="store_true",
@@ -4154,6 +4823,11 @@ def option_parser() -> argparse.ArgumentParser:
 def load_config(options) -> Config:
     """The configuration file with the command line's options over it.  Raises UserError."""
     config = Config.load(options.config or default_config(), options.config is not None)
+    if options.dir == "":
+        raise UserError("--dir must name the directory of images (serve_dir), not ''", EXIT_CONFIG)
+    if options.writes and config.path is None and options.dir is None:
+        raise UserError(f"there is no {default_config()} that names the directory of images: "
+                        "say --dir DIR", EXIT_CONFIG)
     if options.dir is not None:
         config.serve_dir = os.path.abspath(options.dir)
     if options.listen is not None:

@@ -302,11 +302,11 @@ class Client(support.ServerCase):
 
     def test_spoilt_answers(self):
         spoil = ("was = imgserver.ImageReader._look_at_file\n"
-                 "def look(image, stored):\n"
-                 "    file = was(image, stored)\n"
+                 "def look(reader, image, stored):\n"
+                 "    file = was(reader, image, stored)\n"
                  "    {}\n"
                  "    return file\n"
-                 "imgserver.ImageReader._look_at_file = staticmethod(look)\n")
+                 "imgserver.ImageReader._look_at_file = look\n")
         self.expect("checksum", spoil.format("file['sha1'] = 'ab' * 20"))
         self.expect("mismatch between expected size", spoil.format("file['size'] += 1") +
                     "imgserver.Site.stored_file = lambda site, request, image: imgserver.Response("

@@ -895,10 +895,10 @@ class TestScript(ImportCase):
             with open(os.path.join(self.serve_dir, name + ".py"), "w") as file:
                 file.write("import sys\nsys.exit('imported')\n")
         environment = {**self.environment(), "PYTHONPATH": self.serve_dir}
-        for words in ((*WORDS,), ("-n", *WORDS), ("-h",)):
+        for words in (WORDS, ("-n", *WORDS), ("-h",)):
             with self.subTest(words=words):
-                result = self.run_import(command=[script, *words], cwd=self.serve_dir,
-                                         env=environment)
+                result = self.run_import(command=[script, "--dir", self.serve_dir, *words],
+                                         cwd=self.serve_dir, env=environment)
                 self.assertEqual((result.returncode, result.stderr), (0, b""))
 
     def find(self, shell, libraries, path, python=""):

@@ -89,7 +89,10 @@ class TestMake(MakeCase):
         start = shlex.split(start)
         result = subprocess.run([start[0], "-v", *start[1:], "--version"], cwd=place,
                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        self.assertRegex(result.stderr, "code object from '.*/__pycache__/imgserver[.]")
+        self.assertRegex(result.stderr, "code object from '__pycache__/imgserver[.]")
+        for name in ("argparse", "imgserver"):        # no module comes from the directory
+            with open(os.path.join(directory, name + os.extsep + "py"), "a") as file:
+                file.write("\nif __name__ != '__main__': raise SystemExit('imported')\n")
         process = subprocess.Popen(start, cwd=place, stdin=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL)
         self.addCleanup(process.wait)
@@ -108,6 +111,53 @@ class TestMake(MakeCase):
             place = os.path.join(place, "__pycache__")
             for path in (place, *(os.path.join(place, name) for name in os.listdir(place))):
                 self.assertEqual(os.stat(path).st_mode & 0o044, 0o044, path)
+
+    def test_make_imports_nothing_from_the_directory(self):
+        directory = self.copy()
+        for name in ("argparse", "importlib", "re", "winreg"):
+            with open(os.path.join(directory, name + ".py"), "w") as file:
+                file.write("open('ran', 'w').close()\n")
+        target = os.path.join(self.directory, "installed")
+        self.run_make("make", directory)
+        self.run_make("make", directory, "install", f"PREFIX={target}")
+        self.assertFalse(os.path.exists(os.path.join(directory, "ran")))
+        self.assertTrue(os.listdir(os.path.join(directory, "__pycache__")))
+
+    def credential(self, directory):
+        path = os.path.join(directory, "image-server.smf.xml")
+        found = xml.etree.ElementTree.parse(path).find(".//method_credential")
+        return found.get("user"), found.get("group")
+
+    def test_user_and_group_stay_without_flags(self):
+        directory = self.copy()
+        target = os.path.join(self.directory, "installed")
+        for words, place in (((), directory), (("install", f"PREFIX={target}"), target)):
+            self.run_make("make", directory, *words, "SMF_FLAGS=--user daemon --group 'a&b'")
+            self.assertEqual(self.credential(place), ("daemon", "a&b"))
+            result = self.run_make("make", directory, *words)
+            self.assertEqual(self.credential(place), ("daemon", "a&b"))
+            self.assertEqual(result.stderr, "")
+            self.run_make("make", directory, *words, "SMF_FLAGS=--group www")
+            self.assertEqual(self.credential(place), ("daemon", "www"))
+            self.run_make("make", directory, *words, "SMF_FLAGS=--user daemon")
+            self.assertEqual(self.credential(place), ("daemon", ":default"))
+
+    def test_a_service_that_would_run_as_root_says_so(self):
+        directory = self.copy()
+        for words in (("SMF_FLAGS=--user root",), (), ("SMF_FLAGS=--user 0",)):
+            result = self.run_make("make", directory, "smf", *words)
+            self.assertIn("would run as root", result.stderr)
+        result = self.run_make("make", directory, "smf", "SMF_FLAGS=--user daemon")
+        self.assertEqual(result.stderr, "")
+
+    def test_a_kept_user_who_is_not_there_is_named(self):
+        directory = self.copy()
+        self.run_make("make", directory, "smf", "SMF_FLAGS=--user no-such-user")
+        result = self.run_make("make", directory, "smf")
+        self.assertIn("there is no user no-such-user", result.stderr)
+        os.unlink(os.path.join(directory, "image-server.smf.xml"))
+        self.run_make("make", directory, "smf")
+        self.assertEqual(self.credential(directory)[1], ":default")
 
     def test_a_manifest_that_cannot_be_written_fails_make(self):
         directory = self.copy()
@@ -275,7 +325,7 @@ class TestInstall(MakeCase):
                                  {*FILES, "README.md", "__pycache__"} - {"Makefile"})
                 place, start = self.smf(target)
                 self.assertEqual(place, "/opt/img server")
-                self.assertTrue(start.endswith(" -ES -m imgserver"), start)
+                self.assertIn(" -IS -c ", start)
                 with open(os.path.join(target, "image-server.smf.xml")) as file:
                     self.assertIn('user="web" group="www"', file.read())
                 mine = self.config(target, {"listen_port": 8080})

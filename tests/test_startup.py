@@ -1,18 +1,24 @@
 """Starting: mistakes in the configuration, ports, and the file of a Unix socket."""
 
+import argparse
+import contextlib
 import fcntl
+import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import stat
 import subprocess
 import sys
 import unittest
+from unittest import mock
 
-from tests.support import (PATIENCE, ROOT, Connection, ServerCase, command, free_port, has_ipv6,
-                           uuid_of, wait_for, write_image)
+import imgserver
+from tests.support import (IMGSERVER, PATIENCE, ROOT, Connection, ServerCase, command, free_port,
+                           has_ipv6, uuid_of, wait_for, write_image)
 
 CONFIG_ERROR = 96
 
@@ -36,11 +42,15 @@ BAD_VALUES = {
                     "127.0.0.1", ":80", "a:b:80", "127.0.0.1:0", "relative.sock", "./x.sock",
                     "[::1]", "http://127.0.0.1:80", "/" + "x" * 107, "/tmp/a\0b",
                     "/" + "é" * 54,
-                    "80\n", "a..b:8080", "x" * 64 + ":8080"),
-    "prefix": (5, None, [], {}, True, "a\nb"),
-    "suffix": (80, None, [], "\x1b"),
+                    "80\n", "a..b:8080", "x" * 64 + ":8080", "example.com:80", "1.2.3:80",
+                    "[1.2.3.4]:80x", "::1:80", "*", "*:", "**:80", "[*]:80", "localhost",
+                    "1.2.3.4\0:80"),
+    "prefix": (5, None, [], {}, True, "a\nb", "", "https", "http:", "http:/", "//", "ftp://",
+               "https://host/", "https://host", "HTTP://", "http:// ", "http://a b."),
+    "suffix": (80, None, [], "\x1b", "8080", ":", ":0", ":70000", ":80 ", ":8080/", "/", "/sub/",
+               "//sub", "sub", "/a b", "/a?b", "/a#b", ":80:80"),
     "loglevel": ("inf", "INFO", "", 30, None, True, [], {}, ["info"]),
-    "serve_dir": (5, None, [], {}, "a\nb"),
+    "serve_dir": (5, None, [], {}, "a\nb", ""),
     "image-creator": (5, None, [], {}),
     "image-creator-uuid": ("x", 5, None, [], uuid_of(0xabc).upper(), uuid_of(1) + "\n"),
     "image-vendor-uuid": ("x", 5, {}),
@@ -59,8 +69,24 @@ BAD_OPTIONS = {
     "--listen": ("", "x", "70000", "127.0.0.1", "127.0.0.1:x", "a:b:1", ":0", "relative.sock",
                  "-1", "/" + "x" * 107, "a..b:0", "x" * 64 + ":0", "images.example.com:0"),
     "--loglevel": ("inf", "", "INFO"),
-    "--dir": ("missing", "plain", "plain/x", "/dev/null"),
+    "--dir": ("missing", "plain", "plain/x", "/dev/null", ""),
 }
+
+# prefix and suffix with which "prefix + Host + suffix" begins a URL.
+GOOD_PREFIXES = ("http://", "https://", "http://a.", "https://images.eu.")
+GOOD_SUFFIXES = ("", ":1", ":65535", "/sub", "/a/b~c", ":8080/sub", ".example.com", ".org:1")
+
+# What --listen and listen_port take, and the addresses that it stands for.
+ADDRESSES = {
+    80: [("", 80)], "80": [("", 80)], "*:8082": [("", 8082)],
+    "0.0.0.0:80": [("0.0.0.0", 80)], "[::]:80": [("::", 80)],
+    "10.0.0.5:80": [("10.0.0.5", 80)], "[::1]:80": [("::1", 80)],
+    "[::ffff:1.2.3.4]:80": [("::ffff:1.2.3.4", 80)],
+    "localhost:8082": [("127.0.0.1", 8082), ("::1", 8082)], "/run/s": ["/run/s"],
+}
+
+OLD_PYTHONS = os.path.join(os.environ.get("PYENV_ROOT", os.path.expanduser("~/.pyenv")),
+                           "versions")
 
 # Nothing is forbidden to root, so a server that is to be refused something is somebody else;
 # it may no longer read the standard library then, so what is missing is loaded before.
@@ -196,12 +222,42 @@ class BadConfigs(Starting):
         self.all_fail(cases)
         self.fails(CONFIG_ERROR, "--config", self.config({"loglevel": []}))
 
+    def test_prefix_and_suffix_that_begin_a_url(self):
+        for prefix in GOOD_PREFIXES:
+            self.assertEqual(imgserver.Config({"prefix": prefix}).prefix, prefix)
+        for suffix in GOOD_SUFFIXES:
+            self.assertEqual(imgserver.Config({"suffix": suffix}).suffix, suffix)
+
+    def test_addresses(self):
+        with mock.patch.object(socket, "getaddrinfo", side_effect=AssertionError("a resolver")):
+            for value, addresses in ADDRESSES.items():
+                with self.subTest(value):
+                    self.assertEqual(imgserver.Config({"listen_port": value}).listen, addresses)
+
     def test_options_that_are_wrong(self):
         path = self.config({"listen_port": 65535})
         cases = [(f"{option}={value}", ["--config", path, f"{option}={value}"],
                   "serve_dir" if option == "--dir" else option[2:])
                  for option, values in BAD_OPTIONS.items() for value in values]
         self.all_fail(cases)
+
+    def test_no_command_writes_where_nothing_names_the_directory(self):
+        """Without a config.json and --dir it would be the program's own directory."""
+        before = sorted(os.listdir(self.directory))
+        path = os.path.join(self.directory, "config.json")
+        for words in (("import", "name", "1.0", "text"), ("activate", uuid_of(1)),
+                      ("discard", uuid_of(1))):
+            with self.subTest(words[0]), contextlib.redirect_stderr(io.StringIO()) as error, \
+                    mock.patch.object(imgserver, "default_config", lambda: path):
+                self.assertEqual(imgserver.main(words), CONFIG_ERROR)
+                self.assertEqual(error.getvalue(), f"imgserver: there is no {path} that names "
+                                                   "the directory of images: say --dir DIR\n")
+        self.assertEqual(sorted(os.listdir(self.directory)), before)
+        with mock.patch.object(imgserver, "default_config", lambda: self.config({})):
+            options = argparse.Namespace(config=None, dir=None, listen=None, loglevel=None,
+                                         writes=True)
+            config = imgserver.load_config(options)
+            self.assertEqual((config.serve_dir, config.path), (self.serve_dir, path))
 
     def test_config_that_is_not_there(self):
         self.assertIn("missing.json", self.fails(CONFIG_ERROR, "--config", "missing.json"))
@@ -271,7 +327,7 @@ class Ports(Starting):
 
     def test_address_of_another_machine(self):
         self.assertIn("192.0.2.1:8099", self.fails(
-            CONFIG_ERROR, "--listen", "192.0.2.1:8099", "--dir", self.serve_dir))
+            1, "--listen", "192.0.2.1:8099", "--dir", self.serve_dir))     # it may come up yet
 
     def test_privileged_port_without_privilege(self):
         prelude = AS_NOBODY
@@ -295,7 +351,7 @@ class Ports(Starting):
                               stderr=subprocess.DEVNULL).returncode == 0
 
     def test_port_0_on_the_command_line_takes_a_free_one(self):
-        for listen in ("0", "127.0.0.1:0", "[::1]:0"):
+        for listen in ("0", "*:0", "127.0.0.1:0", "localhost:0", "[::1]:0"):
             if listen[0] == "[" and not has_ipv6():
                 continue
             with self.subTest(listen):
@@ -469,7 +525,7 @@ class UnixSockets(Starting):
         first = self.race(*arguments, prelude=SLOW_LISTEN.format(flag=flag))
         wait_for(lambda: os.path.exists(flag + ".bound"), "the first to bind")
         second = self.race(*arguments, prelude=SLOW_LISTEN.format(flag=flag))
-        wait_for(lambda: os.path.getsize(flag + ".locks") == 2, "the second to come")
+        wait_for(lambda: os.path.getsize(flag + ".locks") >= 2, "the second to come")
         with open(self.path() + ".lock", "ab") as lock, self.assertRaises(BlockingIOError):
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.unlink(flag)
@@ -515,6 +571,56 @@ class UnixSockets(Starting):
         self.assertFalse(os.path.exists(self.path() + ".lock"))
         self.assertEqual(server.stop(), 0)
 
+    def test_lock_that_others_made_is_neither_followed_nor_written(self):
+        target = self.path("target")
+        with open(target, "w") as file:
+            file.write("kept")
+        make = {"symlink": lambda path: os.symlink(target, path),
+                "dangling symlink": lambda path: os.symlink(self.path("nothing"), path),
+                "fifo": os.mkfifo, "directory": os.mkdir}
+        for name, create in make.items():
+            with self.subTest(name):
+                path = self.path(name)
+                create(path + ".lock")
+                self.assertIn(path + ".lock", self.fails_on(CONFIG_ERROR, path))
+                self.assertFalse(os.path.lexists(path))
+        path = self.path("hard link")
+        os.link(target, path + ".lock")
+        self.on(path)
+        with open(target) as file:
+            self.assertEqual(file.read(), "kept")
+        self.assertFalse(os.path.exists(self.path("nothing")))
+
+    def test_lock_is_private(self):
+        with imgserver.socket_lock(self.path()):
+            self.assertEqual(stat.S_IMODE(os.stat(self.path() + ".lock").st_mode), 0o600)
+        self.assertFalse(os.path.exists(self.path() + ".lock"))
+
+    def test_lock_that_is_never_released(self):
+        """A start gives up, and a server that runs ends all the same."""
+        server = self.serve(unix=True)
+        with open(server.address + ".lock", "w") as lock, open(self.path() + ".lock", "w") as own:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+            fcntl.lockf(own, fcntl.LOCK_EX)
+            self.assertIn(".lock is locked", self.fails_on(
+                1, self.path(), prelude="imgserver.LOCK_TIME = 0.1"))
+            self.assertEqual(server.stop(), 0)
+            self.assertFalse(os.path.exists(server.address))
+
+    def test_listener_that_does_not_accept(self):
+        with socket.socket(socket.AF_UNIX) as sock, contextlib.ExitStack() as waiting:
+            sock.bind(self.path())
+            sock.listen(0)
+            while True:                   # until its queue is full
+                client = waiting.enter_context(socket.socket(socket.AF_UNIX))
+                client.setblocking(False)
+                try:
+                    client.connect(self.path())
+                except BlockingIOError:
+                    break
+            self.assertIn("another server listens", self.fails_on(1, self.path()))
+            self.assertTrue(os.path.exists(self.path()))
+
     def test_requests_are_logged_as_unix_and_keep_alive_works(self):
         write_image(self.serve_dir, uuid_of(1))
         server = self.serve(unix=True)
@@ -523,6 +629,50 @@ class UnixSockets(Starting):
                 self.assertEqual(connection.request(target).status, 200)
         server.wait_log(r'info unix "GET /datasets HTTP/1\.1" 200 ')
         wait_for(lambda: len(re.findall(r' info unix "GET /', server.log())) == 9, "9 lines")
+
+
+class Pythons(Starting):
+
+    def test_old_python_is_told_apart_in_words(self):
+        need_pythons = ("2.7", "3.6", "3.7", "3.8")
+        found = {}
+        for name in os.listdir(OLD_PYTHONS) if os.path.isdir(OLD_PYTHONS) else ():
+            found[".".join(name.split(".")[:2])] = os.path.join(OLD_PYTHONS, name, "bin/python")
+        missing = [version for version in need_pythons if version not in found]
+        for version in need_pythons:
+            if version in found:
+                with self.subTest(version):
+                    done = subprocess.run([found[version], IMGSERVER, "--version"],
+                                          capture_output=True, timeout=PATIENCE)
+                    self.assertEqual(done.stdout, b"")
+                    self.assertIn(b"needs Python 3.9 or newer", done.stderr)
+                    if version in ("3.7", "3.8"):
+                        self.assertEqual(done.returncode, CONFIG_ERROR)
+                        self.assertEqual(done.stderr.count(b"\n"), 1)
+                    else:
+                        self.assertEqual(done.returncode, 1)
+        if missing:
+            self.skipTest("there is no Python " + ", ".join(missing))
+
+    def test_no_module_comes_from_the_program_s_directory(self):
+        copy = os.path.join(self.directory, "copy")
+        os.mkdir(copy)
+        for name in ("imgserver.py", "import-image"):
+            shutil.copy(os.path.join(ROOT, name), copy)
+        for name in ("argparse", "resource", "pwd", "winreg"):
+            with open(os.path.join(copy, name + ".py"), "w") as file:
+                file.write(f"open({copy!r} + '/ran', 'w').close()\n")
+        environment = {**os.environ, "PYTHON": sys.executable, "PYTHONSAFEPATH": ""}
+        for words in ([sys.executable, "imgserver.py", "--help"],
+                      [sys.executable, "-I", "imgserver.py", "--help"],
+                      [sys.executable, "-m", "imgserver", "smf"],
+                      [os.path.join(copy, "import-image"), "--dir", self.serve_dir, "-a",
+                       uuid_of(1)]):
+            with self.subTest(words):
+                done = subprocess.run(words, cwd=copy, env=environment, timeout=PATIENCE,
+                                      capture_output=True)
+                self.assertNotIn(b"Traceback", done.stderr)
+                self.assertFalse(os.path.exists(os.path.join(copy, "ran")))
 
 
 if __name__ == "__main__":
