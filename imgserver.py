@@ -1268,6 +1268,7 @@ class Store:
         self._names_key = None        # serve_dir as it was when its names were read
         self._checked = -math.inf     # when the last re-check of all images began (monotonic)
         self._cyclic = {}             # uuid: whether its chain of origins never ends; a memo
+        self._cyclic_since = -math.inf
         self._cycles_logged = set()
         self._lists_lock = threading.Lock()       # for listings of a snapshot, and gzip forms
         self._zipping = threading.Lock()
@@ -1305,9 +1306,11 @@ class Store:
         return image
 
     def _known(self, uuid, api, may_block) -> Image | None:
-        """An image as it was last read: a link in a chain is re-checked when it is asked for."""
+        """A link in a chain of origins, re-checked once a second: chains may be long."""
         image = self._images.get(uuid)
-        return self._find(uuid, api, may_block) if image is None else image
+        if image is None or time.monotonic() - image.checked >= RECHECK:
+            image = self._find(uuid, api, may_block)
+        return image
 
     def unactivated(self, uuid) -> Image:
         """The whole image that waits in .incoming-<uuid>.  Raises ApiError (404)."""
@@ -1353,6 +1356,9 @@ class Store:
 
     def _is_cyclic(self, image, find) -> bool:
         """Whether its chain of origins never ends: imgadm would follow it for ever."""
+        now = time.monotonic()
+        if now - self._cyclic_since >= RECHECK:
+            self._cyclic, self._cyclic_since = {}, now
         memo, chain, link = self._cyclic, [], image
         seen = set()
         while True:
@@ -3265,8 +3271,11 @@ class Body:
         if not self._asked:
             self._asked = True
             transport.queue(b"HTTP/1.1 100 Continue\r\n\r\n", 25)
-            while not transport.flush(ONE_PIECE):
+        try:                              # earlier answers, too: the client may wait for them
+            while transport.unsent and not transport.flush(ONE_PIECE):
                 self._wait(select.POLLOUT)
+        except OSError as error:
+            raise ClientGone(error.errno, f"the client went away: {error.strerror}")
         while True:
             data = transport.receive(min(size, RECEIVE_BODY))
             if data:
@@ -3568,19 +3577,19 @@ class Connection:
             self._log_answers()
             self.close()
             return
+        self.response = response          # close() closes its file
         self.put(response)
         if response.file is None:
-            self.state = READING
+            self.response, self.state = None, READING
             self.loop.watch(self.transport.sock, selectors.EVENT_READ, self.readable)
             self.loop.outbox.append(self)         # also where older answers are queued
             return
-        self.state, self.response = STREAMING, response
+        self.state = STREAMING
         self.position, self.step = response.offset, FILE_STEP
         self.moving()
         try:
             self.loop.send_file(self)
         except (RuntimeError, MemoryError):
-            response.close()
             self._give_up("no thread to send it with")
 
     def send_more(self) -> bool:
@@ -3589,6 +3598,8 @@ class Connection:
         A failure closes the connection, so that nobody takes a part for all.
         """
         response, transport = self.response, self.transport
+        if self.failure:                  # its time is over
+            return True
         try:
             if transport.unsent_bytes and not transport.flush(
                     FILE_STEP, getattr(socket, "MSG_MORE", 0)):   # no half packet yet (Linux)
@@ -3665,6 +3676,8 @@ class Connection:
     def close(self):
         """Any state to CLOSED; not while a thread uses the socket."""
         self.state = CLOSED
+        if self.response is not None:
+            self.response.close()
         self.loop.forget(self)
         self.transport.sock.close()
 
@@ -3735,17 +3748,33 @@ class Sender:
 
     def _run(self, number):
         """Send until another thread is in charge."""
+        checked = time.monotonic()
         while True:
-            for key, _ in self._selector.select():
-                if key.data is not None:
-                    if not self._step(key.data, number):
-                        return
-                    continue
-                self._wakeup.recv(4096)
-                while self._arrivals:
-                    connection = self._arrivals.popleft()
-                    self._selector.register(connection.transport.sock, selectors.EVENT_WRITE,
-                                            connection)
+            events = self._selector.select(TICK if self.count else None)
+            ready = {key.data for key, _ in events}
+            if time.monotonic() - checked >= TICK:    # a hang-up wakes epoll, perhaps no other
+                checked = time.monotonic()
+                ready |= {key.data for key in self._selector.get_map().values()
+                          if key.data is not None and key.data.failure}
+            for connection in ready:
+                if connection is None:
+                    self._arrive()
+                elif not self._step(connection, number):
+                    return
+
+    def _arrive(self):
+        """Wait for the sockets of new connections, too."""
+        self._wakeup.recv(4096)
+        while self._arrivals:
+            connection = self._arrivals.popleft()
+            try:
+                self._selector.register(connection.transport.sock, selectors.EVENT_WRITE,
+                                        connection)
+            except OSError as error:      # the system is short of something
+                connection.failure = f" (cut: {error.strerror})"
+                with self._lock:
+                    self.count -= 1
+                self._loop.file_sent(connection)
 
     def _step(self, connection, number) -> bool:
         """One step of one connection.  Returns whether this thread is still in charge."""
