@@ -848,6 +848,7 @@ RACY = 50_000_000             # ns; a time this young may not move with the next
                               # systems tell it in ticks, of up to 10 ms (Linux before 6.13)
 LISTS_KEPT = 4                # rendered lists kept: each is as large as all manifests together
 LIST_PIECE = 16               # images of a list rendered at once: some 20 KB, 20 us
+LIST_PIECE_SIZE = 64 << 10    # bytes of them on average, or fewer images are: tags may be long
 ZIPPED_LIMIT = 32 << 20       # bytes of gzip forms in use; of 10,000 images one has 1 MB
 MD5_LIMIT = 16 << 20          # bytes; a file up to this size is hashed when it is asked for
 
@@ -1170,22 +1171,24 @@ class Listing:
     lists has room for them; a reader holds but its position.  length: bytes of the array.
     """
 
-    __slots__ = ("_images", "_text_of", "_pieces", "length", "etag", "zipped")
+    __slots__ = ("_images", "_text_of", "_pieces", "_per_piece", "length", "etag", "zipped")
 
     def __init__(self, images, text_of, etag=None, length=None):
         self._images, self._text_of, self.etag = images, text_of, etag
         self._pieces = self.zipped = None
+        self._per_piece = LIST_PIECE
         if length is None:
             length = sum(len(self.render(number)) for number in range(len(self)))
         self.length = length
+        self._per_piece = max(1, min(LIST_PIECE, LIST_PIECE_SIZE * len(images) // length))
 
     def __len__(self):
         """The number of its pieces; an empty array is one."""
-        return max(1, -(-len(self._images) // LIST_PIECE))
+        return max(1, -(-len(self._images) // self._per_piece))
 
     def render(self, number) -> bytes:
         """One piece; the first begins the array, the last ends it."""
-        images = self._images[number * LIST_PIECE:(number + 1) * LIST_PIECE]
+        images = self._images[number * self._per_piece:(number + 1) * self._per_piece]
         if not images:
             return b"[]"
         text = b",\n".join(map(self._text_of, images)).replace(b"\n", b"\n  ")
@@ -3077,7 +3080,7 @@ class ListReader:
         listing, number, skip = self._listing, self._number, self._offset
         budget = budget if listing.kept else min(budget, RENDER_STEP)
         while budget > 0 and number < len(listing):
-            part = memoryview(listing.piece(number))[skip:]
+            part = memoryview(listing.piece(number))[skip:skip + budget]
             yield part
             budget -= len(part)
             number, skip = number + 1, 0
@@ -3085,10 +3088,11 @@ class ListReader:
     def advance(self, parts, count):
         """`count` bytes of `parts`, which parts() has given, were sent."""
         for part in parts:
-            if count < len(part):
-                self._offset += count
+            sent = min(count, len(part))
+            count -= sent
+            self._offset += sent
+            if self._offset < len(part.obj):      # part.obj is the whole piece
                 return
-            count -= len(part)
             self._number, self._offset = self._number + 1, 0
 
     @property
