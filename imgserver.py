@@ -1411,7 +1411,7 @@ class Store:
         try:
             with self._recheck_lock:
                 self._recheck(api, RECHECK_PAUSE)
-        except OSError:
+        except Exception:
             self._checked = -math.inf     # the next list meets the same error, and says so
         finally:
             self._rechecking = False
@@ -3045,7 +3045,7 @@ TURN = 8 << 20                # bytes sent in such steps in one turn of the loop
 FILE_STEP = 256 << 10         # bytes of a file sent at first, so that the client can begin early
 FULL_STEP = 512 << 10         # bytes, once the socket was full: then fewer steps cost less
 COPY_STEP = 256 << 10         # bytes copied at once where sendfile is of no use
-LINGER = 2.0                  # seconds a refused client gets to read why before the socket goes
+LINGER = 2.0                  # seconds a refused client gets to read why since it last sent
 GONE = 499                    # status in the log of a request whose client went away (as nginx)
 TICK = 1.0                    # seconds between two checks of deadlines
 HANG = 1.0                    # seconds of one step after which a disk hangs, and others go on
@@ -3357,6 +3357,9 @@ class Connection:
         elif self.state is READING:
             self.buffer = self.buffer + data if self.buffer else data
             self.advance()
+        else:                             # LINGERING: it has not stopped sending yet
+            self.deadline = min(self.loop.now + LINGER,
+                                self.started + self.loop.config.header_timeout)
 
     def advance(self):
         """Answer the whole requests in the buffer, until one needs a thread, or there is
@@ -3671,7 +3674,7 @@ class Connection:
             self.close()
             return
         self.state, self.buffer = LINGERING, b""
-        self.deadline = self.loop.now + LINGER
+        self.started, self.deadline = self.loop.now, self.loop.now + LINGER
         try:
             self.transport.end_sending()
         except OSError:                   # it has gone already

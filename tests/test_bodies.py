@@ -12,6 +12,7 @@ import signal
 import socket
 import tempfile
 import threading
+import types
 import unittest
 
 import imgserver
@@ -160,8 +161,8 @@ class Bodies:
     def test_requests_before_and_behind_a_body_are_answered_in_order(self):
         data = SECOND * 2000
         with self.server.connect() as connection:
-            sent = (PING + with_length(data) + PING + with_length(b"") + with_length(SECOND, "POST")
-                    + PING)
+            sent = (PING + with_length(data) + PING + with_length(b"")
+                    + with_length(SECOND, "POST") + PING)
             threading.Thread(target=connection.send, args=(sent,)).start()
             for wanted in (None, data, None, b"", SECOND, None):
                 answer = connection.answer()
@@ -287,8 +288,8 @@ class Bodies:
     def test_no_100_continue_for_whom_it_says_nothing(self):
         expect = "Expect: 100-continue\r\n"
         with self.server.connect() as connection:
-            connection.send(head("PUT", "/upload", "Content-Length: 5\r\nConnection: keep-alive\r\n"
-                                 + expect, "1.0") + b"hello")
+            connection.send(head("PUT", "/upload", "Content-Length: 5\r\n"
+                                 "Connection: keep-alive\r\n" + expect, "1.0") + b"hello")
             self.assertTaken(connection.answer(), b"hello")
             connection.send(head("PUT", "/upload", "Content-Length: 0\r\n" + expect))
             self.assertTaken(connection.answer(), b"")
@@ -456,6 +457,23 @@ class Body(unittest.TestCase):
         self.assertEqual(body.read(100), b"")
         self.assertEqual(body.rest, b"")
         self.assertEqual(body._transport.receive(100), SECOND)
+
+
+class Lingering(unittest.TestCase):
+
+    def test_a_refused_client_has_time_while_it_sends_but_not_for_ever(self):
+        config = imgserver.Config({"serve_dir": "/", "header_timeout": 30})
+        loop = types.SimpleNamespace(now=100.0, config=config)
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            connection = imgserver.Connection(ours, "", loop)
+            connection.unread = True
+            connection._close_or_linger()
+            self.assertEqual(connection.state, imgserver.LINGERING)
+            for loop.now, deadline in ((100.0, 102.0), (101.5, 103.5), (129.5, 130.0)):
+                theirs.send(b"more")
+                connection.readable()
+                self.assertEqual(connection.deadline, deadline)
 
 
 if __name__ == "__main__":
