@@ -39,6 +39,7 @@ if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isol
     del sys.path[0]
 
 import argparse
+import array
 import base64
 import collections
 import contextlib
@@ -1166,26 +1167,38 @@ def etag_of(*parts) -> bytes:
 class Listing:
     """A JSON array of images in one form, rendered piece by piece as it is sent.
 
-    text_of(image) is the text of one image, in bytes.  Pieces are kept while the cache of
-    lists has room for them; a reader holds but its position.  length: bytes of the array.
+    images      those of a snapshot, in its order
+    numbers     places in them, of the images of this list; None for all
+    text_of     a function of an Image: its text, in bytes
+    length      bytes of the array
+
+    Pieces are kept while the cache of lists has room for them; a reader holds but its
+    position.
     """
 
-    __slots__ = ("_images", "_text_of", "_starts", "_pieces", "length", "etag", "fields",
-                 "zipped")
+    __slots__ = ("_images", "_numbers", "_text_of", "_starts", "_pieces", "length", "etag",
+                 "fields", "zipped")
 
-    def __init__(self, images, text_of, etag=None):
+    def __init__(self, images, text_of, etag=None, numbers=None):
         """Render it once, to learn its length; which is for a thread."""
         self._images, self._text_of, self.etag = images, text_of, etag
+        self._numbers = None if numbers is None else array.array("I", numbers)
         self._pieces = self.zipped = None
         self.fields = b""                     # header lines that go with it, for routes
         self._starts = starts = [0]           # the first image of each piece
         size = 0
-        for number, image in enumerate(images):
+        for number, image in enumerate(self._between(0, None)):
             if size > LIST_PIECE:
                 starts.append(number)
                 size = 0
             size += len(text_of(image))
         self.length = sum(len(self.render(number)) for number in range(len(starts)))
+
+    def _between(self, first, last) -> list:
+        """Some of its images."""
+        if self._numbers is None:
+            return self._images[first:last]
+        return [self._images[number] for number in self._numbers[first:last]]
 
     def for_host(self, text_of, growth) -> Listing:
         """The same list for another host, of which each image is `growth` bytes longer."""
@@ -1201,7 +1214,7 @@ class Listing:
     def render(self, number) -> bytes:
         """One piece; the first begins the array, the last ends it."""
         first, *rest = self._starts[number:number + 2]
-        images = self._images[first:rest[0] if rest else None]
+        images = self._between(first, rest[0] if rest else None)
         if not images:
             return b"[]"
         text = b",\n".join(map(self._text_of, images)).replace(b"\n", b"\n  ")
@@ -1215,6 +1228,10 @@ class Listing:
         if pieces[number] is None:
             pieces[number] = self.render(number)
         return pieces[number]
+
+    def has(self, number) -> bool:
+        """Whether a piece need not be rendered."""
+        return self._pieces is not None and self._pieces[number] is not None
 
     @property
     def kept(self) -> bool:
@@ -1283,6 +1300,7 @@ class Store:
         self._names_key = None        # serve_dir as it was when its names were read
         self._checked = -math.inf     # when the last re-check of all images began (monotonic)
         self._cyclic = {}             # uuid: whether its chain of origins never ends; a memo
+        self._cyclic_since = -math.inf
         self._cycles_logged = set()
         self._lists_lock = threading.Lock()       # for listings of a snapshot, and gzip forms
         self._zipping = threading.Lock()
@@ -1320,9 +1338,11 @@ class Store:
         return image
 
     def _known(self, uuid, api, may_block) -> Image | None:
-        """An image as it was last read: a link in a chain is re-checked when it is asked for."""
+        """A link in a chain of origins, re-checked once a second: chains may be long."""
         image = self._images.get(uuid)
-        return self._find(uuid, api, may_block) if image is None else image
+        if image is None or time.monotonic() - image.checked >= RECHECK:
+            image = self._find(uuid, api, may_block)
+        return image
 
     def unactivated(self, uuid) -> Image:
         """The whole image that waits in .incoming-<uuid>.  Raises ApiError (404)."""
@@ -1368,6 +1388,9 @@ class Store:
 
     def _is_cyclic(self, image, find) -> bool:
         """Whether its chain of origins never ends: imgadm would follow it for ever."""
+        now = time.monotonic()
+        if now - self._cyclic_since >= RECHECK:
+            self._cyclic, self._cyclic_since = {}, now
         memo, chain, link = self._cyclic, [], image
         seen = set()
         while True:
@@ -1417,7 +1440,7 @@ class Store:
         try:
             with self._recheck_lock:
                 self._recheck(api, RECHECK_PAUSE)
-        except OSError:
+        except Exception:
             self._checked = -math.inf     # the next list meets the same error, and says so
         finally:
             self._rechecking = False
@@ -2674,9 +2697,9 @@ def whole_list(headers, body, etag, length, fields) -> Response:
     return Response(200, fields, body, length=length)
 
 
-def filtered_response(images, text_of, fields) -> Response:
-    """A list of some images, of which nothing is kept."""
-    listing = Listing(images, text_of)
+def filtered_response(images, numbers, text_of, fields) -> Response:
+    """A list of some images of a snapshot, of which nothing is kept."""
+    listing = Listing(images, text_of, numbers=numbers)
     return Response(200, JSON_TYPE + fields + CORS, listing, length=listing.length)
 
 
@@ -2717,11 +2740,12 @@ class Dsapi:
             if any(wanted.values()):
                 if not request.may_block:
                     raise NeedsThread     # it is rendered to learn its length
-                images = [image for image in self.store.snapshot(DSAPI, True).images
-                          if all(value is None or matches_text(getattr(image, name), value,
-                                                               name != "type")
-                                 for name, value in wanted.items())]
-                return filtered_response(images, text_of, CACHE_NEVER)
+                images = self.store.snapshot(DSAPI, True).images
+                numbers = [number for number, image in enumerate(images)
+                           if all(value is None or matches_text(getattr(image, name), value,
+                                                                name != "type")
+                                  for name, value in wanted.items())]
+                return filtered_response(images, numbers, text_of, CACHE_NEVER)
         listing = self.store.listing(DSAPI, (), lambda images: images, text_of,
                                      request.may_block, base)
         return list_response(request, self.store, listing,
@@ -2796,8 +2820,8 @@ class Imgapi:
         check_admin_fields(query)
         channel = self.channel_of(query)
         if set(query) - {"channel", "inclAdminFields"}:
-            images = self._select(request, query, channel)
-            return filtered_response(images, self.text_of(version), CACHE_MANIFESTS)
+            images, numbers = self._select(request, query, channel)
+            return filtered_response(images, numbers, self.text_of(version), CACHE_MANIFESTS)
         listing = self.store.listing(
             IMGAPI, (channel, version if self.channels else None),
             lambda images: [image for image in images if self.in_channel(image, channel)],
@@ -2805,28 +2829,29 @@ class Imgapi:
         return list_response(request, self.store, listing, CACHE_MANIFESTS)
 
     def _select(self, request, query, channel):
-        """The images that a query asks for: filtered, sorted, from the marker on, limited."""
+        """The images of a snapshot, and the places of those that a query asks for: filtered,
+        sorted, from the marker on, limited.
+        """
         backwards, limit = newest_first(query), limit_of(query)
         account = single_value(query, "account")
         state = single_value(query, "state") or "active"
         if state != "all" and state not in STATES:
             raise invalid("state", f'invalid state: "{state}"')
         if state not in ("active", "all"):
-            return []             # nobody here is known well enough to be shown those
+            return (), ()         # nobody here is known well enough to be shown those
         if not request.may_block:
             raise NeedsThread     # it is rendered to learn its length
-        images = [image for image in self.store.snapshot(IMGAPI, True).images
-                  if self.in_channel(image, channel)]
-        for check in image_filters(query, account):
-            images = [image for image in images if check(image)]
-        if backwards:
-            images.reverse()
+        images = self.store.snapshot(IMGAPI, True).images
+        checks = [lambda image: self.in_channel(image, channel), *image_filters(query, account)]
         marker = single_value(query, "marker")
         if marker is not None:
             first = self._marker(marker, backwards)
-            images = [image for image in images
-                      if (image.order <= first if backwards else image.order >= first)]
-        return images[:limit]
+            checks.append(lambda image: image.order <= first if backwards
+                          else image.order >= first)
+        numbers = range(len(images))
+        for check in checks:
+            numbers = [number for number in numbers if check(images[number])]
+        return images, numbers[::-1 if backwards else 1][:limit]
 
     def _marker(self, marker, backwards):
         """The place in the order where a list is to begin.  Raises ApiError."""
@@ -3058,7 +3083,7 @@ FILE_STEP = 256 << 10         # bytes of a file sent at first, so that the clien
 FULL_STEP = 512 << 10         # bytes, once the socket was full: then fewer steps cost less
 FILE_STEPS = 8                # such steps while the socket takes them, before others get theirs
 COPY_STEP = 256 << 10         # bytes copied at once where sendfile is of no use
-LINGER = 2.0                  # seconds a refused client gets to read why before the socket goes
+LINGER = 2.0                  # seconds a refused client gets to read why since it last sent
 GONE = 499                    # status in the log of a request whose client went away (as nginx)
 TICK = 1.0                    # seconds between two checks of deadlines
 HANG = 1.0                    # seconds of one step after which a disk hangs, and others go on
@@ -3090,26 +3115,25 @@ class ListReader:
 
     def parts(self, budget) -> list:
         """The next parts, of about `budget` bytes; fewer where they must be rendered."""
-        listing, number = self._listing, self._number
-        if not listing.kept:
-            budget = min(budget, LIST_PIECE)
-        parts = [memoryview(listing.piece(number))[self._offset:]]
-        budget -= len(parts[0])
-        while budget > 0 and len(parts) < PARTS // 2:
-            number += 1
-            if number == len(listing):
+        listing, number, skip = self._listing, self._number, self._offset
+        parts = []
+        while budget > 0 and len(parts) < PARTS // 2 and number < len(listing):
+            fresh = not listing.has(number)
+            parts.append(memoryview(listing.piece(number))[skip:skip + budget])
+            if fresh:                     # rendering takes time that others wait for
                 break
-            parts.append(listing.piece(number))
             budget -= len(parts[-1])
+            number, skip = number + 1, 0
         return parts
 
     def advance(self, parts, count):
         """`count` bytes of `parts`, which parts() has given, were sent."""
         for part in parts:
-            if count < len(part):
-                self._offset += count
+            sent = min(count, len(part))
+            count -= sent
+            self._offset += sent
+            if self._offset < len(part.obj):      # part.obj is the whole piece
                 return
-            count -= len(part)
             self._number, self._offset = self._number + 1, 0
 
     @property
@@ -3128,7 +3152,7 @@ class Transport:
     def __init__(self, sock):
         self.sock = sock
         sock.setblocking(False)
-        self.unsent, self.unsent_bytes, self.sent = [], 0, 0
+        self.unsent, self.unsent_bytes, self.sent = (), 0, 0      # a list once there are parts
         self.has_list = False
         # os.sendfile is for TCP only: illumos refuses AF_UNIX, and CPython up to 3.13 may
         # report a made-up count for that (gh-154324); 3.9.0 loses counts (bpo-42237).
@@ -3148,7 +3172,10 @@ class Transport:
         """Send `part` (bytes or a Listing) of `length` bytes with the next flush."""
         if type(part) is Listing:
             part, self.has_list = ListReader(part), True
-        self.unsent.append(part)
+        if self.unsent:
+            self.unsent.append(part)
+        else:
+            self.unsent = [part]
         self.unsent_bytes += length
 
     def flush(self, step, flags=0) -> bool:
@@ -3169,7 +3196,7 @@ class Transport:
         self.sent += count
         self.unsent_bytes -= count
         if not self.unsent_bytes:
-            self.unsent, self.has_list = [], False
+            self.unsent, self.has_list = (), False
             return True
         while count:
             if type(unsent[0]) is ListReader:
@@ -3292,8 +3319,11 @@ class Body:
         if not self._asked:
             self._asked = True
             transport.queue(b"HTTP/1.1 100 Continue\r\n\r\n", 25)
-            while not transport.flush(ONE_PIECE):
+        try:                              # earlier answers, too: the client may wait for them
+            while transport.unsent and not transport.flush(ONE_PIECE):
                 self._wait(select.POLLOUT)
+        except OSError as error:
+            raise ClientGone(error.errno, f"the client went away: {error.strerror}")
         while True:
             data = transport.receive(min(size, RECEIVE_BODY))
             if data:
@@ -3355,7 +3385,7 @@ class Connection:
         self.scanned = 0                  # bytes of it in which no head ends
         self.unread = False               # the client may still be sending what nobody reads
         self.closing = False              # this answer is the last one
-        self.unlogged = []                # answers of which the socket has not taken all
+        self.unlogged = ()                # answers of which the socket has not taken all
         self.failure = ""                 # why an answer was not sent whole, for the log
         self.sender = None
 
@@ -3371,6 +3401,9 @@ class Connection:
         elif self.state is READING:
             self.buffer = self.buffer + data if self.buffer else data
             self.advance()
+        else:                             # LINGERING: it has not stopped sending yet
+            self.deadline = min(self.loop.now + LINGER,
+                                self.started + self.loop.config.header_timeout)
 
     def advance(self):
         """Answer the whole requests in the buffer, until one needs a thread, or there is
@@ -3491,8 +3524,8 @@ class Connection:
             if response.file is None:
                 transport.queue(response.body, size)
         self.answered += 1
-        self.unlogged.append((end, self.line, response.status, size, self.started,
-                              response.title, self.peer or self._proxied()))
+        self.unlogged += ((end, self.line, response.status, size, self.started,
+                           response.title, self.peer or self._proxied()),)
         return not self.closing
 
     def flush(self):
@@ -3544,7 +3577,7 @@ class Connection:
         loop.unwatch(self.transport.sock)
         self.state, self.deadline = WORKING, math.inf
         try:
-            loop.workers.submit(self._answer_in_thread)
+            loop.workers.submit(self._answer_in_thread, self.request.length == 0)
         except (RuntimeError, MemoryError):       # can't start new thread
             self.state = READING
             loop.watch(self.transport.sock, selectors.EVENT_READ, self.readable)
@@ -3590,24 +3623,24 @@ class Connection:
         if self.request.body is not None:
             self.buffer = self.request.body.rest
         if response is None:              # nobody is there to be answered
-            self.unlogged.append((math.inf, self.line, GONE, 0, self.started, "",
-                                  self.peer or self._proxied()))
+            self.unlogged += ((math.inf, self.line, GONE, 0, self.started, "",
+                               self.peer or self._proxied()),)
             self._log_answers()
             self.close()
             return
+        self.response = response          # close() closes its file
         self.put(response)
         if response.file is None:
-            self.state = READING
+            self.response, self.state = None, READING
             self.loop.watch(self.transport.sock, selectors.EVENT_READ, self.readable)
             self.loop.outbox.append(self)         # also where older answers are queued
             return
-        self.state, self.response = STREAMING, response
+        self.state = STREAMING
         self.position, self.step = response.offset, FILE_STEP
         self.moving()
         try:
             self.loop.send_file(self)
         except (RuntimeError, MemoryError):
-            response.close()
             self._give_up("no thread to send it with")
 
     def send_more(self) -> bool:
@@ -3616,6 +3649,8 @@ class Connection:
         A failure closes the connection, so that nobody takes a part for all.
         """
         response, transport = self.response, self.transport
+        if self.failure:                  # its time is over
+            return True
         try:
             if transport.unsent_bytes and not transport.flush(
                     FILE_STEP, getattr(socket, "MSG_MORE", 0)):   # no half packet yet (Linux)
@@ -3685,7 +3720,7 @@ class Connection:
             self.close()
             return
         self.state, self.buffer = LINGERING, b""
-        self.deadline = self.loop.now + LINGER
+        self.started, self.deadline = self.loop.now, self.loop.now + LINGER
         try:
             self.transport.end_sending()
         except OSError:                   # it has gone already
@@ -3694,6 +3729,8 @@ class Connection:
     def close(self):
         """Any state to CLOSED; not while a thread uses the socket."""
         self.state = CLOSED
+        if self.response is not None:
+            self.response.close()
         self.loop.forget(self)
         self.transport.sock.close()
 
@@ -3710,7 +3747,7 @@ class Connection:
 
         It is written when the answer has gone, or has failed: then with the bytes that went.
         """
-        log, unlogged, self.unlogged = self.loop.log, self.unlogged, []
+        log, unlogged, self.unlogged = self.loop.log, self.unlogged, ()
         if log.level > INFO:
             return
         now, sent = time.monotonic(), self.transport.sent
@@ -3764,17 +3801,33 @@ class Sender:
 
     def _run(self, number):
         """Send until another thread is in charge."""
+        checked = time.monotonic()
         while True:
-            for key, _ in self._selector.select():
-                if key.data is not None:
-                    if not self._step(key.data, number):
-                        return
-                    continue
-                self._wakeup.recv(4096)
-                while self._arrivals:
-                    connection = self._arrivals.popleft()
-                    self._selector.register(connection.transport.sock, selectors.EVENT_WRITE,
-                                            connection)
+            events = self._selector.select(TICK if self.count else None)
+            ready = {key.data for key, _ in events}
+            if time.monotonic() - checked >= TICK:    # a hang-up wakes epoll, perhaps no other
+                checked = time.monotonic()
+                ready |= {key.data for key in self._selector.get_map().values()
+                          if key.data is not None and key.data.failure}
+            for connection in ready:
+                if connection is None:
+                    self._arrive()
+                elif not self._step(connection, number):
+                    return
+
+    def _arrive(self):
+        """Wait for the sockets of new connections, too."""
+        self._wakeup.recv(4096)
+        while self._arrivals:
+            connection = self._arrivals.popleft()
+            try:
+                self._selector.register(connection.transport.sock, selectors.EVENT_WRITE,
+                                        connection)
+            except OSError as error:      # the system is short of something
+                connection.failure = f" (cut: {error.strerror})"
+                with self._lock:
+                    self.count -= 1
+                self._loop.file_sent(connection)
 
     def _step(self, connection, number) -> bool:
         """One step of one connection.  Returns whether this thread is still in charge."""
@@ -3828,6 +3881,8 @@ ACCEPT_PAUSE = 0.5            # seconds without accepting after the files ran ou
 OVERFLOW = 256                # connections above the limit that are told 503 before they close
 SPARE_FILES = 64              # file descriptors kept for images, directories and the log
 THREAD_IDLE = 10.0            # seconds until a thread without work ends
+WORKERS = 24                  # threads for short jobs: more only wait for the interpreter's lock
+GIVEN_BACK = 64               # connections taken back from threads in one turn, some 3 ms
 CLEAN_UP = 2.0                # seconds that cut uploads get to remove their files at the end
 SWITCH_INTERVAL = 0.001       # seconds until a thread that computes lets the event loop run:
                               # Python's own 5 ms are as long as forty requests
@@ -3838,29 +3893,53 @@ NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)       # a machine wi
 
 
 class Workers:
-    """Threads for jobs that may block: started when none is idle, ended when idle for long."""
+    """Threads for jobs that may block: started when none is idle, ended when idle for long.
+
+    Of short jobs at most WORKERS run at once, unless a disk hangs: then watch() adds some.
+    """
 
     def __init__(self):
         self._jobs = queue.SimpleQueue()
         self._idle = threading.Semaphore(0)
+        self._threads = 0                 # an estimate: two threads may count at once
+        self._finished = self._seen = 0   # jobs finished, and at the last watch()
 
-    def submit(self, job):
+    def submit(self, job, is_short=True):
         """Have a thread call job().  Raises RuntimeError, MemoryError where none can be had."""
-        if self._idle.acquire(blocking=False):
+        if self._idle.acquire(blocking=False) or is_short and self._threads >= WORKERS:
             self._jobs.put(job)
         else:
-            start_new_thread(self._run, ([job],))     # Thread.start() would wait until it runs
+            self._start([job])
+
+    def _start(self, jobs):
+        start_new_thread(self._run, (jobs,))      # Thread.start() would wait until it runs
+        self._threads += 1
+
+    def watch(self):
+        """Once a second: where jobs wait and none was finished, a disk hangs under the threads."""
+        if self._finished == self._seen and self._jobs.qsize():
+            for _ in range(min(WORKERS, self._jobs.qsize())):
+                with contextlib.suppress(RuntimeError, MemoryError):
+                    self._start([])
+        self._seen = self._finished
 
     def _run(self, jobs):
-        job = jobs.pop()                  # an argument would stay until the thread ends
+        job = jobs.pop() if jobs else None        # an argument would stay until the thread ends
         while True:
-            job()
-            job = None                    # or the connection would stay until the next one
-            self._idle.release()
+            if job is not None:
+                job()
+                job = None                # or the connection would stay until the next one
+                self._finished += 1
+            try:
+                job = self._jobs.get_nowait()     # one above WORKERS: nobody waits for it
+                continue
+            except queue.Empty:
+                self._idle.release()
             try:
                 job = self._jobs.get(timeout=THREAD_IDLE)
             except queue.Empty:
                 if self._idle.acquire(blocking=False):
+                    self._threads -= 1
                     return
                 job = self._jobs.get()    # one was put just now, and it counts on us
 
@@ -4001,6 +4080,7 @@ class EventLoop:
                 connection.check_deadline(now)
             except Exception:
                 self.fault(connection)
+        self.workers.watch()
         for sender in self._senders:
             sender.watch(now, sum(each.threads for each in self._senders) < SENDER_THREADS)
         if self._accept_again is not None and now >= self._accept_again and not self.draining:
@@ -4041,13 +4121,15 @@ class EventLoop:
     def _take_back(self):
         """Go on with connections that threads have given back."""
         self._wakeup.recv(4096)
-        while self._given_back:
+        for _ in range(min(GIVEN_BACK, len(self._given_back))):
             connection, call, arguments = self._given_back.popleft()
             try:
                 call(*arguments)
             except Exception:
                 connection.state = READING
                 self.fault(connection)
+        if self._given_back:
+            self._wake()
 
     @staticmethod
     def own_host(sock) -> str:

@@ -20,6 +20,7 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import imgserver                                                # noqa: E402
 from tests.support import Server, uuid_of, wait_for, write_image, write_v2     # noqa: E402
 
 PATIENCE = 20                 # seconds a connection may stay open once all has been sent
@@ -411,7 +412,8 @@ def run(seed, seconds, directory):
                     server.check_log()
         for server, before in zip(servers, files):
             wait_for(lambda: server.files() <= before, "the number of open files", 20)
-            wait_for(lambda: server.threads() <= 2, "the end of idle threads", 30)
+            wait_for(lambda: server.threads() <= 2 + imgserver.SENDERS,
+                     "the end of idle threads", 30)
             if server.stop() != 0:
                 raise Found("the server did not end well")
             server.log_read = max(0, server.log_read - 1)

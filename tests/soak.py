@@ -21,6 +21,7 @@ import traceback
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import imgserver                                                # noqa: E402
 from tests.support import Server, uuid_of, wait_for, write_image     # noqa: E402
 
 CLIENTS = 12
@@ -214,7 +215,7 @@ class Soak:
         with server.connect() as connection:
             connection.request("/images")
             connection.request("/datasets")
-        files, threads = server.files(), 1
+        files, threads = server.files(), 1 + imgserver.SENDERS
         self.load(min(10, seconds / 4))             # until everything has been used once
         memory = server.memory()
         if not self.failures:

@@ -2,8 +2,6 @@
 that the test sets."""
 
 import os
-import shutil
-import tempfile
 import time
 import unittest
 from unittest import mock
@@ -25,15 +23,14 @@ class Looks(ServerCase):
         write_image(self.serve_dir, U)
         time.sleep(SETTLED)
         self.store = self.new_store()
-        past = time.time() - 10
-        os.utime(self.serve_dir, (past, past))
         self.store.snapshot(imgserver.DSAPI, True)
 
     def new_store(self):
         config = imgserver.Config({"serve_dir": self.serve_dir})
         self.log = imgserver.Log("info", os.open(os.devnull, os.O_WRONLY))
         self.addCleanup(os.close, self.log.fd)
-        return imgserver.Store(config, self.log)
+        self.jobs = []                    # for another thread
+        return imgserver.Store(config, self.log, self.jobs.append)
 
     def names(self, may_block=False):
         return [image.name for image in self.store.snapshot(imgserver.DSAPI, may_block).images]
@@ -52,19 +49,24 @@ class Looks(ServerCase):
     def test_one_thread_looks_early_while_the_others_are_served(self):
         write_image(self.serve_dir, U, name="edited")
         self.later(imgserver.RECHECK_EARLY)
-        with self.assertRaises(imgserver.NeedsThread):
-            self.names()
-        self.assertEqual(self.names(), ["test"])
-        self.assertEqual(self.names(may_block=True), ["edited"])
+        for _ in range(3):
+            self.assertEqual(self.names(), ["test"])
+        [job] = self.jobs
+        job()
         self.assertEqual(self.names(), ["edited"])
+        self.assertEqual(len(self.jobs), 1)
+        self.later(imgserver.RECHECK_EARLY)
+        self.names()
+        self.assertEqual(len(self.jobs), 2)
 
     def test_few_lists_are_kept_the_latest_ones(self):
-        def render(snapshot, api, number):
-            return number
-        for number in range(imgserver.LISTS_KEPT + 3):
-            self.store.listing(imgserver.DSAPI, (number,), render, True)
+        hosts = [b"h%d" % number for number in range(imgserver.LISTS_KEPT + 3)]
+        lists = [self.store.listing(imgserver.DSAPI, (), lambda images: images,
+                                    lambda image: image.dsapi[0], True, host) for host in hosts]
         kept = self.store.snapshot(imgserver.DSAPI, True).listings
-        self.assertEqual(list(kept.values()), list(range(3, imgserver.LISTS_KEPT + 3)))
+        self.assertEqual([host for _, _, host in kept], hosts[3:])
+        self.assertEqual([listing.kept for listing in lists],
+                         [False] * 3 + [True] * imgserver.LISTS_KEPT)
 
     def test_nobody_is_served_what_is_too_old(self):
         self.later(imgserver.RECHECK)
@@ -72,88 +74,61 @@ class Looks(ServerCase):
             with self.assertRaises(imgserver.NeedsThread):
                 self.names()
 
-    def begin_to_look(self):
-        """Have the loop begin a look in parts; what is left to half of its time."""
-        self.later(imgserver.RECHECK_SOON)
-        self.assertEqual(self.names(), ["test"])
-        return (imgserver.RECHECK_EARLY - imgserver.RECHECK_SOON) / 2
-
-    def test_the_loop_looks_itself_where_lists_are_asked_for_often(self):
-        time_left = self.begin_to_look()
-        for _ in range(3):
-            self.later(time_left)
-            self.assertEqual(self.names(), ["test"])
-            self.later(imgserver.RECHECK_SOON - time_left)
-            self.assertEqual(self.names(), ["test"])
-
-    def test_what_the_loop_finds_changed_is_read_by_a_thread(self):
-        write_image(self.serve_dir, U, name="edited")
-        self.later(self.begin_to_look())
-        with self.assertRaises(imgserver.NeedsThread):
-            self.names()
-        self.assertEqual(self.names(), ["test"])
-        self.assertEqual(self.names(may_block=True), ["edited"])
-        self.assertEqual(self.names(), ["edited"])
-
-    def test_a_new_icon_is_found_by_the_loop_too(self):
-        time_left = self.begin_to_look()
-        with open(os.path.join(self.serve_dir, U, "icon.png"), "wb") as file:
-            file.write(b"icon")
-        self.later(time_left)
-        with self.assertRaises(imgserver.NeedsThread):
-            self.names()
-
-    def test_what_was_read_alone_meanwhile_is_put_into_the_list_by_a_thread(self):
+    def test_an_image_read_alone_is_in_the_list_after_the_next_look(self):
         write_image(self.serve_dir, U, name="edited")
         self.assertEqual(self.store.image(U, imgserver.DSAPI, True).name, "edited")
-        self.later(imgserver.RECHECK_SOON)
+        self.later(imgserver.RECHECK_EARLY)
+        self.names()
+        self.jobs.pop()()
+        self.assertEqual(self.names(), ["edited"])
+
+    def test_a_look_that_is_not_done_in_time_is_waited_for(self):
+        self.later(imgserver.RECHECK_EARLY)
+        self.names()                      # the job is never begun
+        self.later(imgserver.RECHECK - imgserver.RECHECK_EARLY)
         with self.assertRaises(imgserver.NeedsThread):
             self.names()
-        self.assertEqual(self.names(may_block=True), ["edited"])
-
-    def test_a_slow_disk_is_looked_at_by_a_thread(self):
-        with mock.patch.object(imgserver, "LOOK_AHEAD", -1):
-            self.later(self.begin_to_look())
-            with self.assertRaises(imgserver.NeedsThread):
-                self.names()
         self.assertEqual(self.names(may_block=True), ["test"])
         self.assertEqual(self.names(), ["test"])
 
-    def test_another_file_system_is_looked_at_by_a_thread(self):
-        self.begin_to_look()
+    def test_no_thread_for_an_early_look(self):
+        for error in (RuntimeError("can't start new thread"), MemoryError()):
+            with mock.patch.object(self.store, "_in_background", side_effect=error):
+                self.later(imgserver.RECHECK_EARLY / 2 + 0.01)
+                self.assertEqual(self.names(), ["test"])
         self.names()
-        other = tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
-        self.addCleanup(shutil.rmtree, other)
-        if os.stat(other).st_dev == os.stat(self.serve_dir).st_dev:
-            self.skipTest("there is no second file system")
-        for name in ("manifest.json", "image.zfs.gz", ""):
-            with self.subTest(name):
-                path = os.path.join(self.serve_dir, U, name).rstrip("/")
-                there = os.path.join(other, name or "whole")
-                shutil.move(path, there)
-                os.symlink(there, path)
-                os.utime(self.serve_dir, (1, 1))
-                self.later(imgserver.RECHECK)
-                self.assertEqual(self.names(may_block=True), ["test"])
-                self.later(self.begin_to_look())
-                with self.assertRaises(imgserver.NeedsThread):
-                    self.names()
-                self.assertEqual(self.names(may_block=True), ["test"])
-                os.unlink(path)
-                shutil.move(there, path)
+        self.assertEqual(len(self.jobs), 1)
 
-    def test_a_look_in_parts_that_was_left_is_begun_anew(self):
-        self.begin_to_look()
-        self.later(imgserver.RECHECK)
+    def test_an_early_look_that_fails_is_told_to_the_next_client(self):
+        self.later(imgserver.RECHECK_EARLY)
+        self.names()
+        os.rename(self.serve_dir, self.serve_dir + "2")
+        self.jobs.pop()()
+        with self.assertRaises(OSError):
+            self.names(may_block=True)
+        os.rename(self.serve_dir + "2", self.serve_dir)
         self.assertEqual(self.names(may_block=True), ["test"])
-        time_left = self.begin_to_look()
-        self.later(time_left)
-        for _ in range(2):
-            self.assertEqual(self.names(), ["test"])
+
+    def test_an_early_look_pauses_and_one_that_is_waited_for_does_not(self):
+        for number in range(2, 50):
+            write_image(self.serve_dir, uuid_of(number))
+        time.sleep(SETTLED)
+        self.names(may_block=True)
+        with mock.patch.object(imgserver, "RECHECK_SLICE", 0), \
+                mock.patch.object(imgserver.time, "sleep") as sleep:
+            self.later(imgserver.RECHECK_EARLY)
+            self.names(may_block=True)
+            self.jobs.pop()()
+            self.assertGreater(sleep.call_count, 40)
+            sleep.reset_mock()
+            self.later(imgserver.RECHECK)
+            self.names(may_block=True)
+            sleep.assert_not_called()
 
     def test_a_directory_from_the_future_is_no_reason_to_look_each_time(self):
         future = time.time() + 3600
         os.utime(self.serve_dir, (future, future))
+        time.sleep(SETTLED)
         self.names(may_block=True)
         self.assertEqual(self.names(), ["test"])
 
@@ -203,7 +178,7 @@ class Looks(ServerCase):
     def test_a_new_icon_is_seen_with_the_next_look(self):
         with open(os.path.join(self.serve_dir, U, "icon.png"), "wb") as file:
             file.write(b"icon")
-        self.later(imgserver.RECHECK_EARLY)
+        self.later(imgserver.RECHECK)
         self.assertEqual(self.store.snapshot(imgserver.DSAPI, True).images[0].icon, "icon.png")
 
     def test_an_image_file_is_no_icon(self):

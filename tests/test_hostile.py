@@ -38,35 +38,6 @@ class Unread(ServerCase):
                                      for uuid in order))
             self.assertEqual([connection.answer().json()["uuid"] for _ in order], order)
 
-    def test_many_different_lists_are_refused_before_the_memory_is_full(self):
-        for number in range(1, 140):      # 12 MB, more than the sockets take
-            write_image(self.serve_dir, uuid_of(number), tags={"text": "x" * 90000})
-        server = self.serve(prelude="imgserver.LISTS_LIMIT = 60 << 20")
-        statuses = set()
-        for number in range(12):
-            connection = server.connect()
-            self.addCleanup(connection.close)
-            connection.send(f"GET /datasets HTTP/1.1\r\nHost: h{number}\r\n\r\n".encode())
-            statuses.add(connection.recv(12))
-        self.assertEqual(statuses, {b"HTTP/1.1 200", b"HTTP/1.1 503"})
-        self.assertEqual(server.get(f"/datasets/{U}").status, 200)
-
-    def test_lists_of_clients_that_have_gone_are_forgotten(self):
-        for number in range(1, 140):
-            write_image(self.serve_dir, uuid_of(number), tags={"text": "x" * 90000})
-        server = self.serve(prelude="imgserver.LISTS_LIMIT = 120 << 20")
-        server.get("/datasets")
-        files = server.files()
-        connections = [server.connect() for _ in range(8)]
-        for number, connection in enumerate(connections):     # a thread each, none idle
-            connection.send(f"GET /datasets HTTP/1.1\r\nHost: h{number}\r\n\r\n".encode())
-        for connection in connections:
-            self.assertEqual(connection.recv(12), b"HTTP/1.1 200")
-            connection.close()
-        wait_for(lambda: server.files() <= files, "the end of all")
-        for number in range(8):           # as many again; threads end much later
-            self.assertEqual(server.get("/datasets", {"Host": f"new{number}"}).status, 200)
-
 
 class Trickle(ServerCase):
 
