@@ -288,7 +288,7 @@ def parse_json(data: bytes, unique=False):
     last counts, as in JavaScript, unless `unique` refuses it.
     """
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8").removeprefix("\ufeff")
         value = (_UNIQUE_DECODER if unique else _DECODER).decode(text)
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -506,7 +506,7 @@ SAFE_INTEGER = 2 ** 53        # above it JavaScript has no longer every integer
 # What upgrading drops (imgmanifest upgradeTo2), besides what it turns into v2's own fields.
 V1_ONLY = frozenset(("creator_uuid", "vendor_uuid", "creator_name", "cloud_name",
                      "creator_admin", "restricted_to_uuid", "owner_uuid", "platform_type",
-                     "created_at", "updated_at", "_URL"))
+                     "created_at", "updated_at", "_url"))
 
 # The fields that IMGAPI shows, in its order (sdc-imgapi, Image.serialize), with billing_tags
 # and traits, which the official server keeps back in its public mode.
@@ -978,7 +978,8 @@ def normalise(manifest: dict):
     """
     if not invalid_fields(manifest):
         return manifest, (), ()
-    manifest, notes, reasons = mend(manifest), [], []
+    stored, notes, reasons = manifest, [], []
+    manifest = mend(stored)
     if "v" in manifest and not (_is_int(manifest["v"]) and manifest["v"] in (1, 2)):
         notes.append(f"v {spell(manifest.pop('v'))} must be 1 or 2: it is left out")
         manifest = mend(manifest)         # by the rules of v1
@@ -988,7 +989,8 @@ def normalise(manifest: dict):
                      "not served")
         manifest["files"] = files[:1]
     for name, value, rule in invalid_fields(manifest):
-        text = f"{name} {rule}" if value is None else f"{name} {spell(value)} {rule}"
+        text = f"{name} {rule}" if value is None else \
+            f"{name} {spell(stored.get(name, value))} {rule}"
         if name in TOLERATED and isinstance(value, str) and value.isprintable():
             if name in REQUIRED:
                 notes.append(f"{text}: it is shown as it is")
@@ -1144,6 +1146,8 @@ def downgrade(v2: dict) -> dict:
     v1["platform_type"] = "smartos"
     if v2["disabled"]:
         v1["disabled"] = True
+    if v2["state"] == "unactivated":
+        v1["state"] = v2["state"]
     acl = v1.pop("acl", [])
     if not v2["public"] and len(acl) == 1:
         v1["restricted_to_uuid"] = acl[0]
@@ -1209,6 +1213,8 @@ def as_v1(manifest: dict, v2: dict, file: dict, creator: str) -> dict:
         v1 = {key: value for key, value in manifest.items()
               if key not in ("v", "owner", "state", "public", "channels", "icon")}
         v1["creator_uuid"] = v1.get("creator_uuid") or v2["owner"]
+        if v2["state"] == "unactivated":
+            v1["state"] = v2["state"]
         if not v2["public"] and not v1.get("restricted_to_uuid"):
             v1["public"] = False
     else:
@@ -1404,6 +1410,8 @@ class Image:
     problem     None, or one sentence for the log; then nothing of its manifest is set
     try_again   the problem may be one of the moment, such as an error of the disk
     device      the file system that it is on; None where its files are on several
+    md5         of its file, as bytes, where it is known for sure; claimed_md5 as its manifest
+                has it, or None
     notes       sentences for the log about fields that are shown otherwise than they stand
     dsapi       (before, after, etag) of its v1 manifest as bytes: files[0].url stands between
                 the two, up to the part that the Host header decides; None when never asked for
@@ -1413,7 +1421,8 @@ class Image:
     """
 
     __slots__ = ("uuid", "place", "manifest_key", "file_key", "directory_changed", "checked",
-                 "problem", "try_again", "device", "file", "path", "size", "sha1", "md5", "state",
+                 "problem", "try_again", "device", "file", "path", "size", "sha1", "md5", "claimed_md5",
+                 "state",
                  "order", "name", "version", "os", "type", "origin", "owner", "public", "acl",
                  "billing_tags", "channels", "icon", "notes", "dsapi", "dsapi_v2", "imgapi")
 
@@ -1618,6 +1627,7 @@ class ImageReader:
             with open(fd, "rb", buffering=0) as data:
                 file["compression"] = compression_of(data.read(8), image.file)
         image.md5 = recorded_md5(stored)
+        image.claimed_md5 = bytes.fromhex(file["md5"]) if "md5" in file else None
         if "sha1" not in file:
             hashes = self.hasher.hashes(path, image.file_key)
             if hashes is None:
@@ -4493,8 +4503,8 @@ def compare(found, image):
     """Hold what was found against what the manifest says.  Raises BadImage."""
     is_stream = found.stream.type is not None or image.type in STREAM_TYPES.values()
     pairs = [("size", found.size, image.size), ("sha1", found.sha1, image.sha1)]
-    if image.md5 is not None:
-        pairs.append(("md5", found.md5, image.md5.hex()))
+    if image.claimed_md5 is not None:
+        pairs.append(("md5", found.md5, image.claimed_md5.hex()))
     if is_stream:
         promised = image.fields()["files"][0]["compression"]
         pairs.append(("compression", found.compression, promised))
