@@ -1128,6 +1128,8 @@ def upgrade(v1: dict) -> dict:
     if restricted:
         v2["acl"] = list(dict.fromkeys([*v1.get("acl", ()), restricted]))
     v2["disabled"] = bool(v1.get("disabled"))
+    if v2.get("state") not in ("unactivated", "disabled"):
+        v2.pop("state", None)             # dsapid's: imgadm lets disabled decide
     published = v1.get("published_at") or v1.get("created_at")
     if published is not None:
         v2["published_at"] = published[:16] + ":00Z" if len(published) == 17 else published
