@@ -801,8 +801,8 @@ _TEXTS = Field(_mend_list(_mend_text), _is_list_of(_is_text(1024)), "must be a l
 _MOMENT = Field(_mend_moment, _matches(_DATE), "must look like 2026-01-31T12:00:00Z", False,
                 False)
 _V1_MOMENT = _MOMENT._replace(check=_matches(_V1_DATE))
-_URN_PART = Field(_mend_text, _matches(_PART), 'must be a text without any of : { } [ ] " \\', True,
-              False)
+_URN_PART = Field(_mend_text, _matches(_PART),
+                  'must be a text without any of : { } [ ] " \\', True, False)
 _PLATFORMS = Field(_same, _is_platforms, 'must be {"7.0": "YYYYMMDDTHHMMSSZ"}')
 ZVOL_FIELDS = ("nic_driver", "disk_driver", "cpu_type", "image_size")
 _ZVOL = frozenset(ZVOL_FIELDS)
@@ -828,7 +828,8 @@ FILE_FIELDS = {
 FIELDS = {
     "v": Field(_mend_number, lambda value: value == 2 and _is_int(value), "must be 1 or 2",
                True, False),
-    "uuid": _ID._replace(create=False, update=False), "owner": _ID, "origin": _ID._replace(update=False),
+    "uuid": _ID._replace(create=False, update=False), "owner": _ID,
+    "origin": _ID._replace(update=False),
     "name": Field(_mend_text, _matches(_NAME), 'takes letters, digits, ".", "_", "/", "-" and '
                   'spaces, 1 to 1024 of them'),
     "version": Field(_mend_text, _matches(_VERSION), 'takes letters, digits, ".", "_", "/", "+" '
@@ -1217,6 +1218,8 @@ def as_v1(manifest: dict, v2: dict, file: dict, creator: str) -> dict:
         v1["creator_uuid"] = v1.get("creator_uuid") or v2["owner"]
         if v2["state"] == "unactivated":
             v1["state"] = v2["state"]
+        if v2["disabled"]:
+            v1["disabled"] = True
         if not v2["public"] and not v1.get("restricted_to_uuid"):
             v1["public"] = False
     else:
@@ -1354,8 +1357,8 @@ class Hasher:
                 if (path, key) not in self._queue:
                     self._queue.append((path, key))
                 if not self._running:
-                    self._running = True
                     start_new_thread(self._run, ())
+                    self._running = True
                 return None
         if result is None:
             result = self._hash(path, key)
@@ -1423,8 +1426,8 @@ class Image:
     """
 
     __slots__ = ("uuid", "place", "manifest_key", "file_key", "directory_changed", "checked",
-                 "problem", "try_again", "device", "file", "path", "size", "sha1", "md5", "claimed_md5",
-                 "state",
+                 "problem", "try_again", "device", "file", "path", "size", "sha1", "md5",
+                 "claimed_md5", "state",
                  "order", "name", "version", "os", "type", "origin", "owner", "public", "acl",
                  "billing_tags", "channels", "icon", "notes", "dsapi", "dsapi_v2", "imgapi")
 
@@ -1473,7 +1476,9 @@ class Image:
         return json.loads(self.imgapi[0] + b"\n}")
 
 
-_BESIDE = re.compile(r"\..*|.*~|#.*#|.*\.(imgmanifest|json|md5|sha1|sha256|sig|asc|bak|orig|sw[op])")
+# Beside an image file: hidden files, editors' backups, manifests, hashes and signatures.
+_BESIDE = re.compile(r"\..*|.*~|#.*#|"
+                     r".*\.(imgmanifest|json|md5|sha1|sha256|sig|asc|bak|orig|sw[op])")
 
 
 def sole_file(directory, names, size):
@@ -4408,6 +4413,8 @@ def manifest_to_import(config, options) -> dict:
             text.encode("utf-8")
         except UnicodeEncodeError:
             raise UserError(f"{text!a} is not UTF-8")
+    if options.uuid and not is_uuid(options.uuid):
+        raise UserError(f"{options.uuid!a} is not a UUID in lower case")
     given = {key: value for key, value in (("os", options.os), ("type", options.type),
                                            ("origin", options.origin)) if value is not None}
     if options.manifest:
