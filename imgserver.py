@@ -501,7 +501,6 @@ TYPES = ("zone-dataset", "zvol", "lx-dataset", "lxd", "docker", "other")
 SYSTEMS = ("smartos", "linux", "windows", "bsd", "illumos", "other")
 TAGS_LIMIT = 100 << 10        # characters of tags as JSON.stringify writes them (imgmanifest)
 SPELL_LIMIT = 100             # characters of a value in a message
-SAFE_INTEGER = 2 ** 53        # above it JavaScript has no longer every integer
 
 # What upgrading drops (imgmanifest upgradeTo2), besides what it turns into v2's own fields.
 V1_ONLY = frozenset(("creator_uuid", "vendor_uuid", "creator_name", "cloud_name",
@@ -572,23 +571,13 @@ def number_text(value) -> str:
 
     But integers are printed with all their digits: the guids of ZFS have up to 20.
     """
-    if isinstance(value, int) or value.is_integer() and abs(value) < SAFE_INTEGER:
+    if isinstance(value, int) or value.is_integer() and abs(value) < 1e21:
         return str(int(value))
-    sign = "-" if value < 0 else ""
-    mantissa, _, exponent = repr(abs(value)).partition("e")
-    whole, _, part = mantissa.partition(".")
-    digits = (whole + part).lstrip("0")
-    point = len(whole) + int(exponent or 0) - (len(whole + part) - len(digits))
-    digits = digits.rstrip("0")
-    if len(digits) <= point <= 21:
-        text = digits.ljust(point, "0")
-    elif 0 < point <= 21:
-        text = digits[:point] + "." + digits[point:]
-    elif -6 < point <= 0:
-        text = "0." + "0" * -point + digits
-    else:
-        text = digits[:1] + ("." + digits[1:] if digits[1:] else "") + f"e{point - 1:+d}"
-    return sign + text
+    text = repr(value)
+    small = re.fullmatch(r"(-?)(\d)\.?(\d*)e-0([56])", text)
+    if small:
+        return f"{small[1]}0.{'0' * (int(small[4]) - 1)}{small[2]}{small[3]}"
+    return re.sub("e([+-])0", r"e\1", text)
 
 
 def moment(text):
