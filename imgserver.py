@@ -623,10 +623,6 @@ def _mend_word(value):
     return value.strip().lower() if isinstance(value, str) else value
 
 
-def _mend_url(value):
-    return value.strip() if isinstance(value, str) else value
-
-
 def _mend_state(value):
     value = _mend_word(value)
     return DSAPID_STATES.get(value, value) if isinstance(value, str) else value
@@ -693,6 +689,11 @@ def _mend_requirements(value):
 
 _mend_traits = _mend_object(lambda value: {
     name: item if _is_trait(item) else _mend_text(item) for name, item in value.items()})
+
+
+def _mend_record(value):
+    return {name: _mend_text(item) for name, item in value.items()} \
+        if isinstance(value, dict) else value
 
 
 def _same(value):
@@ -782,7 +783,7 @@ def _words(names) -> str:
 
 
 _ID = Field(_mend_word, _matches(_UUID), "must be a UUID in lower case")
-_URL = Field(_mend_url, _is_url, "must be an http(s) URL of at most 1024 characters")
+_URL = Field(lambda value: value.strip() if isinstance(value, str) else value, _is_url, "must be an http(s) URL of at most 1024 characters")
 _FLAG = Field(_mend_flag, _is_flag, "must be true or false")
 _SHORT = Field(_mend_text, _is_text(1024), "must be a text of at most 1024 characters")
 _COUNT = Field(_mend_number, _is_size, "must be a whole number")
@@ -797,7 +798,7 @@ ZVOL_FIELDS = ("nic_driver", "disk_driver", "cpu_type", "image_size")
 _ZVOL = frozenset(ZVOL_FIELDS)
 
 REQUIREMENTS = {
-    "networks": Field(_mend_list(_same), _is_list_of(_is_record("name", "description")),
+    "networks": Field(_mend_list(_mend_record), _is_list_of(_is_record("name", "description")),
                       'must be a list of {"name", "description"}'),
     "brand": _SHORT, "ssh_key": _FLAG, "min_ram": _COUNT, "max_ram": _COUNT,
     "min_platform": _PLATFORMS, "max_platform": _PLATFORMS,
@@ -837,7 +838,7 @@ FIELDS = {
                  "must be a list of UUIDs in lower case"),
     "icon": _FLAG._replace(create=False, update=False),
     "requirements": Field(_mend_requirements, _is_requirements, "must be a JSON object"),
-    "users": Field(_mend_list(_same), _is_list_of(_is_record("name")),
+    "users": Field(_mend_list(_mend_record), _is_list_of(_is_record("name")),
                    'must be a list of {"name"}'),
     "billing_tags": _TEXTS._replace(check=_is_list_of(_is_text(128))),
     "traits": Field(_mend_traits, lambda value: _is_object(value)
@@ -1087,7 +1088,7 @@ def parse_field(text):
         raise ValueError(f"{name} is no field of a manifest")
     if value == "":
         return name, None
-    if field.mend in (_mend_text, _mend_word, _mend_url, _mend_moment):
+    if field.mend in (_mend_text, _mend_word, _URL.mend, _mend_moment):
         return name, value
     if field.mend is _mend_flag:
         if value not in ("true", "false"):
@@ -1247,10 +1248,8 @@ def md5_record(sha1, md5) -> dict:
 def recorded_md5(file: dict):
     """The MD5 of a file as bytes, where md5_record wrote it for this very one; else None."""
     md5 = file.get("md5")
-    if "sha1" in file and file.get("md5_of") == file["sha1"] and isinstance(md5, str) \
-            and _MD5.fullmatch(md5):
-        return bytes.fromhex(md5)
-    return None
+    of_this = "md5_of" in file and file["md5_of"] == str(file.get("sha1")).lower()
+    return bytes.fromhex(md5) if of_this and FILE_FIELDS["md5"].check(md5) else None
 
 
 # -- store -------------------------------------------------------------------------------

@@ -416,7 +416,7 @@ class Mending(unittest.TestCase):
         "acl": [(uuid_of(3), [uuid_of(3)]), ([uuid_of(0xabc).upper()], [uuid_of(0xabc)])],
         "billing_tags": [("a", ["a"]), ([1, "b", None, ""], ["1", "b"])],
         "inherited_directories": [("/opt", ["/opt"])], "channels": [("dev", ["dev"])],
-        "users": [({"name": "root"}, [{"name": "root"}])],
+        "users": [({"name": "root"}, [{"name": "root"}]), ([{"name": 0}], [{"name": "0"}])],
         "traits": [({"a": 5, "b": True}, {"a": "5", "b": True})],
         "files": [(FILE, [FILE])] + [([{**FILE, name: value}], [{**FILE, name: mended}])
                                      for name, value, mended in (

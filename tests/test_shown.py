@@ -286,6 +286,33 @@ class FilesInManifests(Case):
         self.assertEqual(found, [hashlib.md5(data).digest()] * 8)
         self.assertEqual(sizes, [16, 16, 16, 16, 6])
 
+    def test_a_file_that_changes_while_it_is_hashed(self):
+        """Its hashes are those of no state of it: none is kept."""
+        image = self.read(1)
+        store, hasher, hash_file = self.store(), imgserver.Hasher(), imgserver.hash_file
+        self.addCleanup(setattr, imgserver, "hash_file", hash_file)
+
+        def change(fd, size):
+            result = hash_file(fd, size)
+            os.chmod(self.path(1), 0o600)
+            os.chmod(self.path(1), 0o644)
+            os.utime(self.path(1), (5, 5))
+            os.truncate(self.path(1), 8)
+            return result
+
+        imgserver.hash_file = change
+        with open(self.path(1), "rb") as file:
+            self.assertEqual(store.content_md5(image, file.fileno()),
+                             hashlib.md5(b"some data").digest())
+        self.assertIsNone(image.md5)
+        write_image(self.serve_dir, uuid_of(1), b"some data")
+        key = imgserver.stat_key(os.stat(self.path(1)))
+        with self.assertRaises(OSError):
+            hasher.hashes(self.path(1), key)
+        imgserver.hash_file = hash_file
+        self.assertEqual(hasher.hashes(self.path(1), imgserver.stat_key(os.stat(self.path(1))))[0],
+                         hashlib.sha1(b"some dat").hexdigest())
+
     def test_content_md5_of_a_manifest_that_has_a_wrong_one(self):
         data = b"some data"
         self.read(1, data=data, md5="0" * 32)
