@@ -500,6 +500,7 @@ DSAPID_STATES = {"nuked": "unactivated", "pending": "unactivated", "deprecated":
 TYPES = ("zone-dataset", "zvol", "lx-dataset", "lxd", "docker", "other")
 SYSTEMS = ("smartos", "linux", "windows", "bsd", "illumos", "other")
 TAGS_LIMIT = 100 << 10        # characters of tags as JSON.stringify writes them (imgmanifest)
+SAFE_INTEGER = 2 ** 53        # the largest number that every JSON parser of a client keeps
 SPELL_LIMIT = 100             # characters of a value in a message
 
 # What upgrading drops (imgmanifest upgradeTo2), besides what it turns into v2's own fields.
@@ -719,7 +720,7 @@ def _is_int(value):
 
 
 def _is_size(value):
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value <= SAFE_INTEGER
 
 
 def _is_object(value):
@@ -783,7 +784,8 @@ def _words(names) -> str:
 
 
 _ID = Field(_mend_word, _matches(_UUID), "must be a UUID in lower case")
-_URL = Field(lambda value: value.strip() if isinstance(value, str) else value, _is_url, "must be an http(s) URL of at most 1024 characters")
+_URL = Field(lambda value: value.strip() if type(value) is str else value, _is_url,
+             "must be an http(s) URL of at most 1024 characters")
 _FLAG = Field(_mend_flag, _is_flag, "must be true or false")
 _SHORT = Field(_mend_text, _is_text(1024), "must be a text of at most 1024 characters")
 _COUNT = Field(_mend_number, _is_size, "must be a whole number")
@@ -888,9 +890,10 @@ def invalid_requirements(value) -> list:
     bad = [(f"requirements.{name}", item, "is no requirement") for name, item in value.items()
            if name not in REQUIREMENTS]
     bad += invalid_members(value, REQUIREMENTS, "requirements.")
-    if not bad and value.get("min_ram", 0) > value.get("max_ram", math.inf):
-        bad.append(("requirements.max_ram", value["max_ram"], "must not be below min_ram"))
-    if not bad and "bootrom" in value and value.get("brand") != "bhyve":
+    least, most = value.get("min_ram"), value.get("max_ram")
+    if _is_size(least) and _is_size(most) and least > most:
+        bad.append(("requirements.max_ram", most, "must not be below min_ram"))
+    if "bootrom" in value and value.get("brand") != "bhyve":
         bad.append(("requirements.bootrom", value["bootrom"], "is for brand bhyve only"))
     return bad
 
@@ -940,7 +943,7 @@ def mend(manifest: dict) -> dict:
     """
     manifest = dict(manifest)
     version = _mend_number(manifest.get("v"))
-    if version in (None, ""):
+    if _is_unset(version):
         manifest.pop("v", None)
     elif _is_int(version) and version >= 1:
         manifest["v"] = min(version, 2)   # imgadm takes 3 for what it knows, too
@@ -1133,8 +1136,8 @@ def downgrade(v2: dict) -> dict:
     """The v1 form of a v2 manifest: the official reverse (img2dsdiff), but keeping what v1
     clients pass over and an upgrade brings back, so that v1 - v2 - v1 - v2 loses nothing.
     """
-    v1 = {key: value for key, value in v2.items()
-          if key not in ("v", "owner", "state", "public", "disabled", "published_at", "icon")}
+    v1 = {key: value for key, value in v2.items() if key not in V1_ONLY
+          and key not in ("v", "owner", "state", "public", "disabled", "published_at", "icon")}
     v1["creator_uuid"] = v1["vendor_uuid"] = v2["owner"]
     v1["platform_type"] = "smartos"
     if v2["disabled"]:
@@ -1615,8 +1618,8 @@ class ImageReader:
         file = {key: value for key, value in stored.items()
                 if key not in ("path", "url", "md5_of")}
         if file.setdefault("size", status.st_size) != status.st_size:
-            raise BadImage(f"{image.file}: its size is {status.st_size}, not the {file['size']} "
-                          f"bytes of {MANIFEST} (still being copied?)")
+            raise BadImage(f"{image.file}: its size is not the {file['size']} bytes of {MANIFEST} "
+                          "(still being copied?)")
         if "compression" not in file:
             fd, _ = open_regular(path)
             with open(fd, "rb", buffering=0) as data:

@@ -1,7 +1,9 @@
 """The pure functions of manifests and JSON: what goes in, what comes out."""
 
+import contextlib
 import copy
 import json
+import random
 import re
 import unittest
 
@@ -111,6 +113,7 @@ class Downgrade(unittest.TestCase):
          {"public": False, "acl": [uuid_of(5), uuid_of(6)]}),
         ("private", {"public": False}, {"public": False}),
         ("empty acl", {"acl": []}, {}),
+        ("fields that v2 does not have", {"creator_name": {"a": 1}, "restricted_to_uuid": "x"}, {}),
         ("image_size is a text", ZVOL, {**ZVOL, "image_size": "10240"}),
         ("what v1 clients pass over stays", {
             "homepage": "http://x/", "tags": {"a": 1}, "origin": uuid_of(9), "description": "d",
@@ -152,6 +155,8 @@ class RoundTrip(unittest.TestCase):
         for name, change, _ in Downgrade.TABLE:
             with self.subTest(name):
                 v2 = whole(changed(V2, change))
+                for name in ("creator_name", "restricted_to_uuid"):
+                    v2.pop(name, None)
                 if v2.get("acl") == []:
                     del v2["acl"]
                 self.there_and_back(v2)
@@ -594,6 +599,52 @@ class Broken(unittest.TestCase):
     def test_several_files(self):
         result, notes, reasons = imgserver.normalise({**V2, "files": [FILE, {"size": 2}]})
         self.assertEqual((result, len(notes), reasons), (V2, 1, ()))
+
+
+class Junk(unittest.TestCase):
+    """Any value in any field: what comes out is sound, or has a reason, and goes round."""
+
+    VALUES = (None, True, False, 0, -1, 2, 1.5, 1e300, "", "x", "true", " 5 ", "2013", "5e2", [], {},
+              [[]], [{}], [None], {"a": 1}, {"a": None}, {"name": "x"}, [{"name": 1}], ["a", 1],
+              "9" * 19, "1e99", 10 ** 19, "\u2028", "\x00")
+
+    def test_it(self):
+        choose = random.Random(1)
+        names = [*imgserver.V1_FIELDS, "x-own"]
+        members = [*imgserver.REQUIREMENTS, "x-own"]
+        for _ in range(4000):
+            manifest = copy.deepcopy(choose.choice((V1, V2, {**V1, **ZVOL}, {**V2, **ZVOL})))
+            fields = choose.choices(names, k=3)
+            manifest.update((name, choose.choice(self.VALUES)) for name in fields)
+            if choose.random() < 0.3:
+                manifest["requirements"] = {name: choose.choice(self.VALUES)
+                                            for name in choose.choices(members, k=3)}
+            if choose.random() < 0.3:
+                name = choose.choice([*imgserver.FILE_FIELDS, "url"])
+                manifest["files"] = [{**FILE, name: choose.choice(self.VALUES)}]
+            with self.subTest(manifest):
+                self.check(manifest)
+
+    def check(self, manifest):
+        before = json.dumps(manifest)
+        result, _, reasons = imgserver.normalise(manifest)
+        self.assertEqual(json.dumps(manifest), before, "the argument was changed")
+        for action in (imgserver.CREATE, imgserver.IMPORT, imgserver.UPDATE):
+            with contextlib.suppress(imgserver.ApiError):
+                imgserver.validate(manifest, action)
+        if reasons:
+            return
+        v2 = imgserver.complete(result, MTIME)
+        self.assertEqual({name for name, *_ in imgserver.invalid_fields(v2)}
+                         - imgserver.TOLERATED, set())
+        v1 = imgserver.as_v1(result, v2, {**FILE, "path": "p", "url": "u"}, "c")
+        for shown in (v1, imgserver.as_v2(v2, FILE), imgserver.public_fields(v2)):
+            imgserver.render_json(shown)
+        if v2["state"] not in ("creating", "failed"):         # which v1 does not know
+            again = whole(imgserver.downgrade(v2), "1999-01-01T00:00:00Z")
+            own = imgserver.V1_ONLY | {"icon", "options"}
+            self.assertEqual(*({name: value for name, value in each.items() if name not in own
+                                and (name, value) != ("acl", [])} for each in (v2, again)))
 
 
 class Given(unittest.TestCase):

@@ -123,7 +123,7 @@ HOSTILE = (
     ("a path that is the manifest", of_file(path="manifest.json"), "manifest.json: files.0..path"),
     ("a path that is a number", of_file(path=7), "manifest.json: files.0..path"),
     ("a file that is not there", of_file(path="other.gz"), "other.gz: No such file"),
-    ("a file of another size", of_file(size=16), "image.zfs.gz: its size is 17, not the 16"),
+    ("a file of another size", of_file(size=16), "image.zfs.gz: its size is not the 16 bytes"),
 )
 
 
