@@ -113,7 +113,8 @@ class Downgrade(unittest.TestCase):
          {"public": False, "acl": [uuid_of(5), uuid_of(6)]}),
         ("private", {"public": False}, {"public": False}),
         ("empty acl", {"acl": []}, {}),
-        ("fields that v2 does not have", {"creator_name": {"a": 1}, "restricted_to_uuid": "x"}, {}),
+        ("fields that v2 does not have", {"creator_name": {"a": 1}, "restricted_to_uuid": "x"},
+        {}),
         ("image_size is a text", ZVOL, {**ZVOL, "image_size": "10240"}),
         ("what v1 clients pass over stays", {
             "homepage": "http://x/", "tags": {"a": 1}, "origin": uuid_of(9), "description": "d",
@@ -467,7 +468,8 @@ class Mending(unittest.TestCase):
             for value in (None, ""):
                 with self.subTest(name, value=value):
                     result, notes, reasons = imgserver.normalise({**V2, name: value})
-                    self.assertEqual((result, notes, reasons), (changed(V2, {name: ABSENT}), (), ()))
+                    self.assertEqual((result, notes, reasons), (changed(V2, {name: ABSENT}), (),
+                        ()))
         unset = {"networks": None, "brand": "", "ssh_key": None, "min_ram": None, "max_ram": 0,
                  "min_platform": None, "bootrom": None}
         self.assertEqual(imgserver.normalise({**V2, "requirements": unset}), (V2, (), ()))
@@ -485,11 +487,14 @@ class Mending(unittest.TestCase):
         self.assertEqual(v2, {**V2, "type": "zvol", **options})
 
     MOMENTS = [
-        ("2013-04-05T06:07:08Z", "2013-04-05T06:07:08Z"), ("20130405T060708Z", "2013-04-05T06:07:08Z"),
-        ("2013-04-05T06:07:08", "2013-04-05T06:07:08Z"), ("2013-04-05 06:07:08Z", "2013-04-05T06:07:08Z"),
+        ("2013-04-05T06:07:08Z", "2013-04-05T06:07:08Z"), ("20130405T060708Z",
+        "2013-04-05T06:07:08Z"),
+        ("2013-04-05T06:07:08", "2013-04-05T06:07:08Z"), ("2013-04-05 06:07:08Z",
+        "2013-04-05T06:07:08Z"),
         ("2013-04-05T06:07:08.97Z", "2013-04-05T06:07:08.970Z"),
         ("2013-04-05T06:07:08,123456789Z", "2013-04-05T06:07:08.123Z"),
-        ("2013-04-05T06:07.5Z", "2013-04-05T06:07:30.000Z"), ("2013-04-05T06Z", "2013-04-05T06:00:00Z"),
+        ("2013-04-05T06:07.5Z", "2013-04-05T06:07:30.000Z"), ("2013-04-05T06Z",
+        "2013-04-05T06:00:00Z"),
         ("2013-04-05T06:07:08+00:00", "2013-04-05T06:07:08Z"),
         ("2013-04-05T06:07:08-0730", "2013-04-05T13:37:08Z"),
         ("2013-04-05T01:07:08+02", "2013-04-04T23:07:08Z"),
@@ -513,7 +518,8 @@ class Mending(unittest.TestCase):
     def test_numbers_as_javascript_prints_them(self):
         for number, text in ((1.0, "1"), (-2.5, "-2.5"), (-0.0, "0"), (1e20, "1" + "0" * 20),
                              (1e21, "1e+21"), (1e16, "1" + "0" * 16),
-                             (1e-6, "0.000001"), (2.5e-5, "0.000025"), (1.5e-7, "1.5e-7"), (1e300, "1e+300"),
+                             (1e-6, "0.000001"), (2.5e-5, "0.000025"), (1.5e-7, "1.5e-7"), (1e300,
+                             "1e+300"),
                              (1234.5678, "1234.5678"), (5e-324, "5e-324"), (20.10, "20.1"),
                              (12345678901234567890, "12345678901234567890")):
             with self.subTest(number):
@@ -526,7 +532,8 @@ class Broken(unittest.TestCase):
     COSTS_ITSELF = {
         "description": [["a"], "x" * 10241], "homepage": ["example.com", 5], "eula": ["ftp://x/"],
         "published_at": ["soon", 5, ["x"]], "owner": ["admin", 5], "urn": [[1]],
-        "users": ["root", [{"uid": 5}], 5], "tags": ["a", {"a": "b" * 110000}], "traits": [{"a": {}}],
+        "users": ["root", [{"uid": 5}], 5], "tags": ["a", {"a": "b" * 110000}],
+        "traits": [{"a": {}}],
         "billing_tags": [[[]]], "generate_passwords": ["maybe"], "requirements": ["x", [1]],
         "error": [{"code": "x"}, 5], "state": ["bogus", 5], "channels": [5.5, [[]]][1:],
         "icon": ["icon.png"], "inherited_directories": [[[]]], "nic_driver": ["virtio"],
@@ -540,7 +547,8 @@ class Broken(unittest.TestCase):
                     result, notes, reasons = imgserver.normalise({**V2, name: value})
                     self.assertEqual((result, reasons), (changed(V2, {name: ABSENT}), ()))
                     self.assertEqual(len(notes), 1)
-                    self.assertTrue(notes[0].startswith(f"{name} {imgserver.spell(value)} "), notes)
+                    self.assertTrue(notes[0].startswith(f"{name} {imgserver.spell(value)} "),
+                        notes)
                     self.assertLess(len(notes[0]), 300)
 
     def test_a_member_costs_itself(self):
@@ -575,7 +583,8 @@ class Broken(unittest.TestCase):
 
     def test_what_imgadm_could_not_import(self):
         for field, values in {
-                "uuid": [ABSENT, 5], "name": [ABSENT, ["x"], "", "a\nb"], "version": [ABSENT, {"a": 1}],
+                "uuid": [ABSENT, 5], "name": [ABSENT, ["x"], "", "a\nb"], "version": [ABSENT,
+                {"a": 1}],
                 "type": [ABSENT, "floppy", ["zvol"]], "os": [ABSENT, "beos"], "origin": ["../x"],
                 "files": [ABSENT, [], {}, "x", [5], *([{**FILE, **change}] for change in (
                     {"sha1": "abc"}, {"size": -1}, {"size": "x"}, {"size": 1.5}, {"path": "../x"},
@@ -604,7 +613,8 @@ class Broken(unittest.TestCase):
 class Junk(unittest.TestCase):
     """Any value in any field: what comes out is sound, or has a reason, and goes round."""
 
-    VALUES = (None, True, False, 0, -1, 2, 1.5, 1e300, "", "x", "true", " 5 ", "2013", "5e2", [], {},
+    VALUES = (None, True, False, 0, -1, 2, 1.5, 1e300, "", "x", "true", " 5 ", "2013", "5e2", [],
+        {},
               [[]], [{}], [None], {"a": 1}, {"a": None}, {"name": "x"}, [{"name": 1}], ["a", 1],
               "9" * 19, "1e99", 10 ** 19, "\u2028", "\x00")
 
@@ -651,7 +661,8 @@ class Given(unittest.TestCase):
     """What may be set, and how it is refused."""
 
     FIELDS = [
-        ("version=4.1", "4.1"), ("name=2024", "2024"), ("name=true", "true"), ("description=5", "5"),
+        ("version=4.1", "4.1"), ("name=2024", "2024"), ("name=true", "true"), ("description=5",
+        "5"),
         ("homepage=http://a/?b=c", "http://a/?b=c"), ("urn=1", "1"), ("cpu_type=5", "5"),
         ("creator_name=null", "null"), ("disabled=true", True), ("public=false", False),
         ("image_size=10240", 10240), ('tags={"a": 1}', {"a": 1}), ('channels=["a"]', ["a"]),
@@ -666,13 +677,16 @@ class Given(unittest.TestCase):
     REFUSED = [
         ("hompage=http://a/", "hompage is no field of a manifest"),
         ("min_ram=512", "min_ram is no field of a manifest, but one of its requirements"),
-        ("disabled=no", "disabled must be true or false, not 'no'"), ("disabled=False", "true or false"),
-        ("public=no", "true or false"), ("public=1", "true or false"), ("ssh_key=true", "requirements"),
+        ("disabled=no", "disabled must be true or false, not 'no'"), ("disabled=False",
+        "true or false"),
+        ("public=no", "true or false"), ("public=1", "true or false"), ("ssh_key=true",
+        "requirements"),
         ("requirements={min_ram: 5}", "requirements is not JSON"), ("tags=a", "tags is not JSON"),
         ("acl=x", "acl must be a list"), ('acl="x"', "acl must be a list"),
         ("users=root", "users must be a list"), ("image_size=big", "must be a whole number"),
         ("uuid=x", "uuid cannot be set"), ("state=active", "state cannot be set"),
-        ("v=1", "v cannot be set"), ("files=[]", "files cannot be set"), ("=x", "is not FIELD=VALUE"),
+        ("v=1", "v cannot be set"), ("files=[]", "files cannot be set"), ("=x",
+        "is not FIELD=VALUE"),
         ("homepage", "is not FIELD=VALUE"), ("options={}", "no field"),
     ]
 
@@ -698,7 +712,8 @@ class Given(unittest.TestCase):
                 ({"name": "a+b"}, "name", "Invalid", "name takes letters"),
                 ({"homepage": "ftp://x"}, "homepage", "Invalid", "must be an http(s) URL"),
                 ({"tags": [1]}, "tags", "Invalid", "must be a JSON object"),
-                ({"requirements": {"brands": 1}}, "requirements.brands", "Invalid", "is no requirement"),
+                ({"requirements": {"brands": 1}}, "requirements.brands", "Invalid",
+                "is no requirement"),
                 ({"image_size": 10}, "image_size", "Invalid", "is for type zvol only"),
                 ({"files": [FILE, FILE]}, "files", "Invalid", "must hold one file"),
                 ({"public": "no"}, "public", "Invalid", "must be true or false")):
@@ -709,7 +724,8 @@ class Given(unittest.TestCase):
                 [entry] = error.errors
                 self.assertEqual((entry["field"], entry["code"]), (field, code))
                 self.assertIn(message, entry["message"])
-        for name, value in (("creator_uuid", "x"), ("cloud_name", "{}"), ("created_at", "yesterday")):
+        for name, value in (("creator_uuid", "x"), ("cloud_name", "{}"), ("created_at",
+            "yesterday")):
             error = self.refused({**V1, name: value}, imgserver.IMPORT)
             self.assertEqual([entry["field"] for entry in error.errors], [name])
 
@@ -736,7 +752,8 @@ class Given(unittest.TestCase):
         for changes, field, code in (
                 ({"published_at": MTIME}, "published_at", "NotAllowed"),
                 ({"disabled": True}, "disabled", "NotAllowed"), ({"x": 1}, "x", "NotAllowed"),
-                ({"v": 2}, "v", "NotAllowed"), ({"creator_uuid": CREATOR}, "creator_uuid", "NotAllowed"),
+                ({"v": 2}, "v", "NotAllowed"), ({"creator_uuid": CREATOR}, "creator_uuid",
+                "NotAllowed"),
                 ({"name": None}, "name", "Invalid"), ({"homepage": "x"}, "homepage", "Invalid"),
                 ({"requirements": {"min_ram": "x"}}, "requirements.min_ram", "Invalid")):
             with self.subTest(field):
@@ -776,7 +793,8 @@ class Shown(unittest.TestCase):
                 self.assertEqual(result.get(field, ABSENT), expected)
 
     def test_generate_passwords_false_is_not_lost(self):
-        self.assertIs(imgserver.public_fields({**V2, "generate_passwords": False})["generate_passwords"],
+        self.assertIs(imgserver.public_fields({**V2,
+            "generate_passwords": False})["generate_passwords"],
                       False)
 
 

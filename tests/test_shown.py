@@ -158,12 +158,14 @@ class LogLines(Case):
                                    "channels": [{"name": "dev"}, {"name": "release"}]})
         write_v2(self.serve_dir, uuid_of(1), channels=["dev"])
         for channels, warns in ((["dev"], False), (["release"], True)):
-            warning = imgserver.choose_channels(config, {"origin": uuid_of(1), "channels": channels})
+            warning = imgserver.choose_channels(config, {"origin": uuid_of(1),
+                "channels": channels})
             self.assertEqual(bool(warning), warns)
 
     def test_an_unactivated_image_is_served_and_not_listed(self):
         for number, (write, state) in enumerate(((write_v2, "unactivated"), (write_v2, "nuked"),
-                                                 (write_image, "pending"), (write_v2, "active")), 1):
+                                                 (write_image, "pending"), (write_v2, "active")),
+                                                 1):
             write(self.serve_dir, uuid_of(number), state=state)
         store = self.store()
         for api in imgserver.RENDERINGS:
@@ -197,7 +199,8 @@ class FilesInManifests(Case):
 
     def test_the_file_of_the_manifests_size(self):
         image = self.read(1)
-        for name, data in (("notes.txt", b"x"), ("other.gz", b"other data"), ("a.imgmanifest", b""),
+        for name, data in (("notes.txt", b"x"), ("other.gz", b"other data"), ("a.imgmanifest",
+            b""),
                            ("image.zfs.gz.sig", b"some date"), (".hidden", b"some date"),
                            ("image.zfs.gz~", b"some date")):
             with open(self.path(1, name), "wb") as file:
