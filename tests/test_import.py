@@ -18,8 +18,8 @@ import threading
 import time
 
 from tests import streams
-from tests.support import (IMGSERVER, NOBODY, PATIENCE, ROOT, ServerCase, default_signals, need,
-                           uuid_of, wait_for, write_image)
+from tests.support import (IMGSERVER, NOBODY, PATIENCE, ROOT, ServerCase, command,
+                           default_signals, need, uuid_of, wait_for, write_image)
 
 IMPORT = os.path.join(ROOT, "import-image")
 SHELLS = {"dash": ["dash"], "ksh93": ["ksh93"], "bash": ["bash"], "busybox": ["busybox", "sh"]}
@@ -593,6 +593,77 @@ class TestTrouble(ImportCase):
                 self.assertRefused(subprocess.CompletedProcess(
                     (), process.returncode, process.stdout.read(), process.stderr.read()),
                     "ended by SIGTERM")
+
+    def test_a_pipe_that_nobody_opens_keeps_no_signal_away(self):
+        pipe = os.path.join(self.directory, "pipe")
+        os.mkfifo(pipe)
+        process = self.start("--file", pipe, *WORDS)
+        wait_for(self.begun_files, "the import")
+        process.terminate()
+        self.assertEqual(process.wait(PATIENCE), 128 + signal.SIGTERM)
+        self.assertEqual(os.listdir(self.serve_dir), [])
+        process = self.start("--file", pipe, *WORDS)
+        wait_for(self.begun_files, "the import")
+        with open(pipe, "wb") as file:
+            file.write(IMAGE)
+        output, errors = process.communicate(timeout=PATIENCE)
+        self.assertPublished(subprocess.CompletedProcess((), process.returncode, output, errors))
+
+    def test_a_signal_while_standard_input_does_not_block(self):
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, writer)
+        os.set_blocking(reader, False)
+        process = subprocess.Popen(self.command(*WORDS), stdin=reader, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, env=self.environment())
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(process.stderr.close)
+        os.close(reader)
+        wait_for(self.begun_files, "the import")
+        process.terminate()
+        self.assertEqual(process.wait(PATIENCE), 128 + signal.SIGTERM)
+        self.assertEqual(os.listdir(self.serve_dir), [])
+
+    def test_a_signal_once_the_image_is_on_show_changes_nothing(self):
+        send = "imgserver.os.kill(imgserver.os.getpid(), imgserver.signal.SIGTERM)"
+        for name, prelude in (
+                ("before it is synced", f"""
+sync = imgserver.Publisher._sync
+def synced(*words):
+    {send}
+    sync(*words)
+imgserver.Publisher._sync = synced
+"""), ("at the very end", f"""
+main = imgserver.main
+def ended():
+    status = main()
+    {send}
+    return status
+imgserver.main = ended
+""")):
+            with self.subTest(name):
+                self.assertPublished(self.run_import(command=command(
+                    "import", "--dir", self.serve_dir, *WORDS, prelude=prelude)))
+
+    def test_a_signal_while_nobody_reads_the_uuid(self):
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, reader)
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, bytes(4096))
+        os.set_blocking(writer, True)
+        process = subprocess.Popen(self.command("--uuid", uuid_of(4), *WORDS), stdout=writer,
+                                   stdin=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   env=self.environment())
+        os.close(writer)
+        process.stdin.write(IMAGE)
+        process.stdin.close()
+        self.addCleanup(process.stderr.close)
+        wait_for(lambda: os.listdir(self.serve_dir) == [uuid_of(4)], "the image")
+        process.terminate()
+        self.assertEqual(process.wait(PATIENCE), 1)
+        self.assertIn(b"is stored, but that cannot be printed: ended by SIGTERM",
+                      process.stderr.read())
 
     def test_a_signal_where_an_exception_would_be_lost(self):
         # Python drops what is raised in __del__; the command must end all the same.

@@ -1,4 +1,4 @@
-"""The verbs on disk, called in this process: what they store, refuse, and leave after a failure."""
+"""The verbs on disk, in this process: what they store and refuse, and what a failure leaves."""
 
 import bz2
 import contextlib
@@ -297,7 +297,8 @@ class TestStreams(VerbCase):
         part = {"from_guid": streams.GUID, "guid": 77}
         lone, first = STREAM[:400], STREAM[400:]
         for name, data, fields, pattern in (
-                ("no clone", streams.stream(**part, flags=0), {"origin": V}, "not that of a clone"),
+                ("no clone", streams.stream(**part, flags=0), {"origin": V},
+                 "not that of a clone"),
                 ("big-endian no clone", streams.stream(**part, flags=2, order=">"),
                  {"origin": V}, "not that of a clone"),
                 ("several snapshots", two, {}, "several snapshots: send one, without -R or -I"),
@@ -630,7 +631,8 @@ class TestCheck(VerbCase):
     def test_clean_takes_what_killed_commands_left(self):
         self.publish()
         then = time.time() - 25 * 3600
-        for name in (".manifest.json.4711", ".file.00ff", ".icon.png.ab", ".notes", ".manifest.json~"):
+        for name in (".manifest.json.4711", ".file.00ff", ".icon.png.ab", ".notes",
+                     ".manifest.json~"):
             path = os.path.join(self.serve_dir, U, name)
             with open(path, "wb"):
                 pass
