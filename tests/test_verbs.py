@@ -24,6 +24,7 @@ U, V = uuid_of(1), uuid_of(2)
 STREAM = streams.stream()
 IMAGE = streams.pack(STREAM)
 OTHER = streams.pack(streams.stream(b"other blocks", guid=5), "xz")
+THIRD = streams.pack(streams.stream(b"third blocks", guid=5))    # gzip, as IMAGE
 
 
 def reader(data, size=1 << 16):
@@ -380,8 +381,10 @@ class TestFailures(VerbCase):
         before = self.stored(place + U)
 
         def kept():
-            self.assertIn(self.contents(place=place), (IMAGE, OTHER))
+            self.assertIn(self.contents(place=place), (IMAGE, THIRD))
             self.assertIsNone(self.problem(place=place))
+            self.assertEqual([name for name in self.names(place + U)
+                              if name.startswith(".") and self.failing != "unlink"], [])
             self.assertEqual(self.stored(place + U)["name"], before["name"])
 
         def kept_or_gone():
@@ -392,7 +395,7 @@ class TestFailures(VerbCase):
             self.assertIsNone(self.problem(place=".incoming-" if self.problem() == "absent"
                                            else ""))
         return {
-            "add_file": (lambda: self.publisher.add_file(U, reader(OTHER)), kept),
+            "add_file": (lambda: self.publisher.add_file(U, reader(THIRD)), kept),
             "activate": (lambda: self.publisher.activate(U), kept_or_shown),
             "update": (lambda: self.publisher.update(U, {"description": "other"}), kept),
             "disable": (lambda: self.publisher.disable(U), kept),
@@ -410,6 +413,7 @@ class TestFailures(VerbCase):
     def fail_once(self, verb, name, number):
         """Run a verb whose `number`th call of os.NAME fails; whether it came to that."""
         call, check = self.prepare(verb)
+        self.failing = name
         real, count = getattr(os, name), 0
 
         def failing(*words, **places):
