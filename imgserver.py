@@ -1837,6 +1837,19 @@ def file_name(manifest, compression) -> str:
     return name.strip(".-")[:200] + kind + COMPRESSIONS[compression]
 
 
+def busy(uuid) -> ApiError:
+    return ApiError(409, "ImageUuidAlreadyExists",
+                    f"image {uuid} is being imported or changed by somebody else")
+
+
+def already_active(uuid) -> ApiError:
+    return ApiError(422, "ImageAlreadyActivated", f'image "{uuid}" is already activated')
+
+
+def refused_file(reason) -> ApiError:
+    return ApiError(400, "Upload", f"image refused: {reason}")
+
+
 class LockedImage:
     """The directory of one image, open as fd and locked: `path` is where it was found."""
 
@@ -1912,9 +1925,9 @@ class Publisher:
         """
         if os.path.lexists(self._path(uuid)):
             return self._change(uuid, self._without_state)
-        busy = ApiError(422, "NoActivationNoFile",
-                        f"image {uuid} cannot be activated: its file is still being written")
-        with self._locked(uuid, (INCOMING,), busy=busy) as image:
+        refusal = ApiError(422, "NoActivationNoFile",
+                           f"image {uuid} cannot be activated: its file is still being written")
+        with self._locked(uuid, (INCOMING,), refusal=refusal) as image:
             self._show(image)
 
     def update(self, uuid, changes) -> dict:
@@ -2025,7 +2038,7 @@ class Publisher:
         return status.st_uid, status.st_gid
 
     @contextlib.contextmanager
-    def _locked(self, uuid, prefixes, patience=0.0, busy=None):
+    def _locked(self, uuid, prefixes, patience=0.0, refusal=None):
         """The image as LockedImage, in the first place where it is.  Raises ApiError."""
         for prefix in prefixes:
             path = self._path(uuid, prefix)
@@ -2033,7 +2046,7 @@ class Publisher:
                 try:
                     fd = lock_directory(path, patience)
                 except BlockingIOError:
-                    raise busy or self._busy(uuid)
+                    raise refusal or busy(uuid)
             if fd is not None:
                 try:
                     yield LockedImage(uuid, path, fd)
@@ -2042,11 +2055,6 @@ class Publisher:
                 return
         raise not_found(f"no image {uuid} waits to be activated" if prefixes == (INCOMING,)
                         else f"image {uuid} not found")
-
-    @staticmethod
-    def _busy(uuid):
-        return ApiError(409, "ImageUuidAlreadyExists",
-                        f"image {uuid} is being imported or changed by somebody else")
 
     @contextlib.contextmanager
     def _created(self, manifest):
@@ -2084,7 +2092,7 @@ class Publisher:
                 try:
                     fd = lock_directory(path)
                 except BlockingIOError:
-                    raise self._busy(uuid)
+                    raise busy(uuid)
                 if fd is not None:
                     try:
                         aside = self._set_aside(path, uuid)
@@ -2100,14 +2108,14 @@ class Publisher:
                     give(fd, self._owner())
                     return LockedImage(uuid, path, fd)
             except BlockingIOError:
-                raise self._busy(uuid)
+                raise busy(uuid)
             except OSError:
                 with contextlib.suppress(OSError):
                     os.rmdir(path)
                 if fd is not None:
                     os.close(fd)
                 raise
-        raise self._busy(uuid)
+        raise busy(uuid)
 
     def _set_aside(self, path, uuid) -> str:
         """Rename an image's directory so that nobody finds it; the new path.  Raises OSError."""
@@ -2146,16 +2154,12 @@ class Publisher:
                 os.rename(image.path, path)
             except OSError:
                 if os.path.lexists(path):
-                    raise self._already(uuid)
+                    raise already_active(uuid)
                 raise
             if not is_still(path, image.fd):          # another one has come in its place
                 os.rename(path, image.path)
-                raise self._busy(uuid)
+                raise busy(uuid)
         self._sync(f"image {uuid} is on show, but not surely on disk")
-
-    @staticmethod
-    def _already(uuid):
-        return ApiError(422, "ImageAlreadyActivated", f'image "{uuid}" is already activated')
 
     # manifests
 
@@ -2182,7 +2186,7 @@ class Publisher:
     def _without_state(self, manifest):
         """A manifest whose author says that it is not active, without that."""
         if manifest.get("state") not in ("unactivated", "nuked", "pending"):
-            raise self._already(manifest.get("uuid"))
+            raise already_active(manifest.get("uuid"))
         return {key: value for key, value in manifest.items() if key != "state"}
 
     @staticmethod
@@ -2255,17 +2259,13 @@ class Publisher:
                 if os.fstat(file.fileno()).st_size != found.size:
                     raise OSError(errno.EIO, "the disk has not kept all of it")
         except BadImage as error:
-            raise self._refused(error)
+            raise refused_file(error)
         return found
-
-    @staticmethod
-    def _refused(reason):
-        return ApiError(400, "Upload", f"image refused: {reason}")
 
     def _describe(self, manifest, found, expected, check_stream) -> dict:
         """files[0] for a file that was received.  Raises ApiError where it breaks a promise."""
         if found.size == 0:
-            raise self._refused("there is no data")
+            raise refused_file("there is no data")
         hashes = found.hashes()
         truth = {"size": found.size, "sha1": hashes["sha1"], "compression": found.compression}
         if found.stream.guid:
@@ -2273,15 +2273,15 @@ class Publisher:
         for key, value in truth.items():
             promised = expected.get(key)
             if promised not in (None, value) and str(promised).lower() != str(value):
-                raise self._refused(f"its {key} is {value}, not {promised}")
+                raise refused_file(f"its {key} is {value}, not {promised}")
         if check_stream:
             try:
                 self._check_stream(manifest, found.stream)
             except BadImage as error:
-                raise self._refused(error)
+                raise refused_file(error)
         file = {"path": file_name(manifest, found.compression), **expected, **truth, **hashes}
         if not is_file_name(file["path"]):
-            raise self._refused("files[0].path of the manifest is no plain file name")
+            raise refused_file("files[0].path of the manifest is no plain file name")
         return file
 
     def _check_stream(self, manifest, stream):
@@ -4325,10 +4325,16 @@ class Check:
     def image(self, uuid):
         """Check one image.  Raises BadImage, and ApiError where --record cannot write."""
         directory = os.path.join(self.config.serve_dir, uuid)
+        if uuid != uuid.lower():
+            raise BadImage("not shown: the name of its directory must be in lower case")
         image = self._read(uuid)
         if image is None:
-            raise BadImage(f"there is no {MANIFEST}" if os.path.isdir(directory) else
-                           "no such image")
+            if not os.path.isdir(directory):
+                raise BadImage("no such image")
+            names = [name for name in os.listdir(directory)
+                     if name == "manifest" or name.endswith(".imgmanifest")]
+            raise BadImage(f"there is no {MANIFEST}" + "".join(
+                f": {name} must have that name" for name in names[:1]))
         found = None
         if image.problem and self.options.record and image.file and lacks_facts(directory):
             found = self._scan(image)
@@ -4510,7 +4516,8 @@ def run_check(config, options):
         raise UserError("--record must read all of an image: not with --fast", 2)
     check, say = Check(config, options), options.signals.say
     uuids = [checked_uuid(text) for text in options.uuid]
-    uuids = uuids or sorted(name for name in os.listdir(config.serve_dir) if is_uuid(name))
+    uuids = uuids or sorted(name for name in os.listdir(config.serve_dir)
+                            if is_uuid(name.lower()))
     bad = 0
     for uuid in uuids:
         options.signals.check()
@@ -4736,7 +4743,7 @@ def main(arguments=None) -> int:
         message = str(error)
     except OSError as error:              # commands make an ApiError of theirs, but for print
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)      # or Python would fail at its end again
-        message = error.strerror
+        message = str(error.strerror or error)
     options.signals.finish(published=False)
     with contextlib.suppress(OSError, AttributeError):    # nobody to tell; the status does
         sys.stderr.write(f"imgserver: {message}\n")

@@ -621,6 +621,18 @@ class TestCheck(VerbCase):
                                          "no ZFS send stream")):
             self.assertRegex(line, pattern)
 
+    def test_directories_that_are_passed_over_are_named(self):
+        manifest = write_image(self.serve_dir, U, IMAGE)
+        for name in (uuid_of(10).upper(), V):
+            shutil.copytree(os.path.join(self.serve_dir, U), os.path.join(self.serve_dir, name))
+        os.rename(os.path.join(self.serve_dir, V, "manifest.json"),
+                  os.path.join(self.serve_dir, V, "x.imgmanifest"))
+        status, lines = self.run_check()
+        self.assertEqual((status, lines), (1, [
+            f"{V}: there is no manifest.json: x.imgmanifest must have that name",
+            f"{uuid_of(10).upper()} test 1.0.0: not shown: the name of its directory must be in "
+            "lower case", "1 of 3 images are sound"]), manifest)
+
     def test_several_snapshots_are_named(self):
         write_image(self.serve_dir, U, streams.package(STREAM, streams.stream(guid=9)))
         self.assertRegex(self.run_check()[1][0], "several snapshots")
