@@ -1381,7 +1381,7 @@ class SendStream:
         self._tail = b""
 
     def feed(self, data):
-        """Take the next bytes of the stream, decompressed."""
+        """Feed the next bytes of the stream, decompressed."""
         self._tail = data if len(data) >= TAIL else (self._tail + data)[-TAIL:]
         if self._head is not None and len(self._head) < PROLOGUE:
             self._head += data[:PROLOGUE]
@@ -1591,7 +1591,7 @@ class FileScan:
         return {name: each.hexdigest() for name, each in self._hashes.items()}
 
     def feed(self, chunk):
-        """Take the next bytes of the file.  Raises BadImage for data that does not decompress."""
+        """Feed the next bytes of the file.  Raises BadImage for data that does not decompress."""
         self.size += len(chunk)
         for each in self._hashes.values():
             each.update(chunk)
@@ -1950,6 +1950,8 @@ class Publisher:
             manifest = {key: value for key, value in manifest.items()
                         if value is not None or key not in changes}
             check_fields(manifest)
+            if "channels" in changes:
+                choose_channels(self.config, manifest)
             return manifest
         return self._change(uuid, changed)
 

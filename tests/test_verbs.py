@@ -241,6 +241,18 @@ class TestChanges(VerbCase):
             self.publisher.update(U, {"os": "beos"})
         self.assertEqual(self.stored(), after)
 
+    def test_channels_are_those_of_the_configuration(self):
+        self.config.channels = [{"name": "release", "default": True}, {"name": "dev"}]
+        self.config.default_channel = "release"
+        write_v2(self.serve_dir, U, channels=["dev"])
+        with self.assertRaises((imgserver.ApiError, imgserver.UserError)):
+            self.publisher.update(U, {"channels": ["other"]})
+        self.assertEqual(self.stored()["channels"], ["dev"])
+        self.assertEqual(self.publisher.update(U, {"channels": ["dev", "release"]})["channels"],
+                         ["dev", "release"])
+        self.publisher.update(U, {"channels": None})
+        self.assertEqual(self.stored()["channels"], ["release"])
+
     def test_a_state_of_the_author_goes_with_activation(self):
         write_v2(self.serve_dir, U, state="unactivated")
         self.publisher.activate(U)
