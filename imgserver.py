@@ -1861,6 +1861,8 @@ class LockedImage:
         with storing(f"image {self.uuid} cannot be read"):
             try:
                 return read_manifest(self.path)[0]
+            except FileNotFoundError:     # discard does not wait for the lock
+                raise not_found(f"image {self.uuid} not found")
             except BadImage as error:
                 raise ApiError(422, "ValidationFailed", f"image {self.uuid}: {error}")
 
