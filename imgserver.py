@@ -17,7 +17,7 @@ request, what is not sound is left out with one line in the log, and nothing in 
 ever changed by serving it.  It needs Python 3.9 or newer and nothing else.
 
 The parts, each resting only on those above it: constants - errors - log - JSON -
-configuration - manifests - store - ZFS streams - publishing - requests and responses -
+configuration - manifests - store - image files - publishing - requests and responses -
 routes - connections - servers - commands.
 
 What it does not do: TLS (put nginx in front), authentication, HTTP/2, uploads over HTTP.
@@ -125,11 +125,11 @@ class BadImage(Exception):
 
 
 class UserError(Exception):
-    """What a user is told in one sentence before the command ends with `status`."""
+    """A user error: main() prints it and exits with `exit_status`."""
 
-    def __init__(self, message, status=1):
+    def __init__(self, message, exit_status=1):
         super().__init__(message)
-        self.status = status
+        self.exit_status = exit_status
 
 
 def bad_request(message) -> ApiError:
@@ -1705,10 +1705,10 @@ class ImageReader:
         if status.st_mode & 0o444 != 0o444 and not os.access(path, os.R_OK):
             raise BadImage(f"{image.file}: {os.strerror(errno.EACCES)}")
         file = {key: value for key, value in stored.items()
-                if key not in ("path", "url", "md5_of")}
+                if key not in ("path", "url", "md5_of", "sha256")}
         if file.setdefault("size", status.st_size) != status.st_size:
             raise BadImage(f"{image.file}: its size is not the {file['size']} bytes of {MANIFEST} "
-                          "(still being copied?)")
+                           "(still being copied?)")
         if "compression" not in file:
             fd, _ = open_regular(path)
             with open(fd, "rb", buffering=0) as data:
@@ -2194,41 +2194,49 @@ def list_etag(images, api, view) -> str:
     return etag_of(repr(view).encode(), *(getattr(image, api)[2] for image in images)).decode()
 
 
-# -- ZFS streams -------------------------------------------------------------------------
+# -- image files -------------------------------------------------------------------------
 #
-# What import and check read of an image file in one pass: its size and hashes, how it is
-# compressed, and whether the ZFS send stream inside is one, and a whole one.
+# The findings of one pass over an image file: its size and hashes, how it is compressed, and
+# whether the ZFS send stream inside is whole, and one that imgadm can install.  imgadm runs
+# `gzip -cdfq`, `bzip2 -cdfq` or `xz -cdfq` and `zfs receive`.
 
-CHUNK = 1 << 20               # bytes of an image handled at once by import and check
-LANE = 4                      # chunks a lane (hash, decompress) may lag behind
+CHUNK = 256 << 10             # bytes of an image file fed at once; a bomb makes 256 MiB of them
+PIECE = 1 << 20               # bytes decompressed at once
 LZMA_MEMORY = 256 << 20       # bytes; xz -9 needs 65 MiB to decompress, a bomb asks for more
+MAGIC_LENGTH = 6              # bytes: the longest of MAGIC
 
 DRR_LENGTH = 312                  # bytes of a record, without payload (zfs_ioctl.h)
 DRR_BEGIN, DRR_END = 0, 5         # drr_type
 DRR_MAGIC = 0x2F5bacbac
-COMPOUND = 2                      # stream type in drr_versioninfo: a package (zfs send -p, -R)
+DRR_FLAG_CLONE = 1                # drr_flags: the origin is a snapshot of another data set
+COMPOUND = 2                      # header type in drr_versioninfo: a package (zfs send -p, -R)
+RESUMING = 1 << 20 + 2            # feature in drr_versioninfo, whose lowest 2 bits are the type
 STREAM_TYPES = {2: "zone-dataset", 3: "zvol"}     # drr_type of DRR_BEGIN: DMU_OST_*
+ZFS_TYPES = ("zone-dataset", "zvol", "lx-dataset")    # image types that are ZFS streams
+LAYER_TYPES = ("docker", "lxd")                   # image types that never are
 PROLOGUE = 1 << 20                # bytes kept until the BEGIN record of the data set has come
+TAIL = 64 << 10                   # bytes kept for the END records and the padding behind them
+PADDING = b"\0\n"                 # bytes that zfs receive leaves unread: tapes, echo
 
 
 class SendStream:
-    """A ZFS send stream, fed piece by piece: what its BEGIN says and whether its END came.
+    """A ZFS send stream, fed piece by piece: the fields of its BEGIN, and whether it is whole.
 
-    type is None for what is no stream; guid and from_guid are numbers, from_guid 0 for a
-    full stream.
+    type is None for other data; guid and from_guid are numbers, from_guid 0 for a full
+    stream.
     """
 
     def __init__(self):
         self.type = None
         self.guid = self.from_guid = 0
         self._order = None
-        self._compound = False
+        self._is_compound = self._is_clone = self._is_resumed = False
         self._head = bytearray()
-        self._tail = b""                  # the last two records, if it ends with two
+        self._tail = b""
 
     def feed(self, data):
-        """Take the next bytes of the stream, decompressed."""
-        self._tail = (self._tail + data[-2 * DRR_LENGTH:])[-2 * DRR_LENGTH:]
+        """Feed the next bytes of the stream, decompressed."""
+        self._tail = data if len(data) >= TAIL else (self._tail + data)[-TAIL:]
         if self._head is not None and len(self._head) < PROLOGUE:
             self._head += data[:PROLOGUE]
             self._read_begin()
@@ -2246,32 +2254,61 @@ class SendStream:
         version, = struct.unpack_from(self._order + "Q", self._head, 16)
         if version & 3 == COMPOUND:
             # BEGIN, a list of properties as its payload, END, and then the data set's own.
-            self._compound = True
+            self._is_compound = True
             payload, = struct.unpack_from(self._order + "I", self._head, 4)
             at = 2 * DRR_LENGTH + payload
             if len(self._head) < at + DRR_LENGTH:
                 return
-        kind, self.guid, self.from_guid = struct.unpack_from(self._order + "I4xQQ", self._head,
-                                                             at + 32)
+        version, kind, flags, self.guid, self.from_guid = struct.unpack_from(
+            self._order + "Q8xIIQQ", self._head, at + 16)
+        self._is_clone = bool(flags & DRR_FLAG_CLONE)
+        self._is_resumed = bool(version & RESUMING)
         self.type = STREAM_TYPES.get(kind)
-        self._head = None                 # it has said what it is
+        self._head = None                 # no later BEGIN counts
 
-    def trouble(self):
-        """What is wrong with the stream, once all of it was fed; None where nothing is."""
+    def head_problem(self):
+        """Why imgadm could not install the stream, by its BEGIN; None where it could."""
         if self.type is None:
             return "it is no ZFS send stream"
-        # An END says which snapshot it ends.  One more, of none, ends a package; libzfs writes
+        if self._is_resumed:
+            return "it is the rest of an interrupted stream (zfs send -t): send all of it"
+        if self.from_guid and not self._is_clone:
+            return ("the ZFS stream is incremental, but not that of a clone: zfs receive finds "
+                    "no data set for it; send a clone of the origin")
+        return None
+
+    def problem(self):
+        """The same by the whole stream, once all of it was fed."""
+        return self.head_problem() or self._tail_problem()
+
+    def _tail_problem(self):
+        # An END names its snapshot by guid.  One more, of none, ends a package; libzfs writes
         # that even where it has failed before.
-        before, last = self._ended(0), self._ended(DRR_LENGTH)
-        if (not before or last != 0) if self._compound else last != self.guid:
+        at = self._last_end()
+        guid = self._end_at(at)
+        if self._is_compound:
+            guid = self._end_at(at - DRR_LENGTH) if guid == 0 else None
+            if guid not in (None, self.guid):
+                return "it is a package of several snapshots: send one, without -R or -I"
+        if guid != self.guid:
             return "the ZFS stream is cut short: its end record is missing"
         return None
 
-    def _ended(self, at):
-        """The guid in the END record at this place of the tail; None where there is none."""
-        tail = self._tail.rjust(2 * DRR_LENGTH, b"\xff")
-        kind, = struct.unpack_from(self._order + "I", tail, at)
-        return struct.unpack_from(self._order + "Q", tail, at + 40)[0] if kind == DRR_END else None
+    def _end_at(self, at):
+        """The guid in the END record at an offset of the tail; None where there is none."""
+        head = struct.pack(self._order + "II", DRR_END, 0)
+        if not 0 <= at <= len(self._tail) - DRR_LENGTH or not self._tail.startswith(head, at):
+            return None
+        return struct.unpack_from(self._order + "Q", self._tail, at + 40)[0]
+
+    def _last_end(self):
+        """The offset in the tail of the END record behind which is only padding; else -1."""
+        head = struct.pack(self._order + "II", DRR_END, 0)
+        at = self._tail.rfind(head)
+        while at >= 0 and (self._end_at(at) is None
+                           or self._tail[at + DRR_LENGTH:].strip(PADDING)):
+            at = self._tail.rfind(head, 0, at + len(head) - 1)
+        return at
 
 
 class Decompressor:
@@ -2281,6 +2318,8 @@ class Decompressor:
         self.kind = kind
         self._make = getattr(self, "_" + kind)
         self._member = self._make()
+        self._head = b""
+        self._padding = 0                 # NULs since the last member
 
     # Imported where they are needed: a server that only serves has no use for them.
 
@@ -2297,286 +2336,253 @@ class Decompressor:
     def _xz(self):
         import lzma
         self._errors = lzma.LZMAError
-        return lzma.LZMADecompressor(memlimit=LZMA_MEMORY)
+        return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=LZMA_MEMORY)
 
     def feed(self, data):
-        """Yield what comes out for `data`, a CHUNK at the most at a time.  Raises BadImage."""
+        """Yield the decompressed bytes of `data`, PIECE at most at a time.  Raises BadImage."""
+        self._head = self._head or data[:64]
         try:
             while data or (self._member and not getattr(self._member, "needs_input", True)):
                 if self._member is None:
-                    data = data.lstrip(b"\0")        # xz may be padded, tapes pad gzip
+                    data = self._skip_padding(data)
                     if not data:
                         return
                     self._member = self._make()
                 # zlib hands back what it has not read; bz2 and lzma keep it, and say so.
-                piece = self._member.decompress(data, CHUNK)
+                piece = self._member.decompress(data, PIECE)
                 data = getattr(self._member, "unconsumed_tail", b"")
                 if self._member.eof:
                     data = self._member.unused_data
                     self._member = None
                 yield piece
         except self._errors as error:
+            if self.kind == "xz" and "emory" in str(error):
+                raise BadImage(self._memory_needed())
             raise BadImage(f"the {self.kind} data is corrupt ({error})")
 
+    def _skip_padding(self, data):
+        """`data` without the NULs it begins with; raises BadImage where no tool reads on.
+
+        xz takes NULs by fours.  gzip and bzip2 stop at the first, and leave out all that
+        follows.
+        """
+        rest = data.lstrip(b"\0")
+        self._padding += len(data) - len(rest)
+        if rest and self._padding:
+            if self.kind != "xz":
+                raise BadImage(f"the {self.kind} data goes on behind padding: "
+                               f"{self.kind} would leave that out")
+            self._check_padding()
+            self._padding = 0
+        return rest
+
+    def _check_padding(self):
+        if self.kind == "xz" and self._padding % 4:
+            raise BadImage("the xz data is corrupt (its padding is no multiple of 4 bytes)")
+
+    def _memory_needed(self):
+        """The sentence for xz data above LZMA_MEMORY: the dictionary is most of its need."""
+        limit = f"{LZMA_MEMORY >> 20} MiB"
+        # The first block's header: LZMA2's id, the length 1, the size (the xz file format, 5.3.1).
+        at = self._head.find(b"\x21\x01", 12)
+        if at < 0 or at + 2 >= len(self._head) or self._head[at + 2] > 40:
+            return f"the xz data needs more than {limit} to unpack"
+        bits = self._head[at + 2]
+        size = (2 | bits & 1) << bits // 2 + 11
+        return (f"the xz data needs {(size >> 20) + 1} MiB to unpack, more than {limit}: "
+                "compress it with xz -9 at most")
+
     def close(self):
-        """Raise BadImage if the data ended within a member."""
+        """Raise BadImage if the data ended within a member, or with padding that is none."""
         if self._member is not None:
             raise BadImage(f"the {self.kind} data is cut short")
+        self._check_padding()
+
+
+def stream_problem(kind, stream, required, whole=True):
+    """Why a file of an image of type `kind` cannot be installed by its stream; None: it can.
+
+    required: the types that must be a stream.  whole: all of it was fed, not the head alone.
+    """
+    if stream.type is None and kind not in required:
+        return None
+    problem = stream.problem() if whole else stream.head_problem()
+    if problem:
+        return problem
+    if kind in LAYER_TYPES or (stream.type == "zvol") != (kind == "zvol") and kind != "other":
+        return f"the ZFS stream is that of a {stream.type}, but the type is {kind}"
+    return None
 
 
 def read_stream(path, compression) -> SendStream:
-    """The Stream in an image file as far as its beginning tells.  Raises BadImage, OSError."""
+    """The stream in an image file as far as its beginning tells.  Raises BadImage, OSError."""
     stream = SendStream()
     inside = Decompressor(compression) if compression != "none" else None
     fd, _ = open_regular(path)
     with open(fd, "rb", buffering=0) as file:
-        chunk = file.read(CHUNK)
-        for piece in [chunk] if inside is None else inside.feed(chunk):
-            stream.feed(piece)
-            if stream.type is not None:
-                break
+        for _ in range(PROLOGUE // CHUNK):
+            chunk = file.read(CHUNK)
+            for piece in [chunk] if inside is None else inside.feed(chunk):
+                stream.feed(piece)
+                if stream.type is not None:
+                    return stream
     return stream
 
 
-class Lane(threading.Thread):
-    """A thread that hands each chunk it is given to `work`, at most LANE chunks behind.
-
-    zlib and hashlib give up the interpreter's lock for chunks of this size, so that lanes
-    run side by side.  A chunk may hold a gigabyte of compressed zeros: whoever waits for a
-    lane heeds signals.
-    """
-
-    def __init__(self, work):
-        super().__init__(daemon=True)
-        self._work, self._error = work, None
-        self._chunks = queue.Queue(LANE)
-        self._done = threading.Event()
-
-    def run(self):
-        for chunk in iter(self._chunks.get, None):
-            try:
-                if self._error is None:
-                    self._work(chunk)
-            except Exception as error:    # told to whoever feeds the lane, at the next put
-                self._error = error
-        self._done.set()
-
-    def put(self, chunk):
-        """Raises what work has raised since."""
-        if self._error is not None:
-            raise self._error
-        while True:
-            try:
-                return self._chunks.put(chunk, timeout=HEED)
-            except queue.Full:
-                heed_signals()
-
-    def stop(self):
-        """Have the thread end; what it has not done yet stays undone."""
-        self._error = self._error or BadImage("stopped")
-        self._chunks.put(None)
-
-    def close(self):
-        """Wait until all is done.  Raises what work has raised."""
-        self.put(None)
-        while not self._done.wait(HEED):
-            heed_signals()
-        if self._error is not None:
-            raise self._error
-
-
 class FileScan:
-    """What one pass over an image file finds: size, sha1, md5, compression, stream."""
+    """One pass over an image file: size, hashes, compression, and the stream inside."""
 
     def __init__(self):
         self.size = 0
         self.compression = None
         self.stream = SendStream()
-        self._hashes = [hashlib.sha1(), hashlib.md5()]
+        self._hashes = {name: hashlib.new(name) for name in ("sha1", "md5", "sha256")}
+        self._head = b""
         self._decompressor = None
-        self._given_up = False
 
-    @property
-    def sha1(self) -> str:
-        return self._hashes[0].hexdigest()
+    def hashes(self) -> dict:
+        """sha1, md5 and sha256 of the bytes that were fed, in hexadecimal."""
+        return {name: each.hexdigest() for name, each in self._hashes.items()}
 
-    @property
-    def md5(self) -> str:
-        return self._hashes[1].hexdigest()
+    def feed(self, chunk):
+        """Feed the next bytes of the file.  Raises BadImage for data that does not decompress."""
+        self.size += len(chunk)
+        for each in self._hashes.values():
+            each.update(chunk)
+        if self.compression is None:
+            chunk = self._head = self._head + chunk
+            if len(chunk) < MAGIC_LENGTH:
+                return
+            self._begin()
+        self._feed_stream(chunk)
 
-    def run(self, read, write=None, progress=None):
-        """Read to the end with read(CHUNK), handing each chunk to write as well.
-
-        Raises BadImage for data that does not decompress, OSError from read and write.
-        """
-        lanes = [Lane(hash.update) for hash in self._hashes] + [Lane(self._look_inside)]
-        for lane in lanes:
-            lane.start()
-        try:
-            for chunk in iter(lambda: read(CHUNK), b""):
-                if self.compression is None:
-                    self._begin(chunk)
-                for lane in lanes:
-                    lane.put(chunk)
-                if write is not None:
-                    write(chunk)
-                self.size += len(chunk)
-                if progress is not None:
-                    progress(self.size)
-            for lane in lanes:
-                lane.close()
-        except BaseException:
-            self._given_up = True
-            for lane in lanes:
-                lane.stop()
-            raise
+    def finish(self):
+        """Say that this was all.  Raises BadImage for compressed data that is cut short."""
+        if self.compression is None:
+            self._begin()
+            self._feed_stream(self._head)
         if self._decompressor is not None:
             self._decompressor.close()
 
-    def _begin(self, chunk):
-        """Tell from the first chunk how the file is compressed."""
-        self.compression = compression_of(chunk[:8], "")
+    def _begin(self):
+        self.compression = compression_of(self._head, "")
         if self.compression != "none":
             self._decompressor = Decompressor(self.compression)
 
-    def _look_inside(self, chunk):
-        if self._decompressor is None:
-            self.stream.feed(chunk)
-            return
-        for piece in self._decompressor.feed(chunk):
-            if self._given_up:
-                return
+    def _feed_stream(self, chunk):
+        for piece in [chunk] if self._decompressor is None else self._decompressor.feed(chunk):
             self.stream.feed(piece)
 
 
 # -- publishing --------------------------------------------------------------------------
 #
-# The only part that writes.  An image is made in .incoming-<uuid>, in serve_dir so that
-# one rename(2) shows it whole: its file first, flushed to disk, then the manifest, then
-# the rename.  Whatever ends a command before that leaves nothing on show.
+# The only part that writes.  An image is made in .incoming-<uuid>, in serve_dir so that one
+# rename(2) shows it whole.  Each file is written under a temporary name, flushed to disk and
+# renamed.  rename alone decides what is true, for several processes and machines; a lock
+# (flock on the image's directory) only tells an import that is alive from one that was
+# killed, and puts changes of one image in a row.
 
-HEED = 0.25                   # seconds a command may wait for its threads before it heeds a signal
-ABANDONED = 24 * 3600         # seconds without a change until --clean takes an incomplete image
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE)     # end a command
-
-def interrupted(number, frame):
-    """The handler of signals that end a command: raises UserError."""
-    for each in ENDING:                   # the next one must not disturb the tidying up
-        signal.signal(each, lambda number, frame: None)
-    raise UserError(f"ended by {signal.Signals(number).name}", 128 + number)
-
-
-def hold_signals():
-    """From now on a signal that ends a command waits for the next `interruptible` call.
-
-    Raised at just any moment, its exception could be lost: Python drops what is raised in a
-    weak reference's callback or in __del__.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING + (signal.SIGALRM,))
-    for number in ENDING:
-        # What the caller ignores stays so (nohup); SIGPIPE is ignored by Python itself.
-        if signal.getsignal(number) is not signal.SIG_IGN or number == signal.SIGPIPE:
-            signal.signal(number, interrupted)
-    signal.signal(signal.SIGALRM, lambda number, frame: None)
+STALE = 24 * 3600             # seconds since the last write until --clean removes leftovers
+LOCK_PATIENCE = 2.0           # seconds a short change waits for another one of the same image
+LOCK_RETRY = 0.02             # seconds between two tries
+MKDIR_TRIES = 5               # of a staging directory, while leftovers or others are in the way
+ICON_LIMIT = 128 << 10        # bytes of an icon, as in IMGAPI
+DEPENDENTS_NAMED = 5          # images named in one refusal to delete their origin
+V2_ALONE = frozenset(("owner", "public", "acl"))      # fields that v1 has no words for
+_TEMPORARY = re.compile(r"\.(manifest\.json|file|icon\.(png|jpg|gif))\.[0-9a-f]+")
 
 
-def heed_signals():
-    """Let a signal that has come meanwhile end the command."""
-    held = signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
-    signal.pthread_sigmask(signal.SIG_SETMASK, held)
-
-
-def interruptible(call):
-    """`call`, as one that may wait for long: while it does, a signal ends the command.
-
-    For commands that have called hold_signals.
-    """
-    def calling(*arguments):
-        held = signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING + (signal.SIGALRM,))
-        try:
-            # A signal that came just before a system call would wait until that ends; the
-            # next tick ends it with EINTR, and Python looks.
-            signal.setitimer(signal.ITIMER_REAL, HEED, HEED)
-            return call(*arguments)
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.pthread_sigmask(signal.SIG_SETMASK, held)
-    return calling
-
-
-def sync_directory(path):
-    """Make a rename or a new name in the directory at `path` last; where it can be done."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(fd)
+def temporary_name(name) -> str:
+    """A name beside `name` that nobody else uses, on any machine; _TEMPORARY matches it."""
+    return f".{name}.{os.urandom(8).hex()}"
 
 
 @contextlib.contextmanager
-def new_file(path):
-    """A new binary file that the server's user can read; on disk when the block has ended."""
-    with open(path, "xb") as file:
-        os.fchmod(file.fileno(), 0o644)   # whatever the umask of an ssh session is
+def storing(action):
+    """Make an ApiError of each OSError in the block: 503 StorageIsDown, `action` and why."""
+    try:
+        yield
+    except OSError as error:
+        raise ApiError(503, "StorageIsDown", f"{action}: {error.strerror}") from error
+
+
+def sync(fd, action):
+    """fsync a directory, ignored where unsupported.  Raises ApiError, as storing does."""
+    with storing(action):
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+
+
+def give(fd, owner):
+    """Change the owner and group of an open file; owner None leaves them.  Raises OSError."""
+    if owner is not None:
+        status = os.fstat(fd)
+        if (status.st_uid, status.st_gid) != owner:
+            os.fchown(fd, *owner)
+
+
+@contextlib.contextmanager
+def new_file(name, directory=None, mode=0o644):
+    """A new binary file in an open directory; on disk when the block has ended.
+
+    It never has a wider mode than this one.  Raises OSError.
+    """
+    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode,
+                 dir_fd=directory)
+    with open(fd, "wb") as file:
+        os.fchmod(fd, mode)               # the umask of an ssh session may be 077
         yield file
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(fd)
 
 
-def replace_file(path, data, keep_time=False):
-    """Put `data` in the place of a file, by rename.  Raises UserError.
+def replace_at(directory, name, data, owner=None, keep_time=False):
+    """Put a file in the place of `name` in an open directory, by rename.  Raises OSError.
 
-    Its mode stays, and its owner unless we may not give files away and all may read it.
-
-    keep_time: its mtime stays too.  Behind a symlink, it is the file there that is replaced.
+    Mode and owner of the file before stay; `owner` is for one that is new.  keep_time: the
+    mtime stays, too.  The directory is left to be synced.
     """
-    path = os.path.realpath(path)
-    aside = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.getpid()}")
+    aside, mode = temporary_name(name), 0o644
     try:
-        with new_file(aside) as file:
+        before = os.stat(name, dir_fd=directory)
+        mode, owner = stat.S_IMODE(before.st_mode), (before.st_uid, before.st_gid)
+    except FileNotFoundError:
+        before = None
+    try:
+        with new_file(aside, directory, mode) as file:
             file.write(data)
-            if os.path.exists(path):
-                before, ours = os.stat(path), os.fstat(file.fileno())
-                if (before.st_uid, before.st_gid) != (ours.st_uid, ours.st_gid):
-                    try:
-                        os.fchown(file.fileno(), before.st_uid, before.st_gid)
-                    except PermissionError:
-                        if not before.st_mode & stat.S_IROTH:
-                            raise         # somebody could no longer read it
-                os.fchmod(file.fileno(), stat.S_IMODE(before.st_mode))
-                if keep_time:
-                    file.flush()
-                    os.utime(aside, ns=(before.st_atime_ns, before.st_mtime_ns))
-        os.rename(aside, path)
-        sync_directory(os.path.dirname(path))
-    except BaseException as error:
-        if os.path.exists(aside):
-            os.unlink(aside)
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write {path}: {error.strerror}")
+            file.flush()
+            try:
+                give(file.fileno(), owner)
+            except PermissionError:
+                if before is None or not before.st_mode & stat.S_IROTH:
+                    raise                 # somebody could no longer read it
+            if before is not None and keep_time:
+                os.utime(file.fileno(), ns=(before.st_atime_ns, before.st_mtime_ns))
+        os.rename(aside, name, src_dir_fd=directory, dst_dir_fd=directory)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(aside, dir_fd=directory)
         raise
 
 
-def stage(serve_dir, uuid):
-    """Make the directory in which an image is put together: (its path, the directory, open).
+def replace_file(path, data, keep_time=False):
+    """replace_at by path, and synced.  Behind a symlink, it is the file there that is replaced.
 
-    Raises UserError.
+    Raises ApiError.
     """
-    path = os.path.join(serve_dir, INCOMING + uuid)
-    if os.path.lexists(os.path.join(serve_dir, uuid)):
-        raise UserError(f"image {uuid} is here already")
+    with storing(f"cannot write {os.path.basename(path)}"):
+        directory, name = os.path.split(os.path.realpath(path))
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.mkdir(path, 0o755)
-    except FileExistsError:
-        raise UserError(f"image {uuid} is being imported, or waits to be activated; "
-                      f"`imgserver.py discard {uuid}` throws it away")
-    except OSError as error:
-        raise UserError(f"cannot write to {serve_dir}: {error.strerror}")
-    os.chmod(path, 0o755)
-    return path, os.open(path, os.O_RDONLY)
+        with storing(f"cannot write {name}"):
+            replace_at(fd, name, data, keep_time=keep_time)
+        sync(fd, f"{name} is written, but not surely on disk")
+    finally:
+        os.close(fd)
 
 
 def is_still(path, fd) -> bool:
@@ -2587,33 +2593,31 @@ def is_still(path, fd) -> bool:
         return False
 
 
-def activate(config, uuid):
-    """Put a whole image on show, by one rename.  Raises UserError."""
-    path = os.path.join(config.serve_dir, INCOMING + uuid)
-    if os.path.lexists(os.path.join(config.serve_dir, uuid)):
-        raise UserError(f"image {uuid} is active already")
-    image = ImageReader(config).read(uuid, os.path.join(config.serve_dir, INCOMING), (IMGAPI,))
-    if image is None or image.problem:
-        raise UserError(f"no whole image {uuid} waits to be activated"
-                      + (f": {image.problem}" if image else ""))
-    try:
-        os.rename(path, os.path.join(config.serve_dir, uuid))
-        sync_directory(config.serve_dir)
-    except OSError as error:
-        raise UserError(f"cannot activate image {uuid}: {error.strerror}")
+def lock_directory(path, patience=0.0):
+    """Open a directory and lock it: its fd, or None where there is no such directory.
 
-
-def discard(serve_dir, uuid):
-    """Throw away an image that is not active, whole or not.  Raises UserError."""
-    path = os.path.join(serve_dir, INCOMING + uuid)
-    aside = os.path.join(serve_dir, f"{DISCARDED}{uuid}.{os.getpid()}")
-    try:
-        os.rename(path, aside)            # or it could be activated while it is taken apart
-        shutil.rmtree(aside)
-    except FileNotFoundError:
-        raise UserError(f"no image {uuid} waits to be activated")
-    except OSError as error:
-        raise UserError(f"cannot remove {path}: {error.strerror}")
+    Raises BlockingIOError where it stays locked for `patience` seconds, and OSError.  On a
+    file system without locks (NFS may refuse them) it is opened alone.
+    """
+    end = time.monotonic() + patience
+    while True:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            if time.monotonic() >= end:
+                raise
+            time.sleep(LOCK_RETRY)
+            continue
+        except OSError:
+            pass
+        if is_still(path, fd):
+            return fd
+        os.close(fd)                      # it was renamed before it was locked
 
 
 def new_manifest(config, uuid, fields) -> dict:
@@ -2636,33 +2640,27 @@ def new_manifest(config, uuid, fields) -> dict:
     return {**manifest, **given}
 
 
-def check_fields(manifest) -> dict:
-    """validate for the command line: the manifest mended, or UserError with every rule that
-    is broken, before any byte is stored.
-    """
-    try:
-        return validate(manifest, IMPORT)
-    except ApiError as refusal:
-        raise UserError("; ".join(error["message"] for error in refusal.errors))
-
-
-def choose_channels(config, manifest):
+def choose_channels(config, manifest, default=None):
     """Where there are channels, the default one is for images that name none, as in IMGAPI.
 
-    Returns a warning where the image's origin is in none of them, or None.  Raises UserError
-    for channels in which no client would see the image.
+    Returns a warning where the image's origin is in none of them, or None.  Raises ApiError
+    (422) for channels in which no client would see the image.
     """
     names = [channel["name"] for channel in config.channels]
     if not names:
         return None
+    default = default or config.default_channel
+    if not manifest.get("channels") and default is not None:
+        manifest["channels"] = [default]
     if not manifest.get("channels"):
-        if config.default_channel is None:
-            raise UserError("channels must be given, such as 'channels=[\"" + names[0] + "\"]': "
-                          "the configuration has no default one")
-        manifest["channels"] = [config.default_channel]
+        raise ApiError(422, "ValidationFailed", "channels must be given, such as 'channels=[\""
+                       + names[0] + "\"]': the configuration has no default one",
+                       [{"field": "channels", "code": "MissingParameter"}])
     for name in manifest["channels"]:
         if name not in names:
-            raise UserError(f"there is no channel {name!a} in the configuration")
+            raise ApiError(422, "ValidationFailed",
+                           f"there is no channel {name!a} in the configuration",
+                           [{"field": "channels", "code": "Invalid"}])
     origin = manifest.get("origin") and ImageReader(config).read(
         manifest["origin"], os.path.join(config.serve_dir, ""), ())
     if origin and not origin.problem and set(manifest["channels"]).isdisjoint(origin.channels):
@@ -2677,104 +2675,483 @@ def file_name(manifest, compression) -> str:
     return name.strip(".-")[:200] + kind + COMPRESSIONS[compression]
 
 
-class Import:
-    """One image on its way into serve_dir."""
+def busy(uuid) -> ApiError:
+    return ApiError(409, "ImageUuidAlreadyExists",
+                    f"image {uuid} is being imported or changed by somebody else")
 
-    def __init__(self, config, manifest, with_stream=True, progress=None):
-        self.config, self.manifest = config, manifest
-        self.with_stream, self.progress = with_stream, progress
-        self.uuid = manifest["uuid"]
 
-    def run(self, source, activated=True):
-        """Take the image from the binary file `source`; all of it or nothing.
+def already_active(uuid) -> ApiError:
+    return ApiError(422, "ImageAlreadyActivated", f'image "{uuid}" is already activated')
 
-        Raises UserError, in one sentence, for whatever is wrong with the data or the disk.
-        """
-        serve_dir = self.config.serve_dir
-        path, directory = stage(serve_dir, self.uuid)
-        try:
-            found = self._receive(source, os.path.join(path, ".file"))
-            self._describe(found)
-            if not is_still(path, directory):         # there may be another one by now
-                raise UserError(f"image {self.uuid} was discarded while it was imported")
-            os.rename(os.path.join(path, ".file"),
-                      os.path.join(path, self.manifest["files"][0]["path"]))
-            replace_file(os.path.join(path, MANIFEST),
-                         (render_json(self.manifest) + "\n").encode())
-            if activated:
-                activate(self.config, self.uuid)
-        except BaseException as error:
-            if is_still(path, directory):
-                shutil.rmtree(path, ignore_errors=True)
-            if isinstance(error, BadImage):
-                raise UserError(f"image refused: {error}")
-            if isinstance(error, OSError):
-                raise UserError(f"the image cannot be stored: {error.strerror}")
-            raise
-        finally:
-            os.close(directory)
 
-    def _receive(self, source, path) -> FileScan:
-        def read(size):
+def refused_file(reason) -> ApiError:
+    return ApiError(400, "Upload", f"image refused: {reason}")
+
+
+class LockedImage:
+    """The directory of one image, open as fd and locked: `path` is where it was found."""
+
+    def __init__(self, uuid, path, fd):
+        self.uuid, self.path, self.fd = uuid, path, fd
+
+    def manifest(self) -> dict:
+        """Its manifest as stored.  Raises ApiError."""
+        with storing(f"image {self.uuid} cannot be read"):
             try:
-                return interruptible(source.read)(size)
-            except OSError as error:
-                raise UserError(f"the image cannot be read: {error.strerror}")
+                return read_manifest(self.path)[0]
+            except FileNotFoundError:     # discard does not wait for the lock
+                raise not_found(f"image {self.uuid} not found")
+            except BadImage as error:
+                raise ApiError(422, "ValidationFailed", f"image {self.uuid}: {error}")
 
-        found = FileScan()
-        with new_file(path) as file:
-            found.run(read, file.write, self.progress)
-            file.flush()
-            if os.fstat(file.fileno()).st_size != found.size:
-                raise OSError(errno.EIO, "the disk has not kept all of it")
+
+class Publisher:
+    """The verbs on disk: each atomic and durable, for any thread, process or machine.
+
+    They raise ApiError, with the codes of IMGAPI and no path in the message; its __cause__
+    is the OSError where the disk is at fault.
+    """
+
+    def __init__(self, config):
+        self.config, self.serve_dir = config, config.serve_dir
+        self._reader = ImageReader(config)
+
+    # the verbs
+
+    def create(self, manifest) -> dict:
+        """Make an unactivated image without a file; its manifest as stored comes back.
+
+        One that is not active yet, and that nobody is writing, is replaced.
+        """
+        with self._created(manifest) as image:
+            return image.manifest()
+
+    def add_file(self, uuid, read, expected=None, check_stream=True, turn=None) -> dict:
+        """Store the file of an unactivated image; files[0] of its manifest comes back.
+
+        read          read(n): at most n bytes of the file, b"" at its end.  Its OSError is
+                      the sender's fault (400 Upload); all else it raises is passed on
+        expected      facts of files[0] (size, sha1, compression, dataset_guid) that must hold,
+                      and further ones to store (path)
+        check_stream  whether an image of a ZFS type must be one whole ZFS stream, and a
+                      stream of any type one that imgadm can install
+        turn          a context manager that is entered for each piece that is hashed
+
+        After a failure the image has the file that it had before.
+        """
+        if os.path.lexists(self._path(uuid)):
+            raise ApiError(422, "ImageFilesImmutable",
+                           f"cannot modify files on activated image {uuid}")
+        with self._locked(uuid, (INCOMING,)) as image:
+            return self._store_file(image, read, expected or {}, check_stream, turn)
+
+    def import_image(self, manifest, read, activated=True, check_stream=True, turn=None) -> dict:
+        """create, add_file and activate under one lock: all of it, or nothing stays.
+
+        files[0] of the manifest holds facts that must be true of the file.  An ApiError
+        whose message says "on show" comes when it was activated all the same.
+        """
+        expected = (manifest.get("files") or [{}])[0]
+        with self._created(manifest) as image:
+            file = self._store_file(image, read, expected, check_stream, turn)
+            if activated:
+                self._show(image)
+        return file
+
+    def activate(self, uuid):
+        """Put a whole image on show, by one rename.
+
+        One that is on show, with a state in its manifest that says otherwise, loses that.
+        """
+        if os.path.lexists(self._path(uuid)):
+            return self._change(uuid, self._without_state)
+        refusal = ApiError(422, "NoActivationNoFile",
+                           f"image {uuid} cannot be activated: its file is still being written")
+        with self._locked(uuid, (INCOMING,), refusal=refusal) as image:
+            self._show(image)
+
+    def update(self, uuid, changes) -> dict:
+        """Set fields of an image in any state; None removes one.  Its manifest comes back.
+
+        A v1 manifest stays v1 unless a field is set that v1 cannot say.
+        """
+        changes = validate(changes, UPDATE)
+
+        def changed(manifest):
+            if is_v1(manifest) and V2_ALONE & changes.keys():
+                manifest = upgrade(manifest)
+                manifest.pop("state")
+            manifest = {**manifest, **changes}
+            manifest = {key: value for key, value in manifest.items()
+                        if value is not None or key not in changes}
+            validate(manifest, IMPORT)
+            if "channels" in changes:
+                choose_channels(self.config, manifest)
+            return manifest
+        return self._change(uuid, changed)
+
+    def enable(self, uuid) -> dict:
+        """Let an image be listed again; its manifest comes back."""
+        return self._change(uuid, lambda manifest: {
+            key: value for key, value in manifest.items()
+            if key != "disabled" and (key, value) != ("state", "disabled")})
+
+    def disable(self, uuid) -> dict:
+        """Take an image off the lists; its manifest comes back."""
+        return self._change(uuid, lambda manifest: {**manifest, "disabled": True})
+
+    def add_icon(self, uuid, content_type, data):
+        """Give an image in any state its icon, in place of the one before."""
+        name = {kind: name for name, kind in ICONS.items()}.get(content_type)
+        if name is None:
+            raise ApiError(400, "Upload", f"invalid content-type, {content_type}, must be one of "
+                           + ", ".join(sorted(ICONS.values())))
+        if len(data) > ICON_LIMIT:
+            raise ApiError(400, "Upload", f"icon size {len(data)} exceeds the maximum allowed "
+                           f"size, {ICON_LIMIT >> 10} KiB")
+        with self._locked(uuid, ("", INCOMING), LOCK_PATIENCE) as image:
+            with storing("the icon cannot be stored"):
+                replace_at(image.fd, name, data, self._owner())
+                self._remove_icons(image, name)
+            sync(image.fd, "the icon is stored, but not surely on disk")
+
+    def remove_icon(self, uuid):
+        """Remove the icon of an image in any state.  Raises ApiError: 404 where it has none."""
+        with self._locked(uuid, ("", INCOMING), LOCK_PATIENCE) as image:
+            with storing("the icon cannot be removed"):
+                if not self._remove_icons(image):
+                    raise not_found(f'image "{uuid}" has no icon')
+            sync(image.fd, "the icon is removed, but not surely on disk")
+
+    def delete(self, uuid, force=False):
+        """Remove an image in any state; `force`: even where other images build on it."""
+        with self._locked(uuid, ("", INCOMING), LOCK_PATIENCE) as image:
+            others = [] if force else self.dependents(uuid)
+            if others:
+                more = len(others) - DEPENDENTS_NAMED
+                raise ApiError(
+                    422, "ImageHasDependentImages",
+                    f'image "{uuid}" has {len(others)} dependent incremental image(s): '
+                    + ", ".join(others[:DEPENDENTS_NAMED])
+                    + (f", and {more} more..." if more > 0 else ""))
+            with storing(f"image {uuid} cannot be removed"):
+                aside = self._set_aside(image.path, uuid)
+        self._remove(aside, uuid)
+
+    def discard(self, uuid):
+        """Remove an image that is not active, even while it is being written."""
+        with storing(f"image {uuid} cannot be removed"):
+            try:
+                aside = self._set_aside(self._path(uuid, INCOMING), uuid)
+            except FileNotFoundError:
+                raise not_found(f"no image {uuid} waits to be activated")
+        self._remove(aside, uuid)
+
+    def dependents(self, uuid) -> list:
+        """The uuids of all images, in any state, that build on this one."""
+        found = []
+        with storing("the images cannot be read"):
+            names = os.listdir(self.serve_dir)
+        for name in sorted(names):
+            other = name[len(INCOMING):] if name.startswith(INCOMING) else name
+            if is_uuid(other):
+                try:
+                    if read_manifest(os.path.join(self.serve_dir, name))[0].get("origin") == uuid:
+                        found.append(other)
+                except (OSError, BadImage, RecursionError):
+                    pass                  # no client could import it
         return found
 
-    def _describe(self, found):
-        """Hold what was found against the manifest, and complete it.  Raises BadImage."""
-        manifest = self.manifest
+    # directories
+
+    def _path(self, uuid, prefix="") -> str:
+        return os.path.join(self.serve_dir, prefix + uuid)
+
+    def _owner(self):
+        """(uid, gid) of serve_dir where root writes: the service must be able to change it."""
+        if os.geteuid() != 0:
+            return None
+        status = os.stat(self.serve_dir)
+        return status.st_uid, status.st_gid
+
+    @contextlib.contextmanager
+    def _locked(self, uuid, prefixes, patience=0.0, refusal=None):
+        """The image as LockedImage, in the first place where it is.  Raises ApiError."""
+        for prefix in prefixes:
+            path = self._path(uuid, prefix)
+            with storing(f"image {uuid} cannot be read"):
+                try:
+                    fd = lock_directory(path, patience)
+                except BlockingIOError:
+                    raise refusal or busy(uuid)
+            if fd is not None:
+                try:
+                    yield LockedImage(uuid, path, fd)
+                finally:
+                    os.close(fd)
+                return
+        raise not_found(f"no image {uuid} waits to be activated" if prefixes == (INCOMING,)
+                        else f"image {uuid} not found")
+
+    @contextlib.contextmanager
+    def _created(self, manifest):
+        """A new unactivated image, locked; nothing stays of it where the block raises."""
+        uuid = manifest["uuid"]
+        if os.path.lexists(self._path(uuid)):
+            raise ApiError(409, "ImageUuidAlreadyExists", f'image uuid "{uuid}" already exists')
+        manifest = validate(manifest, IMPORT)
+        origin = manifest.get("origin")
+        if origin and not any(os.path.exists(os.path.join(self._path(origin, prefix), MANIFEST))
+                              for prefix in ("", INCOMING)):
+            raise ApiError(422, "OriginDoesNotExist",
+                           f'origin image "{origin}" does not exist on this server')
+        with storing("the image cannot be stored"):
+            image = self._make_directory(uuid)
+        try:
+            self._write_manifest(image, {key: value for key, value in manifest.items()
+                                         if key not in ("files", "state", "icon")})
+            yield image
+        except BaseException:
+            if is_still(image.path, image.fd):
+                with contextlib.suppress(OSError):
+                    shutil.rmtree(self._set_aside(image.path, uuid), ignore_errors=True)
+            raise
+        finally:
+            os.close(image.fd)
+
+    def _make_directory(self, uuid) -> LockedImage:
+        """A new staging directory, locked; a leftover goes.  Raises ApiError and OSError."""
+        path = self._path(uuid, INCOMING)
+        for _ in range(MKDIR_TRIES):
+            try:
+                os.mkdir(path, 0o755)
+            except FileExistsError:
+                try:
+                    fd = lock_directory(path)
+                except BlockingIOError:
+                    raise busy(uuid)
+                if fd is not None:
+                    try:
+                        aside = self._set_aside(path, uuid)
+                    finally:
+                        os.close(fd)
+                    shutil.rmtree(aside, ignore_errors=True)
+                continue
+            fd = None
+            try:
+                fd = lock_directory(path)
+                if fd is not None:        # None: another import took it for a leftover
+                    os.fchmod(fd, 0o755)
+                    give(fd, self._owner())
+                    return LockedImage(uuid, path, fd)
+            except BlockingIOError:
+                raise busy(uuid)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.rmdir(path)
+                if fd is not None:
+                    os.close(fd)
+                raise
+        raise busy(uuid)
+
+    def _set_aside(self, path, uuid) -> str:
+        """Rename an image's directory so that nobody finds it; the new path.  Raises OSError."""
+        aside = self._path(f"{uuid}.{os.urandom(8).hex()}", DISCARDED)
+        os.rename(path, aside)
+        return aside
+
+    def _remove(self, aside, uuid):
+        """Remove the files of an image that was set aside."""
+        self._sync(f"image {uuid} is removed, but not surely on disk")
+        with storing(f"image {uuid} is removed, but not all of its files"):
+            shutil.rmtree(aside)
+
+    def _sync(self, action):
+        """fsync serve_dir.  Raises ApiError."""
+        with storing(action):
+            fd = os.open(self.serve_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            sync(fd, action)
+        finally:
+            os.close(fd)
+
+    def _show(self, image):
+        """Activate a locked image.  Raises ApiError."""
+        uuid, path = image.uuid, self._path(image.uuid)
+        with storing(f"image {uuid} cannot be activated"):
+            found = self._reader.read(uuid, self._path("", INCOMING), (IMGAPI,))
+        if found is None or found.problem:
+            raise ApiError(422, "NoActivationNoFile", f"image {uuid} cannot be activated: "
+                           + (found.problem if found else f"there is no {MANIFEST}"))
+        manifest = image.manifest()
+        if not manifest.get("published_at"):
+            self._write_manifest(image, {**manifest, "published_at": stamp(time.time())})
+        with storing(f"image {uuid} cannot be activated"):
+            try:
+                os.rename(image.path, path)
+            except OSError:
+                if os.path.lexists(path):
+                    raise already_active(uuid)
+                raise
+            if not is_still(path, image.fd):          # another one has come in its place
+                os.rename(path, image.path)
+                raise busy(uuid)
+        self._sync(f"image {uuid} is on show, but not surely on disk")
+
+    # manifests
+
+    def _write_manifest(self, image, manifest):
+        """Store the manifest of a locked image in its own directory.  Raises ApiError."""
+        with storing("the image cannot be stored"):
+            replace_at(image.fd, MANIFEST, (render_json(manifest) + "\n").encode(),
+                       self._owner())
+        sync(image.fd, "the image is stored, but not surely on disk")
+
+    def _change(self, uuid, change) -> dict:
+        """Store change(manifest) as the manifest of an image in any state, and return it.
+
+        The mtime stays: an image without published_at shows it.
+        """
+        with self._locked(uuid, ("", INCOMING), LOCK_PATIENCE) as image:
+            before = image.manifest()
+            manifest = change(before)
+            if manifest != before:
+                replace_file(os.path.join(image.path, MANIFEST),
+                             (render_json(manifest) + "\n").encode(), keep_time=True)
+            return manifest
+
+    def _without_state(self, manifest):
+        """A manifest whose author says that it is not active, without that."""
+        if manifest.get("state") not in ("unactivated", "nuked", "pending"):
+            raise already_active(manifest.get("uuid"))
+        return {key: value for key, value in manifest.items() if key != "state"}
+
+    @staticmethod
+    def _remove_icons(image, but=None) -> int:
+        """Remove all icons but one; their number."""
+        names = [name for name in os.listdir(image.fd) if name in ICONS and name != but]
+        for name in names:
+            os.unlink(name, dir_fd=image.fd)
+        return len(names)
+
+    # files
+
+    def _store_file(self, image, read, expected, check_stream, turn) -> dict:
+        """add_file for a locked image."""
+        manifest = image.manifest()
+        aside = temporary_name("file")
+        try:
+            with storing("the image cannot be stored"):
+                found = self._receive(image, aside, read, turn or contextlib.nullcontext())
+            expected = {key: value for key, value in expected.items()
+                        if value not in (None, "")}
+            file = self._describe(manifest, found, expected, check_stream)
+            if not is_still(image.path, image.fd):
+                raise not_found(f"image {image.uuid} was discarded while it was imported")
+            with storing("the image cannot be stored"):
+                # The manifest decides which file counts: another one may still be in use.
+                if file["path"] in os.listdir(image.fd):
+                    name = file_name(manifest, found.compression)
+                    file["path"] = f"{file['sha1'][:8]}-{name}"
+                os.rename(aside, file["path"], src_dir_fd=image.fd, dst_dir_fd=image.fd)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(aside, dir_fd=image.fd)
+            raise
+        try:
+            self._write_manifest(image, {**manifest, "files": [file]})
+        finally:
+            self._tidy(image)
+        return file
+
+    @staticmethod
+    def _tidy(image):
+        """Remove from an unactivated image all that its manifest does not name."""
+        with contextlib.suppress(ApiError, OSError, LookupError, TypeError):
+            name = image.manifest()["files"][0]["path"]
+            for each in os.listdir(image.fd):
+                if each not in (name, MANIFEST) and each not in ICONS:
+                    with contextlib.suppress(OSError):
+                        os.unlink(each, dir_fd=image.fd)
+
+    def _receive(self, image, name, read, turn) -> FileScan:
+        """Write and examine a new file.  Raises ApiError, OSError, and as `read` does."""
+        found = FileScan()
+        try:
+            with new_file(name, image.fd) as file:
+                give(file.fileno(), self._owner())
+                while True:
+                    try:
+                        chunk = read(CHUNK)
+                    except OSError as error:
+                        raise ApiError(400, "Upload", "the image cannot be read: "
+                                       f"{error.strerror or error}") from error
+                    if not chunk:
+                        break
+                    with turn:
+                        found.feed(chunk)
+                    file.write(chunk)
+                found.finish()
+                file.flush()
+                if os.fstat(file.fileno()).st_size != found.size:
+                    raise OSError(errno.EIO, "the disk has not kept all of it")
+        except BadImage as error:
+            raise refused_file(error)
+        return found
+
+    def _describe(self, manifest, found, expected, check_stream) -> dict:
+        """files[0] for a file that was received.  Raises ApiError where it breaks a promise."""
         if found.size == 0:
-            raise BadImage("there is no data")
-        stored = (manifest.get("files") or [{}])[0]
-        truth = {"size": found.size, "sha1": found.sha1, "compression": found.compression}
+            raise refused_file("there is no data")
+        hashes = found.hashes()
+        truth = {"size": found.size, "sha1": hashes["sha1"], "compression": found.compression}
         if found.stream.guid:
             truth["dataset_guid"] = str(found.stream.guid)
         for key, value in truth.items():
-            if str(stored.get(key, value)) != str(value):
-                raise BadImage(f"its {key} is {value}, but the manifest says {stored[key]}")
-        if self.with_stream:
-            self._describe_stream(found.stream)
-        file = {"path": file_name(manifest, found.compression), **stored, **truth,
-                **md5_record(found.sha1, found.md5)}
+            promised = expected.get(key)
+            if promised not in (None, value) and str(promised).lower() != str(value):
+                raise refused_file(f"its {key} is {value}, not {promised}")
+        if check_stream:
+            try:
+                self._check_stream(manifest, found.stream)
+            except BadImage as error:
+                raise refused_file(error)
+        file = {"path": file_name(manifest, found.compression), **expected, **truth, **hashes,
+                "md5_of": hashes["sha1"]}
         if not is_file_name(file["path"]):
-            raise BadImage("files[0].path of the manifest is no plain file name")
-        manifest["files"] = [file]
+            raise refused_file("files[0].path of the manifest is no plain file name")
+        return file
 
-    def _describe_stream(self, stream):
-        """Hold the ZFS stream against type and origin.  Raises BadImage."""
-        manifest = self.manifest
-        trouble = stream.trouble()
-        if trouble:
-            raise BadImage(trouble)
-        if (stream.type == "zvol") != (manifest["type"] == "zvol"):
-            raise BadImage(f"the stream is that of a {stream.type}, but the type is "
-                          f"{manifest['type']}")
+    def _check_stream(self, manifest, stream):
+        """Compare the ZFS stream with type and origin.  Raises BadImage."""
         origin = manifest.get("origin")
-        if stream.from_guid and not origin:
-            raise BadImage("the stream is incremental: --origin must name the image it builds on")
-        if not stream.from_guid and origin:
+        problem = stream_problem(manifest["type"], stream, ZFS_TYPES)
+        if problem:
+            raise BadImage(problem)
+        if stream.type and origin and not stream.from_guid:
             raise BadImage("the stream is not incremental, but an origin is given")
-        if origin and self._guid_of(origin) != str(stream.from_guid):
+        self.check_origin(origin, stream)
+
+    def check_origin(self, origin, stream):
+        """Raise BadImage where an incremental stream does not build on the origin's."""
+        if stream.from_guid and not origin:
+            raise BadImage("the stream is incremental, but no origin is given (--origin): "
+                           "the image that it builds on")
+        if stream.from_guid and self._guid_of(origin) != str(stream.from_guid):
             raise BadImage(f"the stream does not build on image {origin}")
 
-    def _guid_of(self, origin):
+    def _guid_of(self, uuid) -> str:
         """The guid of an image's snapshot: from its manifest, else from its file."""
-        reader = ImageReader(self.config)
-        image = reader.read(origin, os.path.join(self.config.serve_dir, ""), (IMGAPI,))
-        if image is None or image.problem:
-            raise BadImage(f"its origin, image {origin}, is not on this server, or not sound")
-        file = image.fields()["files"][0]
-        return file.get("dataset_guid") or str(read_stream(
-            os.path.join(image.directory, image.file), file["compression"]).guid)
+        for prefix in ("", INCOMING):
+            with storing(f"image {uuid} cannot be read"):
+                image = self._reader.read(uuid, self._path("", prefix), (IMGAPI,))
+                if image is not None and not image.problem:
+                    file = image.fields()["files"][0]
+                    return file.get("dataset_guid") or str(read_stream(
+                        os.path.join(image.directory, image.file), file["compression"]).guid)
+                if image is not None:
+                    raise BadImage(f"its origin, image {uuid}, is not sound: {image.problem}")
+        raise BadImage(f"imgadm cannot import it until image {uuid} is on this server, too")
 
 
 # -- HTTP messages -----------------------------------------------------------------------
@@ -4980,6 +5357,11 @@ class UnixImageServer(ImageServer):
 
 # -- commands ----------------------------------------------------------------------------
 
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE)     # end a command
+PIPE_WRITE = 512              # bytes that a writable pipe takes at once (POSIX, _POSIX_PIPE_BUF)
+PROGRESS_EVERY = 0.25         # seconds between two figures on a terminal
+
+
 def start(config, log) -> EventLoop:
     """An event loop with servers that listen.
 
@@ -5051,24 +5433,120 @@ def run_serve(config, _):
     return 0
 
 
+class Signals:
+    """The signals that end a command, as a flag: nothing is interrupted by them.
+
+    A command asks for the flag between two pieces of its work, and waits with `wait`.  The
+    wake-up descriptor becomes readable with a signal, so that none is lost just before a wait.
+    """
+
+    def __init__(self):
+        self._number = self._wakeup = None
+
+    def arm(self):
+        """From now on a signal is kept until check or wait is called."""
+        self._wakeup, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in ENDING:
+            # An ignored one stays so (nohup); SIGPIPE is ignored by Python itself.
+            if signal.getsignal(number) is not signal.SIG_IGN or number == signal.SIGPIPE:
+                signal.signal(number, self._came)
+
+    def _came(self, number, frame):
+        self._number = self._number or number
+
+    def check(self):
+        """Raise UserError if a signal has come."""
+        if self._number:
+            raise UserError(f"ended by {signal.Signals(self._number).name}", 128 + self._number)
+
+    def wait(self, fd, writing=False):
+        """Wait until fd can be read, or written.  Raises UserError once a signal has come."""
+        ready = []
+        while not ready:
+            self.check()
+            reading, writable = [self._wakeup], []
+            (writable if writing else reading).append(fd)
+            read, written, _ = select.select(reading, writable, [])
+            ready = [each for each in read + written if each == fd]
+        self.check()
+
+    def say(self, text):
+        """Print a line on standard output, to a pager that may not read.
+
+        Raises UserError where it must wait and a signal has come, and OSError.
+        """
+        data = (text + "\n").encode("utf-8", "surrogateescape")
+        while data:
+            if not select.select([], [1], [], 0)[1]:
+                self.wait(1, writing=True)
+            with contextlib.suppress(BlockingIOError):
+                try:
+                    data = data[os.write(1, data[:PIPE_WRITE]):]
+                except BrokenPipeError:
+                    self.check()          # it was SIGPIPE, too
+                    raise
+
+    def finish(self, published):
+        """The end of a command: no signal changes its exit status any more, or each ends it."""
+        if self._wakeup is None:
+            return
+        if published:
+            signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        else:
+            for number in ENDING:
+                if signal.getsignal(number) == self._came and number != signal.SIGPIPE:
+                    signal.signal(number, signal.SIG_DFL)
+
+
+class Input:
+    """A file, a FIFO, or standard input (path None), read so that a signal ends each wait."""
+
+    def __init__(self, path, signals):
+        """Open it.  Raises OSError."""
+        # A FIFO that nobody has opened to write would keep a plain open() waiting.
+        self._fd = 0 if path is None else os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        self._signals = signals
+
+    def read(self, size) -> bytes:
+        """Up to `size` bytes, b"" at the end.  Raises OSError, and UserError after a signal."""
+        while True:
+            self._signals.wait(self._fd)
+            with contextlib.suppress(BlockingIOError):
+                return os.read(self._fd, size)
+
+    def read_all(self, limit) -> bytes:
+        """All of it, or a little more than `limit` bytes.  Raises as read does."""
+        data = b""
+        while len(data) <= limit:
+            more = self.read(CHUNK)
+            if not more:
+                break
+            data += more
+        return data
+
+
 class Progress:
     """Bytes and rate on a terminal's stderr, some times a second; nothing anywhere else."""
 
-    def __init__(self, what, quiet=False):
-        self.what = what
-        self.shown = not quiet and sys.stderr.isatty()
+    def __init__(self, action, quiet=False):
+        self.action, self.size = action, 0
+        self.shown = not quiet and sys.stderr is not None and sys.stderr.isatty()
         self.began = self.last = time.monotonic()
 
-    def __call__(self, size):
+    def add(self, size):
+        """Count bytes.  A terminal that is stopped (^S) shows nothing, and stops nothing."""
+        self.size += size
         now = time.monotonic()
-        if self.shown and now - self.last >= 0.25:
+        if self.shown and now - self.last >= PROGRESS_EVERY and select.select([], [2], [], 0)[1]:
             self.last = now
-            rate = size / (now - self.began) / 1e6
-            sys.stderr.write(f"\r{self.what}: {size / 1e6:.0f} MB, {rate:.0f} MB/s\033[K")
+            rate = self.size / (now - self.began) / 1e6
+            sys.stderr.write(f"\r{self.action}: {self.size / 1e6:.0f} MB, {rate:.0f} MB/s\033[K")
             sys.stderr.flush()
 
     def clear(self):
-        if self.shown:
+        if self.shown and select.select([], [2], [], 0)[1]:
             sys.stderr.write("\r\033[K")
             sys.stderr.flush()
 
@@ -5085,11 +5563,10 @@ def checked_uuid(text) -> str:
     return text
 
 
-def read_given_manifest(path) -> dict:
+def read_given_manifest(path, signals) -> dict:
     """The manifest in a file, alone or as `imgadm get` prints it.  Raises UserError."""
     try:
-        with interruptible(open)(path, "rb") as file:
-            data = interruptible(file.read)(MANIFEST_LIMIT + 1)
+        data = Input(path, signals).read_all(MANIFEST_LIMIT)
         if len(data) > MANIFEST_LIMIT:
             raise UserError(f"{path} is larger than {MANIFEST_LIMIT} bytes")
         manifest = parse_object(data)
@@ -5124,7 +5601,7 @@ def manifest_to_import(config, options) -> dict:
                                            ("origin", options.origin)) if value is not None}
     if options.manifest:
         given.update(given_fields(texts))
-        manifest = {**read_given_manifest(options.manifest), **given}
+        manifest = {**read_given_manifest(options.manifest, options.signals), **given}
         manifest["uuid"] = options.uuid or manifest.get("uuid") or new_uuid()
     else:
         if len(texts) < 3:
@@ -5132,7 +5609,7 @@ def manifest_to_import(config, options) -> dict:
         given.update(zip(("name", "version", "description"), texts))
         given.update(given_fields(texts[3:]))
         manifest = new_manifest(config, options.uuid or new_uuid(), given)
-    manifest = check_fields(manifest)
+    manifest = validate(manifest, IMPORT)
     own = {key: manifest[key] for key in ("owner", "public") if given.get(key) is not None}
     if is_v1(manifest) and own:           # v1 cannot say that
         manifest = {**upgrade(manifest), **own}
@@ -5165,41 +5642,41 @@ def run_import(config, options):
     """Take an image from standard input or --file, and print its uuid."""
     options.words = import_words(options)
     manifest = manifest_to_import(config, options)
-    if manifest.get("origin") and options.stream_check and not os.path.exists(
-            os.path.join(config.serve_dir, manifest["origin"], MANIFEST)):
-        raise UserError(f"its origin, image {manifest['origin']}, is not on this server")
-    if options.file in (None, "-"):
-        os.set_blocking(0, True)          # the other end may have had it otherwise
-        source = open(0, "rb", closefd=False)
-        if source.isatty():
-            raise UserError("the image is read from standard input: `... < FILE`", 2)
-    else:
-        try:
-            source = interruptible(open)(options.file, "rb")
-        except OSError as error:
-            raise UserError(f"cannot read {options.file}: {error.strerror}")
-    progress = Progress("imported", options.quiet)
+    uuid, path = manifest["uuid"], options.file if options.file != "-" else None
+    if path is None and os.isatty(0):
+        raise UserError("the image is read from standard input: `... < FILE`", 2)
     try:
-        Import(config, manifest, options.stream_check, progress).run(source, options.activate)
+        source = Input(path, options.signals)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}")
+    progress = Progress("imported", options.quiet)
+
+    def read(size):
+        chunk = source.read(size)
+        progress.add(len(chunk))
+        return chunk
+
+    try:
+        Publisher(config).import_image(manifest, read, options.activate, options.stream_check)
     finally:
         progress.clear()
     try:
-        print(manifest["uuid"], flush=True)
-    except OSError as error:
-        raise OSError(error.errno, f"image {manifest['uuid']} is stored, but that cannot be "
-                                   f"printed: {error.strerror}")
+        options.signals.say(uuid)
+    except (OSError, UserError) as error:     # no status of a signal: the image is there
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"image {uuid} is stored, but that cannot be printed: {reason}")
     return 0
 
 
 def run_activate(config, options):
     """Put an image on show that `import -n` has left unactivated."""
-    activate(config, checked_uuid(options.uuid))
+    Publisher(config).activate(checked_uuid(options.uuid))
     return 0
 
 
 def run_discard(config, options):
     """Throw away an image that is not active."""
-    discard(config.serve_dir, checked_uuid(options.uuid))
+    Publisher(config).discard(checked_uuid(options.uuid))
     return 0
 
 
@@ -5214,112 +5691,225 @@ def run_import_image(config, options):
     return options.step(config, options)
 
 
-def check_image(reader, config, uuid, quiet) -> FileScan:
-    """Read all of an image, and hold it against its manifest.  Raises BadImage."""
-    image = reader.read(uuid, os.path.join(config.serve_dir, ""), (IMGAPI,))
-    if image is None:
-        raise BadImage(f"there is no {MANIFEST}")
-    if image.problem:
-        raise BadImage(image.problem)
-    found = FileScan()
-    progress = Progress(f"{uuid} {image.file}", quiet)
+class Check:
+    """Compares the images of serve_dir with their manifests; one run of `check`."""
+
+    def __init__(self, config, options):
+        self.config, self.options, self.signals = config, options, options.signals
+        self.reader, self.publisher = ImageReader(config), Publisher(config)
+
+    def image(self, uuid):
+        """Check one image.  Raises BadImage, and ApiError where --record cannot write."""
+        directory = os.path.join(self.config.serve_dir, uuid)
+        if uuid != uuid.lower():
+            raise BadImage("not shown: the name of its directory must be in lower case")
+        image = self._read(uuid)
+        if image is None:
+            if not os.path.isdir(directory):
+                raise BadImage("no such image")
+            names = [name for name in os.listdir(directory)
+                     if name == "manifest" or name.endswith(".imgmanifest")]
+            raise BadImage(f"there is no {MANIFEST}" + "".join(
+                f": {name} must have that name" for name in names[:1]))
+        found = None
+        if image.problem and self.options.record and image.file and lacks_facts(directory):
+            found = self._scan(image)
+            record_facts(directory, found)
+            image = self._read(uuid)
+        if image.problem:
+            raise BadImage(image.problem)
+        if self.options.fast:
+            self._check_head(image)
+        else:
+            found = found or self._scan(image)
+            try:
+                self._compare(found, image)
+            except BadImage as error:
+                raise BadImage(f"{image.file}: {error}")
+            if self.options.record:
+                record_facts(directory, found)
+        if image.origin and not os.path.exists(
+                os.path.join(self.config.serve_dir, image.origin, MANIFEST)):
+            raise BadImage(f"imgadm cannot import it until image {image.origin} is on this "
+                           "server, too")
+
+    def _read(self, uuid):
+        return self.reader.read(uuid, os.path.join(self.config.serve_dir, ""), (IMGAPI,))
+
+    def _scan(self, image) -> FileScan:
+        """Read all of an image's file.  Raises BadImage, and UserError after a signal."""
+        found, progress = FileScan(), Progress(f"{image.uuid} {image.file}", self.options.quiet)
+        try:
+            fd, _ = open_regular(os.path.join(image.directory, image.file))
+            with open(fd, "rb", buffering=0) as file:
+                for chunk in iter(lambda: file.read(CHUNK), b""):
+                    self.signals.check()
+                    found.feed(chunk)
+                    progress.add(len(chunk))
+            found.finish()
+        except OSError as error:
+            raise BadImage(f"{image.file}: {error.strerror}")
+        except BadImage as error:
+            raise BadImage(f"{image.file}: {error}")
+        finally:
+            progress.clear()
+        return found
+
+    def _compare(self, found, image):
+        """Compare the facts of the file with the manifest.  Raises BadImage."""
+        hashes = found.hashes()
+        pairs = [("size", found.size, image.size), ("sha1", hashes["sha1"], image.sha1)]
+        if image.claimed_md5 is not None:
+            pairs.append(("md5", hashes["md5"], image.claimed_md5.hex()))
+        self._check_facts(pairs, found.compression, found.stream, image)
+
+    def _check_head(self, image):
+        """The same by the first bytes of the file alone.  Raises BadImage."""
+        path = os.path.join(image.directory, image.file)
+        try:
+            fd, _ = open_regular(path)
+            with open(fd, "rb", buffering=0) as file:
+                compression = compression_of(file.read(MAGIC_LENGTH), image.file)
+            stream = read_stream(path, compression)
+        except (OSError, BadImage) as error:
+            raise BadImage(f"{image.file}: {getattr(error, 'strerror', error)}")
+        self._check_facts([], compression, stream, image, whole=False)
+
+    def _check_facts(self, pairs, compression, stream, image, whole=True):
+        """Compare pairs (name, found, promised), compression and stream.  Raises BadImage."""
+        required = STREAM_TYPES.values()
+        if stream.type is not None or image.type in required:
+            file = image.fields()["files"][0]
+            pairs = [*pairs, ("compression", compression, file["compression"])]
+            if stream.type is not None:
+                pairs.append(("dataset_guid", str(stream.guid),
+                              file.get("dataset_guid", str(stream.guid))))
+        for name, value, promised in pairs:
+            if value != promised:
+                raise BadImage(f"its {name} is {value}, not {promised}")
+        problem = stream_problem(image.type, stream, required, whole)
+        if problem:
+            raise BadImage(problem)
+        self.publisher.check_origin(image.origin, stream)
+
+    def label(self, uuid) -> str:
+        """uuid, name and version of an image, as far as its manifest tells."""
+        try:
+            manifest, _ = read_manifest(os.path.join(self.config.serve_dir, uuid))
+            texts = [uuid, str(manifest["name"]), str(manifest["version"])]
+        except (OSError, BadImage, LookupError, RecursionError):
+            texts = [uuid]
+        return printable(" ".join(texts))
+
+    def leftovers(self):
+        """Say which images are not active; with --clean remove the stale ones."""
+        for uuid, problem, age in list(incoming(self.config, self.reader)):
+            text = (f"was never finished, or is still coming ({problem})" if problem else
+                    "waits to be activated")
+            removed = self.options.clean and problem is not None and age > STALE
+            if removed:
+                try:
+                    self.publisher.discard(uuid)
+                    text = "was never finished: removed"
+                except ApiError as error:
+                    text = f"was never finished: {error.message}"
+            if removed or not self.options.quiet:
+                self.signals.say(f"{INCOMING}{uuid}: {printable(text)}; "
+                                 f"last change {age / 3600:.0f} hours ago")
+
+    def clean(self):
+        """Remove the remains of commands that were killed: set aside, or half written."""
+        serve_dir = self.config.serve_dir
+        for name in os.listdir(serve_dir):
+            self.signals.check()
+            path = os.path.join(serve_dir, name)
+            if name.startswith(DISCARDED):
+                shutil.rmtree(path, ignore_errors=True)
+            elif is_uuid(name):
+                with contextlib.suppress(OSError):
+                    for entry in os.scandir(path):
+                        if (_TEMPORARY.fullmatch(entry.name) and time.time()
+                                - entry.stat(follow_symlinks=False).st_mtime > STALE):
+                            os.unlink(entry.path)
+
+
+def lacks_facts(directory) -> bool:
+    """Whether a manifest does not say the size or the sha1 of its file."""
     try:
-        fd, _ = open_regular(os.path.join(image.directory, image.file))
-        with open(fd, "rb", buffering=0) as file:
-            found.run(interruptible(file.read), progress=progress)
-        compare(found, image)
-    except OSError as error:
-        raise BadImage(f"{image.file}: {error.strerror}")
-    except BadImage as error:
-        raise BadImage(f"{image.file}: {error}")
-    finally:
-        progress.clear()
-    return found
+        file = read_manifest(directory)[0]["files"][0]
+        return not (file.get("size") and file.get("sha1"))
+    except (OSError, BadImage, LookupError, TypeError, AttributeError):
+        return False
 
 
-def compare(found, image):
-    """Hold what was found against what the manifest says.  Raises BadImage."""
-    is_stream = found.stream.type is not None or image.type in STREAM_TYPES.values()
-    pairs = [("size", found.size, image.size), ("sha1", found.sha1, image.sha1)]
-    if image.claimed_md5 is not None:
-        pairs.append(("md5", found.md5, image.claimed_md5.hex()))
-    if is_stream:
-        promised = image.fields()["files"][0]["compression"]
-        pairs.append(("compression", found.compression, promised))
-    for name, value, promised in pairs:
-        if value != promised:
-            raise BadImage(f"its {name} is {value}, not {promised}")
-    trouble = is_stream and found.stream.trouble()
-    if trouble:
-        raise BadImage(trouble)
+def record_facts(directory, found):
+    """Write the md5 and sha256 of an image's file into its manifest, and a missing size or sha1.
 
-
-def record_md5(directory, found):
-    """Write the md5 of an image's file into its manifest, for Content-MD5; by rename.
-
-    Its time stays, which may be what is shown as published_at.  Not where the manifest has
-    become another since the file was read.  Raises BadImage where it cannot be written.
+    By rename; its mtime stays, which may be shown as published_at.  Not where the manifest
+    has become another since the file was read.  Raises ApiError where it cannot be written.
     """
     try:
         manifest, _ = read_manifest(directory)
         file = manifest["files"][0]
-        if file["sha1"].lower() != found.sha1 or recorded_md5(file):
+        facts = {"size": found.size, **found.hashes()}
+        facts["md5_of"] = facts["sha1"]
+        if any(str(file.get(key) or facts[key]).lower() != str(facts[key])
+               for key in ("size", "sha1")):
             return
     except (OSError, BadImage, LookupError, TypeError, AttributeError):
         return
-    file.update(md5_record(found.sha1, found.md5))
-    try:
+    kept = {key: file[key] for key in ("size", "sha1") if file.get(key)}
+    if {**file, **facts, **kept} != file:
+        file.update(facts, **kept)
         replace_file(os.path.join(directory, MANIFEST),
                      (render_json(manifest) + "\n").encode(), keep_time=True)
-    except UserError as mistake:
-        raise BadImage(str(mistake))
 
 
-def incoming(serve_dir):
-    """Yield (uuid, whether it is whole, seconds since its last change) of what is not active."""
-    for name in sorted(os.listdir(serve_dir)):
-        if name.startswith(INCOMING) and is_uuid(name[len(INCOMING):]):
-            path = os.path.join(serve_dir, name)
-            try:
-                times = [os.stat(path).st_mtime]
-                times += [entry.stat(follow_symlinks=False).st_mtime
-                          for entry in os.scandir(path)]
-            except OSError:
-                continue                  # it has just been activated, or is no directory
-            yield (name[len(INCOMING):], os.path.exists(os.path.join(path, MANIFEST)),
-                   time.time() - max(times))
+def incoming(config, reader):
+    """Yield (uuid, problem, seconds since its last change) of each image that is not active.
+
+    problem: why it cannot be activated, or None.
+    """
+    for name in sorted(os.listdir(config.serve_dir)):
+        uuid, path = name[len(INCOMING):], os.path.join(config.serve_dir, name)
+        if not name.startswith(INCOMING) or not is_uuid(uuid):
+            continue
+        try:
+            times = [os.stat(path).st_mtime]
+            times += [entry.stat(follow_symlinks=False).st_mtime for entry in os.scandir(path)]
+        except OSError:
+            continue                      # it has just been activated, or is no directory
+        image = reader.read(uuid, os.path.join(config.serve_dir, INCOMING), (IMGAPI,))
+        problem = image.problem if image else f"there is no {MANIFEST}"
+        if os.path.lexists(os.path.join(config.serve_dir, uuid)):
+            problem = "an image of this uuid is active"
+        yield uuid, problem, time.time() - max(times)
 
 
 def run_check(config, options):
-    """Read every image again, and say which are not what their manifests promise."""
+    """Compare every image with its manifest, and say which are not as that promises."""
     config.check_serve_dir()
-    reader = ImageReader(config)
+    if options.fast and options.record:
+        raise UserError("--record must read all of an image: not with --fast", 2)
+    check, say = Check(config, options), options.signals.say
     uuids = [checked_uuid(text) for text in options.uuid]
-    uuids = uuids or sorted(name for name in os.listdir(config.serve_dir) if is_uuid(name))
-    say = interruptible(functools.partial(print, flush=True))     # to a pager, it may take long
+    uuids = uuids or sorted(name for name in os.listdir(config.serve_dir)
+                            if is_uuid(name.lower()))
     bad = 0
     for uuid in uuids:
+        options.signals.check()
         try:
-            found = check_image(reader, config, uuid, options.quiet)
-            if options.record:
-                record_md5(os.path.join(config.serve_dir, uuid), found)
-        except BadImage as error:
+            check.image(uuid)
+        except (BadImage, ApiError) as error:
             bad += 1
-            say(f"{uuid}: {printable(str(error))}")
-    for name in os.listdir(config.serve_dir) if options.clean else ():
-        if name.startswith(DISCARDED):    # somebody was killed while removing it
-            shutil.rmtree(os.path.join(config.serve_dir, name), ignore_errors=True)
-    for uuid, whole, age in [] if options.uuid else list(incoming(config.serve_dir)):
-        what = "waits to be activated" if whole else "was never finished, or is still coming"
-        if options.clean and not whole and age > ABANDONED:
-            try:
-                discard(config.serve_dir, uuid)
-                what = "was never finished: removed"
-            except UserError as mistake:
-                what = f"was never finished: {mistake}"
-        say(f"{INCOMING}{uuid}: {what}; last change {age / 3600:.0f} hours ago")
-    say(f"{len(uuids) - bad} of {len(uuids)} images are sound"
-        + ("" if uuids else f": there is none in {config.serve_dir}"))
+            say(f"{check.label(uuid)}: {printable(str(error))}")
+    if options.clean:
+        check.clean()
+    if not options.uuid:
+        check.leftovers()
+    if bad or not options.quiet:
+        say(f"{len(uuids) - bad} of {len(uuids)} images are sound"
+            + ("" if uuids else f": there is none in {config.serve_dir}"))
     return 1 if bad else 0
 
 
@@ -5526,11 +6116,14 @@ def option_parser() -> argparse.ArgumentParser:
             True).add_argument("uuid", metavar="UUID")
     sub = command("check", run_check, "read every image again, and compare with its manifest")
     sub.add_argument("uuid", nargs="*", metavar="UUID", help="only these images")
+    sub.add_argument("--fast", action="store_true",
+                     help="compare manifests, sizes, first bytes and origins only")
     sub.add_argument("--record", action="store_true",
-                     help="write the md5 of sound images into their manifests")
+                     help="write missing sizes and hashes of sound images into their manifests")
     sub.add_argument("--clean", action="store_true",
-                     help="remove what was never finished, a day after its last change")
-    sub.add_argument("-q", "--quiet", action="store_true", help="no progress on a terminal")
+                     help="remove images that were never finished, a day after their last change")
+    sub.add_argument("-q", "--quiet", action="store_true",
+                     help="print nothing when all is well, and no progress")
     command("config", run_config, "write creator and vendor UUIDs into config.json, once")
     sub = command("smf", run_smf, "print the SMF manifest for this directory and Python")
     sub.add_argument("--directory", help="where imgserver.py is installed (default: here)")
@@ -5573,28 +6166,33 @@ def main(arguments=None) -> int:
     # Given here and not as defaults of the parser, where a command would set them once more.
     options = option_parser().parse_args(arguments, argparse.Namespace(
         config=None, dir=None, listen=None, loglevel=None))
+    options.signals, status = Signals(), 1
     try:
         config = load_config(options)
         if options.run is not run_serve:
-            hold_signals()
+            options.signals.arm()
         status = options.run(config, options)
         if sys.stdout is not None:        # it is where there was none at the start
             sys.stdout.flush()
+        options.signals.finish(published=True)
         return status
+    except (UserError, ApiError) as error:
+        message, status = str(error), getattr(error, "exit_status", 1)
+        if getattr(error, "errors", None) and all("message" in each for each in error.errors):
+            message = "; ".join(each["message"] for each in error.errors)
+        cause = error.__cause__
+        if isinstance(cause, OSError) and os.path.isabs(cause.filename or ""):
+            message += f" ({cause.filename})"
+        message = printable(message).replace('\\"', '"')
     except RuntimeError as error:         # can't start new thread
-        sys.stderr.write(f"imgserver: {error}\n")
-        return 1
-    except OSError as error:              # commands turn theirs into a UserError, but for print
+        message = str(error)
+    except OSError as error:              # commands make an ApiError of theirs, but for print
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)      # or Python would fail at its end again
-        sys.stderr.write(f"imgserver: {error.strerror}\n")
-        return 1
-    except UserError as mistake:
-        try:
-            text = printable(str(mistake)).replace('\\"', '"')
-            sys.stderr.write(f"imgserver: {text}\n")
-        except (OSError, AttributeError):
-            pass                          # nobody to tell; the exit status does
-        return mistake.status
+        message = str(error.strerror or error)
+    options.signals.finish(published=False)
+    with contextlib.suppress(OSError, AttributeError):    # nobody to tell; the status does
+        sys.stderr.write(f"imgserver: {message}\n")
+    return status
 
 
 if __name__ == "__main__":

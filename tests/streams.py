@@ -19,14 +19,18 @@ MAGIC = 0x2F5bacbac
 BEGIN, WRITE, END = 0, 3, 5             # drr_type
 FILE_SYSTEM, ZVOL = 2, 3                # drr_type of BEGIN: DMU_OST_*
 SUBSTREAM, COMPOUND = 1, 2              # header type in drr_versioninfo
+CLONE = 1                               # drr_flags of BEGIN
+RESUMING = 1 << 20                      # a feature in drr_versioninfo
 GUID = 0x1122334455667788
 
 
 def begin(kind, guid, from_guid, order, header=SUBSTREAM, payload=0,
-          name=b"zones/test@final"):
-    """A DRR_BEGIN record."""
-    return struct.pack(order + "IIQQQIIQQ256s", BEGIN, payload, MAGIC, header, 1700000000, kind,
-                       0, guid, from_guid, name)
+          name=b"zones/test@final", features=0, flags=None):
+    """A DRR_BEGIN record.  An incremental one is a clone's, unless flags say otherwise."""
+    if flags is None:
+        flags = CLONE if from_guid else 0
+    return struct.pack(order + "IIQQQIIQQ256s", BEGIN, payload, MAGIC, header | features << 2,
+                       1700000000, kind, flags, guid, from_guid, name)
 
 
 def write(data, order, guid):
@@ -41,9 +45,10 @@ def end(guid, order):
     return struct.pack(order + "II32sQ", END, 0, b"\xa5" * 32, guid).ljust(RECORD, b"\0")
 
 
-def stream(payload=b"some blocks", kind=FILE_SYSTEM, guid=GUID, from_guid=0, order="<"):
-    """A whole stream of one snapshot."""
-    return begin(kind, guid, from_guid, order) + write(payload, order, guid) + end(guid, order)
+def stream(payload=b"some blocks", kind=FILE_SYSTEM, guid=GUID, from_guid=0, order="<", **words):
+    """A whole stream of one snapshot; `words` are for its BEGIN (features, flags)."""
+    return (begin(kind, guid, from_guid, order, **words) + write(payload, order, guid)
+            + end(guid, order))
 
 
 def package(*streams, order="<", properties=b"\1" * 96):

@@ -81,7 +81,8 @@ class TestCheck(CheckCase):
         self.assertEqual(len(lines), len(cases) + 1)
         for number, (_, _, pattern) in enumerate(cases):
             with self.subTest(pattern=pattern):
-                self.assertRegex(lines[number], f"^{uuid_of(number)}: .*({pattern})")
+                self.assertRegex(lines[number],
+                                 f"^{uuid_of(number)} (test|a\\+b) 1.0.0: .*({pattern})")
 
     def test_one_flipped_bit(self):
         write_image(self.serve_dir, uuid_of(1), IMAGE)
@@ -95,7 +96,10 @@ class TestCheck(CheckCase):
     def test_an_image_that_is_not_there(self):
         status, lines = self.check(uuid_of(1))
         self.assertEqual((status, lines[1]), (1, "0 of 1 images are sound"))
-        self.assertIn("there is no manifest.json", lines[0])
+        self.assertEqual(lines[0], f"{uuid_of(1)}: no such image")
+        os.mkdir(os.path.join(self.serve_dir, uuid_of(1)))
+        self.assertEqual(self.check(uuid_of(1))[1][0],
+                         f"{uuid_of(1)}: there is no manifest.json")
 
     def test_what_is_no_uuid(self):
         result = subprocess.run(
@@ -126,7 +130,7 @@ class TestCheck(CheckCase):
              "def check(*_):\n"
              f"    open({looked!r}, 'w').close()\n"
              "    raise imgserver.BadImage('bad')\n"
-             "imgserver.check_image = check\n"
+             "imgserver.Check.image = check\n"
              "sys.exit(imgserver.main())", "check", "--dir", self.serve_dir],
             stdout=writer, stderr=subprocess.PIPE, cwd=ROOT)
         os.close(writer)
@@ -142,10 +146,13 @@ class TestIncoming(CheckCase):
     def incoming(self, number, age, whole=False):
         """An image that is not active, last changed `age` seconds ago."""
         path = os.path.join(self.serve_dir, ".incoming-" + uuid_of(number))
-        os.mkdir(path)
-        for name in [".file"] + ["manifest.json"] * whole:
-            with open(os.path.join(path, name), "wb") as file:
-                file.write(b"{}")
+        if whole:
+            write_image(self.serve_dir, uuid_of(number), IMAGE)
+            os.rename(os.path.join(self.serve_dir, uuid_of(number)), path)
+        else:
+            os.mkdir(path)
+            with open(os.path.join(path, ".file.ab12"), "wb") as file:
+                file.write(b"a beginning")
         then = time.time() - age
         for name in [*os.listdir(path), ""]:
             os.utime(os.path.join(path, name), (then, then))
@@ -166,7 +173,7 @@ class TestIncoming(CheckCase):
         old = self.incoming(2, DAY + 600)
         waiting = self.incoming(3, 9 * DAY, whole=True)
         growing = self.incoming(4, 2 * DAY)
-        os.utime(os.path.join(growing, ".file"))  # only its file changes while one is written
+        os.utime(os.path.join(growing, ".file.ab12"))  # only its file changes while one is written
         os.mkdir(os.path.join(self.serve_dir, ".incoming-notes"))
         write_image(self.serve_dir, uuid_of(5), IMAGE)
         status, lines = self.check("--clean")
@@ -203,6 +210,7 @@ class TestRecord(CheckCase):
         after = self.manifest(uuid_of(1))
         self.assertEqual(after["files"][0].pop("md5_of"), hashlib.sha1(IMAGE).hexdigest())
         del after["files"][0]["md5"]
+        self.assertEqual(after["files"][0].pop("sha256"), hashlib.sha256(IMAGE).hexdigest())
         self.assertEqual(after, before)
         status = os.stat(self.path(uuid_of(1), "manifest.json"))
         self.assertEqual(status.st_mode & 0o777, 0o644)
@@ -263,7 +271,7 @@ class TestRecord(CheckCase):
         lines = result.stdout.splitlines()
         self.assertEqual((result.returncode, len(lines)), (1, 4), lines)
         for number, pattern in ((1, "cannot write"), (2, "cannot write"), (3, "no ZFS")):
-            self.assertRegex(lines[number - 1], f"^{uuid_of(number)}: .*{pattern}")
+            self.assertRegex(lines[number - 1], f"^{uuid_of(number)} test 1.0.0: .*{pattern}")
 
     def test_a_bad_image_gets_none(self):
         write_image(self.serve_dir, uuid_of(1), IMAGE[:-9])

@@ -65,7 +65,9 @@ class ZfsCase(ServerCase):
 
     @classmethod
     def make_files(cls):
-        """POOL/vm with two snapshots: @one, and @two with one file more and one changed."""
+        """POOL/vm with @one, and @two with one file more and one changed; and a clone of @one
+        with the changes of @two, as `imgadm create -i` makes one of a VM.
+        """
         cls.vm = cls.pool + "/vm"
         run("zfs", "create", cls.vm)
         cls.files = os.path.join(cls.home, "mnt", "vm")
@@ -80,6 +82,12 @@ class ZfsCase(ServerCase):
         cls.write("more", os.urandom(1 << 20))
         run("zfs", "snapshot", cls.vm + "@two")
         cls.second = cls.contents(cls.files)
+        cls.clone = cls.pool + "/clone"
+        run("zfs", "clone", cls.vm + "@one", cls.clone)
+        for name in ("etc/motd", "more"):
+            shutil.copy(os.path.join(cls.files, name),
+                        os.path.join(cls.home, "mnt", "clone", name))
+        run("zfs", "snapshot", cls.clone + "@two")
 
     @classmethod
     def write(cls, name, data):
@@ -156,34 +164,68 @@ class TestZfs(ZfsCase):
     def test_an_incremental_image(self):
         server = self.serve()
         full = self.publish(self.send(self.vm + "@one"))
-        part = self.send("-i", self.vm + "@one", self.vm + "@two")
+        part = self.send("-i", self.vm + "@one", self.clone + "@two")
         refused = self.run_import(part)
         self.assertEqual(refused.returncode, 1)
-        self.assertIn(b"--origin must name", refused.stderr)
+        self.assertIn(b"no origin is given", refused.stderr)
         uuid = self.publish(part, "--origin", full)
         manifest, data = self.download(server, uuid)
         self.assertEqual(manifest["origin"], full)
         self.receive(self.download(server, full)[1], "chain")
-        received = self.receive(data, "chain")
+        received = self.receive(data, "onchain")      # a name of its own, as imgadm has it
         self.assertEqual(self.contents(received), self.second)
 
     def test_an_incremental_image_on_the_wrong_origin(self):
         other = self.publish(self.send(self.vm + "@two"))
-        refused = self.run_import(self.send("-i", self.vm + "@one", self.vm + "@two"),
+        refused = self.run_import(self.send("-i", self.vm + "@one", self.clone + "@two"),
                                   "--origin", other)
         self.assertEqual((refused.returncode, refused.stdout), (1, b""))
         self.assertIn(b"does not build on", refused.stderr)
 
+    def test_an_increment_of_no_clone_has_nowhere_to_go(self):
+        server = self.serve()
+        full = self.publish(self.send(self.vm + "@one"))
+        part = self.send("-i", self.vm + "@one", self.vm + "@two")
+        refused = self.run_import(part, "--origin", full)
+        self.assertEqual((refused.returncode, refused.stdout), (1, b""))
+        self.assertIn(b"not that of a clone", refused.stderr)
+        self.receive(self.download(server, full)[1], "lone")
+        result = subprocess.run(["zfs", "receive", self.pool + "/fresh"], input=part,
+                                stderr=subprocess.PIPE, timeout=PATIENCE * 3)
+        self.assertNotEqual(result.returncode, 0)
+
     def test_packages(self):
         server = self.serve()
-        for number, option in enumerate(("-p", "-R")):
+        run("zfs", "create", self.pool + "/single")
+        with open(os.path.join(self.home, "mnt", "single", "file"), "wb") as file:
+            file.write(b"alone")
+        run("zfs", "snapshot", self.pool + "/single@only")
+        for number, (option, snapshot, wanted) in enumerate((
+                ("-p", self.vm + "@two", self.second),
+                ("-R", self.pool + "/single@only", {"file": b"alone"}))):
             with self.subTest(option=option):
-                sent = self.send(option, self.vm + "@two")
+                sent = self.send(option, snapshot)
                 _, data = self.download(server, self.publish(sent))
                 received = self.receive(data, f"package{number}")
-                self.assertEqual(self.contents(received), self.second)
+                self.assertEqual(self.contents(received), wanted)
                 refused = self.run_import(sent[:-312])
                 self.assertIn(b"end record is missing", refused.stderr)
+
+    def test_packages_of_several_snapshots(self):
+        full = self.publish(self.send(self.vm + "@one"))
+        for words in (("-R", self.vm + "@two"), ("-R", "-I", "@one", self.vm + "@two")):
+            with self.subTest(words=words):
+                refused = self.run_import(self.send(*words), "--origin", full)
+                self.assertEqual((refused.returncode, refused.stdout), (1, b""))
+                self.assertRegex(refused.stderr, b"several snapshots|not that of a clone")
+
+    def test_padding_behind_the_end(self):
+        sent = self.send(self.vm + "@one")
+        for number, padding in enumerate((b"\n", bytes(512), bytes(10240))):
+            with self.subTest(padding=len(padding)):
+                self.publish(sent + padding)
+                received = self.receive(sent + padding, f"padded{number}")
+                self.assertEqual(self.contents(received), self.first)
 
     def test_cut_streams_are_refused(self):
         sent = self.send(self.vm + "@two")
