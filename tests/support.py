@@ -47,6 +47,17 @@ def need(*tools):
             raise unittest.SkipTest(f"{tool} is not installed")
 
 
+def check_only(reason):
+    """Leave a test, or all tests of a class, to `make check`: what is random, large, or waits
+    for time limits that cannot be made shorter.  `reason` says which of them."""
+    def mark(item):
+        if os.environ.get("IMGSERVER_CHECK") == "1":
+            return item
+        item.left_out = reason
+        return unittest.skip("left to make check: " + reason)(item)
+    return mark
+
+
 def free_port():
     """A port that nobody listens on, and that stays free until the test takes it.
 
