@@ -95,14 +95,15 @@ def run(queue, jobs):
     return failures, skips
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Run the tests.")
-    parser.add_argument("-j", "--jobs", type=int, default=max(2, os.cpu_count() or 1),
-                        help="classes that run at once (default: %(default)s)")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
-    options = parser.parse_args()
-    os.chdir(ROOT)
-    sys.path.insert(0, ROOT)
+def compile_once(directory):
+    """Have this program, and the Pythons it starts, keep compiled modules in a directory."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = directory
+    sys.dont_write_bytecode = False
+
+
+def run_all(options):
+    """Find the tests, run them, and print how many passed; returns the exit status."""
     loader = unittest.defaultTestLoader
     suite = loader.loadTestsFromNames(options.names) if options.names else \
         loader.discover("tests", top_level_dir=ROOT)
@@ -120,6 +121,19 @@ def main():
         print(f"{left} left to make check")
     print(f"{count - failed - skipped} passed, {failed} failed, {skipped} skipped")
     return 1 if failed or not count else 0
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Run the tests.")
+    parser.add_argument("-j", "--jobs", type=int, default=max(2, os.cpu_count() or 1),
+                        help="classes that run at once (default: %(default)s)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    sys.path.insert(0, ROOT)
+    with tempfile.TemporaryDirectory(prefix="imgserver-pyc-") as directory:
+        compile_once(directory)
+        return run_all(options)
 
 
 if __name__ == "__main__":

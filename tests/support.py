@@ -265,16 +265,15 @@ def reachable(address):
 
 # -- the server --------------------------------------------------------------------------
 
-def command(*words, prelude=None, python=sys.executable):
-    """The command line of imgserver.py with these words.
+def command(*words, prelude="", python=sys.executable):
+    """The command line of imgserver.py with these words: imported, as the service has it, since
+    a module is compiled once and a script each time.
 
     prelude   Python that runs in the process before its main: to put a stand-in in the
               place of a system call, with `imgserver` imported
     """
-    if prelude is None:
-        return [python, IMGSERVER, *words]
-    return [python, "-c", f"import sys; sys.path.insert(0, {ROOT!r}); import imgserver\n"
-                          f"{prelude}\nsys.exit(imgserver.main())", *words]
+    return [python, "-S", "-c", f"import sys; sys.path.insert(0, {ROOT!r}); import imgserver\n"
+                                f"{prelude or ''}\nsys.exit(imgserver.main())", *words]
 
 
 class Server:
