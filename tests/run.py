@@ -18,6 +18,7 @@ import time
 import unittest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOM = 2 << 30                # bytes: more than all tests that run at once write
 LIMIT = 900                   # seconds until a class that hangs is ended, with a traceback
 
 
@@ -33,7 +34,7 @@ def tests_of(suite):
 def is_left_out(test):
     """Whether support.check_only leaves the test to `make check`."""
     method = getattr(test, test._testMethodName, None)
-    return bool(getattr(method, "left_out", "") or getattr(test, "left_out", ""))
+    return bool(getattr(method, "check_only", "") or getattr(test, "check_only", ""))
 
 
 def run_class(tests, output):
@@ -80,13 +81,13 @@ def run(queue, jobs):
             tests = queue.pop(0)
             pid, output, counts = start(tests)
             running[pid] = tests, output, counts, time.monotonic()
-        pid, _ = os.wait()
+        pid, _, used = os.wait4(-1, 0)
         tests, output, counts, began = running.pop(pid)
         counts.seek(0)
         failed, skipped, reasons = json.loads(counts.read() or json.dumps([len(tests), 0, []]))
         name = type(tests[0]).__module__ + "." + type(tests[0]).__qualname__
-        print(f"{'FAILED' if failed else 'ok':6} {time.monotonic() - began:6.1f} s {name}: "
-              f"{len(tests)}", *(f"\n    skipped {reason}" for reason in reasons), flush=True)
+        print(f"{'FAILED' if failed else 'ok':6} {time.monotonic() - began:6.1f} s, CPU "
+              f"{used.ru_utime + used.ru_stime:5.1f} s  {name}: {len(tests)}", *(f"\n    skipped {reason}" for reason in reasons), flush=True)
         if failed:
             output.seek(0)
             print(output.read(), flush=True)
@@ -95,8 +96,22 @@ def run(queue, jobs):
     return failures, skips
 
 
+def temporary_place():
+    """Where temporary files are made: in memory if there is room and programs may run."""
+    memory = "/dev/shm"
+    try:
+        place = os.statvfs(memory)
+    except OSError:
+        return None
+    if "TMPDIR" in os.environ or place.f_flag & os.ST_NOEXEC \
+            or place.f_bavail * place.f_frsize < ROOM or not os.access(memory, os.W_OK):
+        return None
+    return memory
+
+
 def compile_once(directory):
     """Have this program, and the Pythons it starts, keep compiled modules in a directory."""
+    os.mkdir(directory)
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = directory
     sys.dont_write_bytecode = False
@@ -131,8 +146,10 @@ def main():
     options = parser.parse_args()
     os.chdir(ROOT)
     sys.path.insert(0, ROOT)
-    with tempfile.TemporaryDirectory(prefix="imgserver-pyc-") as directory:
-        compile_once(directory)
+    with tempfile.TemporaryDirectory(prefix="imgserver-tests-", dir=temporary_place()) as place:
+        os.chmod(place, 0o755)            # some tests serve as another user
+        os.environ["TMPDIR"] = tempfile.tempdir = place
+        compile_once(os.path.join(place, "pycache"))
         return run_all(options)
 
 

@@ -47,13 +47,16 @@ def need(*tools):
             raise unittest.SkipTest(f"{tool} is not installed")
 
 
+CHECK = os.environ.get("IMGSERVER_CHECK") == "1"     # `make check`: all tests, at full length
+
+
 def check_only(reason):
     """Leave a test, or all tests of a class, to `make check`: what is random, large, or waits
     for time limits that cannot be made shorter.  `reason` says which of them."""
     def mark(item):
-        if os.environ.get("IMGSERVER_CHECK") == "1":
+        if CHECK:
             return item
-        item.left_out = reason
+        item.check_only = reason
         return unittest.skip("left to make check: " + reason)(item)
     return mark
 

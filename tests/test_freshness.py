@@ -9,7 +9,7 @@ import unittest
 from unittest import mock
 
 import imgserver
-from tests.support import SETTLED, ServerCase, uuid_of, write_image
+from tests.support import ROOT, SETTLED, ServerCase, uuid_of, write_image
 
 U = uuid_of(1)
 
@@ -122,10 +122,12 @@ class Looks(ServerCase):
     def test_another_file_system_is_looked_at_by_a_thread(self):
         self.begin_to_look()
         self.names()
-        other = tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
-        self.addCleanup(shutil.rmtree, other)
-        if os.stat(other).st_dev == os.stat(self.serve_dir).st_dev:
+        places = [place for place in ("/dev/shm", "/var/tmp", ROOT) if os.access(place, os.W_OK)
+                  and os.stat(place).st_dev != os.stat(self.serve_dir).st_dev]
+        if not places:
             self.skipTest("there is no second file system")
+        other = tempfile.mkdtemp(dir=places[0])
+        self.addCleanup(shutil.rmtree, other)
         for name in ("manifest.json", "image.zfs.gz", ""):
             with self.subTest(name):
                 path = os.path.join(self.serve_dir, U, name).rstrip("/")

@@ -12,6 +12,8 @@ U = uuid_of(1)
 class Unread(ServerCase):
     """Answers that nobody reads."""
 
+    seconds = 6
+
     def test_pipelined_requests_do_not_fill_the_memory(self):
         write_image(self.serve_dir, U, tags={"text": "x" * 90000})
         server = self.serve(config={"stall_timeout": 1})

@@ -494,9 +494,9 @@ class Ties(Case):
 
 class Paging(Case):
 
-    def test_2500_images_with_ties(self):
+    def test_many_images_with_ties(self):
         """Each image comes once, to imgadm and to clients that ask for pages of their own."""
-        count = 2500
+        count = 2500 if support.CHECK else 1100           # imgadm asks for 1,000 at a time
         for number in range(1, count + 1):
             support.write_v2(self.serve_dir, uuid_of(number * 7919 % 100003), path="f",
                              published_at=f"2013-01-{1 + number % 5:02}T00:00:00Z")

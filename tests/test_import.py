@@ -17,8 +17,8 @@ import threading
 import time
 
 from tests import streams
-from tests.support import (IMGSERVER, NOBODY, PATIENCE, ROOT, ServerCase, default_signals, need,
-                           uuid_of, wait_for, write_image)
+from tests.support import (IMGSERVER, NOBODY, PATIENCE, ROOT, ServerCase, check_only,
+                           default_signals, need, uuid_of, wait_for, write_image)
 
 IMPORT = os.path.join(ROOT, "import-image")
 SHELLS = {"dash": ["dash"], "ksh93": ["ksh93"], "bash": ["bash"], "busybox": ["busybox", "sh"]}
@@ -91,6 +91,7 @@ class ImportCase(ServerCase):
 
 
 class TestWords(ImportCase):
+    seconds = 10
 
     def one_word(self, shell, place, text):
         """Publish with `text` for NAME, VERSION or DESCRIPTION, in a directory of its own."""
@@ -353,6 +354,7 @@ class TestManifest(ImportCase):
 
 
 class TestData(ImportCase):
+    seconds = 10
 
     def test_sound_data(self):
         tail = streams.stream(b"x" * 3000, order=">")
@@ -465,6 +467,7 @@ class TestData(ImportCase):
         self.assertRefused(self.run_import(
             command=["sh", "-c", 'exec "$@" <&-', "sh", *self.command(*WORDS)]))
 
+    @check_only("hundreds of MiB")
     def test_memory_stays_flat(self):
         need("gzip")
         piece = streams.noise(1 << 20)           # a bomb of zeros would be one chunk when packed
@@ -494,6 +497,7 @@ class TestData(ImportCase):
 
 
 class TestTrouble(ImportCase):
+    seconds = 10
 
     def test_a_full_disk(self):
         data = streams.stream(streams.noise(300 << 10))
@@ -662,6 +666,7 @@ class TestTrouble(ImportCase):
             runs = [pool.submit(self.ended_at_random, number, data, most) for _ in range(times)]
             yield from (run.result() for run in concurrent.futures.as_completed(runs))
 
+    @check_only("random moments")
     def test_term_at_random_moments_leaves_all_or_nothing(self):
         published = set()
         for status, uuid, errors in self.many_ended(signal.SIGTERM, 40):
@@ -674,6 +679,7 @@ class TestTrouble(ImportCase):
         self.assertEqual([name for name in left if name.startswith(".")], [])
         self.assertEqual(len(left), len(published) + 1)
 
+    @check_only("random moments")
     def test_kill_at_random_moments_never_shows_half_an_image(self):
         server = self.serve()
         seen, faults, ended = set(), [], threading.Event()

@@ -181,10 +181,12 @@ class Signals:
 
 
 class SignalsOverTcp(Signals, ServerCase):
+    seconds = 8
     unix = False
 
 
 class SignalsOverUnix(Signals, ServerCase):
+    seconds = 8
     unix = True
 
 
@@ -272,6 +274,7 @@ HOSTILE = {
 
 
 class Logs(ServerCase):
+    seconds = 5
 
     def test_hostile_request_lines(self):
         for unix in (False, True):
@@ -398,7 +401,7 @@ class Logs(ServerCase):
     def test_stderr_a_pipe_or_socket_that_nobody_reads(self):
         config = os.path.join(self.directory, "config.json")
         with open(config, "w") as file:
-            json.dump({"header_timeout": 3}, file)
+            json.dump({"header_timeout": 1}, file)
         for kind, make in (("pipe", os.pipe), ("socket", self.socket_pair)):
             with self.subTest(kind):
                 reader, writer = make()
@@ -494,6 +497,7 @@ class LogOfThreads(unittest.TestCase):
 
 
 class Clock(ServerCase):
+    seconds = 5
 
     def jumping(self, **config):
         """A server whose clock the returned function sets, in seconds from the true time."""

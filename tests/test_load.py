@@ -8,7 +8,7 @@ import socket
 import time
 import unittest
 
-from tests.support import SOON, ServerCase, uuid_of, wait_for, write_image
+from tests.support import SOON, ServerCase, check_only, uuid_of, wait_for, write_image
 
 U = uuid_of(1)
 FILE = f"/datasets/{U}/image.zfs.gz"
@@ -285,13 +285,16 @@ class Load:
 
 
 class LoadOverTcp(Load, ServerCase):
+    seconds = 14
     unix = False
 
 
 class LoadOverUnix(Load, ServerCase):
+    seconds = 14
     unix = True
 
 
+@check_only("a time limit of seconds")
 class LateStart(ServerCase):
 
     def test_silence_before_the_first_byte_counts_to_header_timeout(self):

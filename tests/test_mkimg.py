@@ -182,6 +182,7 @@ class MkimgCase(ServerCase):
 
 
 class TestPublish(MkimgCase):
+    seconds = 12
 
     def test_a_running_zone_under_every_shell(self):
         for name, shell in SHELLS.items():
@@ -346,6 +347,7 @@ class TestRefused(MkimgCase):
 
 
 class TestTrouble(MkimgCase):
+    seconds = 12
 
     def test_each_step_may_fail(self):
         cases = (
