@@ -357,8 +357,8 @@ class Bench:
         self.base = options.base
         # Have it compiled, as `make` does for the service.
         for place in filter(None, (os.path.dirname(IMGSERVER), self.base)):
-            subprocess.run([self.python, "-ES", "-c", "import sys; "
-                            "sys.path.insert(0, sys.argv[1]); import imgserver", place], check=True)
+            subprocess.run([self.python, "-ES", "-c", "import sys; sys.path.insert(0, "
+                            "sys.argv[1]); import imgserver", place], check=True)
         self.wrk = find_tool("wrk")
         self.seconds = 1 if options.quick else options.seconds
         self.files = raise_file_limit()
@@ -1142,8 +1142,8 @@ def parse_options():
                         help="measure beside the imgserver.py in DIR, not beside nginx: a git "
                              "worktree of the version before")
     parser.add_argument("--rounds", type=int, metavar="N",
-                        help="rounds to take medians of (default: 5; with --base 7; quick: 1); some "
-                             "long rows have fewer, unless --only names rows")
+                        help="rounds to take medians of (default: 5; with --base 7; quick: 1); "
+                             "some long rows have fewer, unless --only names rows")
     parser.add_argument("--seconds", type=int, default=3, metavar="N",
                         help="length of each wrk run (default: %(default)s; quick: 1)")
     parser.add_argument("--only", metavar="NAME,...",

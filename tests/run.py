@@ -85,9 +85,11 @@ def run(queue, jobs):
         tests, output, counts, began = running.pop(pid)
         counts.seek(0)
         failed, skipped, reasons = json.loads(counts.read() or json.dumps([len(tests), 0, []]))
-        name = type(tests[0]).__module__ + "." + type(tests[0]).__qualname__
         print(f"{'FAILED' if failed else 'ok':6} {time.monotonic() - began:6.1f} s, CPU "
-              f"{used.ru_utime + used.ru_stime:5.1f} s  {name}: {len(tests)}", *(f"\n    skipped {reason}" for reason in reasons), flush=True)
+              f"{used.ru_utime + used.ru_stime:5.1f} s  {type(tests[0]).__module__}."
+              f"{type(tests[0]).__qualname__}: {len(tests)}", flush=True)
+        for reason in reasons:
+            print("    skipped", reason, flush=True)
         if failed:
             output.seek(0)
             print(output.read(), flush=True)

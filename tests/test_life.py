@@ -426,7 +426,7 @@ class Logs(ServerCase):
         return reader.detach(), writer.detach()
 
     def read_on(self, reader, path):
-        """What the log says once somebody reads it again, up to the line of a request made then."""
+        """The log once somebody reads it again, up to the line of a request made then."""
         text, end = b"", time.monotonic() + PATIENCE
         asked = False
         while b"/read-again HTTP/1.1\" 404 " not in text and time.monotonic() < end:
