@@ -744,7 +744,7 @@ def slow_downloads(bench, side):
         pinger = Pinger(server)
         try:
             for _ in range(count):
-                socks.append(connect(server.address, receive_buffer=4096))
+                socks.append(connect(server.address, receive_buffer=32 << 10))
                 send_request(socks[-1], server.targets["file"])
             for sock in socks:
                 try:
@@ -779,7 +779,7 @@ def unread(target, *headers, count=UNREAD):
             pinger = Pinger(server)
             try:
                 for number in range(count):
-                    socks.append(connect(server.address, receive_buffer=4096))
+                    socks.append(connect(server.address, receive_buffer=32 << 10))
                     lines = [f"GET {target} HTTP/1.1", f"Host: host-{number:04}.example",
                              *headers, "", ""]
                     socks[-1].sendall("\r\n".join(lines).encode())
