@@ -1123,8 +1123,8 @@ def print_report(bench, works, values, rounds, took):
 # -- main --------------------------------------------------------------------------------
 
 def default_place(quick):
-    """Where the files are made: a disk; but memory for a quick run, which has no time to
-    write 30,000 small files to a disk and remove them again.
+    """Where the files are made: a disk; but memory for a run that must be quick, which has no
+    time to write 30,000 small files to a disk and remove them again.
     """
     memory = "/dev/shm"
     with contextlib.suppress(OSError):
@@ -1152,7 +1152,7 @@ def parse_options():
                         help="the Python that runs imgserver (default: this one)")
     parser.add_argument("--dir", metavar="DIR", default=None,
                         help="where the images are made, 3 GiB (default: a temporary directory; "
-                             "quick: /dev/shm)")
+                             "quick, or with --base: /dev/shm)")
     options = parser.parse_args()
     options.python = os.path.abspath(shutil.which(options.python) or options.python)
     options.base = options.base and os.path.abspath(options.base)
@@ -1176,7 +1176,7 @@ def main():
         with contextlib.ExitStack() as stack:
             directory = tempfile.mkdtemp(prefix="imgbench-",
                                          dir=os.path.abspath(options.dir) if options.dir else
-                                         default_place(options.quick))
+                                         default_place(options.quick or options.base))
             stack.callback(shutil.rmtree, directory, ignore_errors=True)
             bench = Bench(options, stack, directory)
             values = measure_all(bench, works, options.rounds, options.only)
