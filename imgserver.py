@@ -4145,6 +4145,8 @@ def main(arguments=None) -> int:
             sys.stderr.write(f"imgserver: {text}\n")
         except (OSError, AttributeError):
             pass                          # nobody to tell; the exit status does
+        if mistake.status > 128:          # a signal: no line that nobody reads may delay the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return mistake.status
 
 

@@ -128,7 +128,8 @@ class TestCheck(CheckCase):
              "    raise imgserver.BadImage('bad')\n"
              "imgserver.check_image = check\n"
              "sys.exit(imgserver.main())", "check", "--dir", self.serve_dir],
-            stdout=writer, stderr=subprocess.PIPE, cwd=ROOT)
+            stdout=writer, stderr=subprocess.PIPE, cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": ""})       # the line is in Python's buffer
         os.close(writer)
         self.addCleanup(process.stderr.close)
         wait_for(lambda: os.path.exists(looked), "the check")
