@@ -149,7 +149,7 @@ class Signals:
         write_image(self.serve_dir, U, bytes(BIG))
         for more, end in ((b"\r\n", b"Connection: close\r\n"), (PING, b"")):
             with self.subTest(more):
-                server = self.serve(unix=self.unix)
+                server = self.serve(unix=self.unix, prelude="imgserver.LINGER = 0.3")
                 connection = self.download(server, end)
                 connection.send(more)
                 server.send_signal(signal.SIGTERM)
