@@ -45,8 +45,8 @@ import unittest
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 IMGSERVER = os.path.join(ROOT, "imgserver.py")
-PATIENCE = 20         # seconds: a test that waits longer has failed; no test waits it out
-SOON = 10             # seconds: what need not wait for a time limit is done by then
+PATIENCE = 28         # seconds until a wait has failed: less than header_timeout and drain_time
+SOON = 20             # seconds: what need not wait for a time limit is done by then
 SETTLED = 0.06        # seconds: what is that old the server need not read again (RACY)
 
 sys.path.insert(0, ROOT)

@@ -70,7 +70,7 @@ class Load:
         connection.sock.settimeout(0.1)
         sent = 0
         try:
-            while time.monotonic() - began < 15:
+            while time.monotonic() - began < SOON:
                 connection.send(b"GET /ping HTTP/1.1\r\nX: "[sent:sent + 1] or b"y")
                 sent += 1
                 try:

@@ -40,7 +40,8 @@ class MakeCase(ServerCase):
         directory = os.path.join(self.directory, name)
         os.mkdir(directory)
         for each in FILES:
-            shutil.copy(os.path.join(ROOT, each), directory)
+            path = shutil.copy(os.path.join(ROOT, each), directory)
+            os.chmod(path, 0o755 if os.access(path, os.X_OK) else 0o644)   # whatever our umask is
         with open(os.path.join(directory, "README.md"), "w") as file:
             file.write("imgserver\n")
         self.config(directory, {"image-creator-uuid": "", "image-vendor-uuid": ""})
