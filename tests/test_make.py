@@ -41,7 +41,7 @@ class MakeCase(ServerCase):
         os.mkdir(directory)
         for each in FILES:
             path = shutil.copy(os.path.join(ROOT, each), directory)
-            os.chmod(path, 0o755 if os.access(path, os.X_OK) else 0o644)   # whatever our umask is
+            os.chmod(path, 0o755 if os.access(path, os.X_OK) else 0o644)   # as in a release
         with open(os.path.join(directory, "README.md"), "w") as file:
             file.write("imgserver\n")
         self.config(directory, {"image-creator-uuid": "", "image-vendor-uuid": ""})
