@@ -12,6 +12,7 @@ import faulthandler
 import json
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -63,6 +64,7 @@ def start(tests):
         return pid, output, counts
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     random.seed()             # else all processes choose the same ports
     faulthandler.dump_traceback_later(LIMIT, exit=True)
     try:
@@ -146,6 +148,7 @@ def main():
                         help="classes that run at once; they wait a lot (default: %(default)s)")
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # so that its files go
     os.chdir(ROOT)
     sys.path.insert(0, ROOT)
     with tempfile.TemporaryDirectory(prefix="imgserver-tests-", dir=temporary_place()) as place:
