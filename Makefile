@@ -1,8 +1,8 @@
 # Makefile for imgserver; any make will do: illumos', bmake, GNU make.
 #
 #     make            config, smf and info: ready to run where it is
-#     make test       the tests, which need nothing but Python
-#     make check      the tests, the long ones too, and shellcheck where it is installed
+#     make test       the tests, which need nothing but Python: a minute or two
+#     make check      all of them, also what is random or takes long, and shellcheck if it is here
 #     make bench      beside nginx: some fifteen minutes
 #     make install    copy it to PREFIX, with a configuration and a service of its own
 #     make uninstall  remove what that has made, but neither configuration nor images
@@ -51,14 +51,14 @@ info:
 	echo '    imgadm sources -a http://HOST:PORT'
 
 test:
-	@$(FIND_PYTHON); "$$python" -m unittest discover -s tests -t .
+	@$(FIND_PYTHON); "$$python" tests/run.py
 
 check:
-	@IMGSERVER_CHECK=1 $(MAKE) test
 	@for file in import-image mkimg; do \
 	    sh -n $$file || exit 1; \
 	    if command -v shellcheck >/dev/null; then shellcheck $$file || exit 1; fi; \
-	done
+	done; \
+	$(FIND_PYTHON); IMGSERVER_CHECK=1 "$$python" tests/run.py
 
 bench: FORCE
 	@$(FIND_PYTHON); "$$python" bench/bench.py

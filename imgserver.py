@@ -6192,6 +6192,8 @@ def main(arguments=None) -> int:
     options.signals.finish(published=False)
     with contextlib.suppress(OSError, AttributeError):    # nobody to tell; the status does
         sys.stderr.write(f"imgserver: {message}\n")
+    if status > 128:                      # a signal: no line that nobody reads delays the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return status
 
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""bench.py - imgserver beside nginx, on the same images and in the same minutes.
+"""bench.py - imgserver beside nginx, or beside another imgserver, in the same minutes.
 
     python3 bench/bench.py [--quick] [--rounds N] [--only NAME,...] [--python PYTHON]
+    python3 bench/bench.py --base DIR          beside the imgserver.py in DIR
 
-It makes images in a temporary directory, starts nginx on ready-made files and imgserver on
-the images, measures both in turns, and prints one table: medians, ratios, and the goals.
-README.md in this directory says how to read it.
+It makes images in a temporary directory, starts nginx on ready-made files (or the other
+imgserver on the images) and imgserver on the images, measures both in turns, and prints one
+table: medians, ratios, and the goals.  README.md in this directory says how to read it.
 
 The parts: tools - images - servers - clients - measurements - table - main.
 """
@@ -41,10 +42,13 @@ IDLE = 10000                  # connections of the row with idle connections
 CROWD_IDLE, CROWD_READERS = 500, 50
 READER_RATE = 50_000          # bytes/s of a slow reader
 READER_STEPS = 5              # reads a second of a slow reader
+SLOW = 6000                   # downloads of the row with slow ones
+SLOW_RATE = 4096              # bytes/s that each of these takes
+UNREAD = 1000                 # clients, each with a Host of its own, that read no byte of a list
 FILES_NEEDED = IDLE + 500     # descriptors that this program and each server must have
 PINGS = 200                   # manifests asked for while the idle connections stay open
 
-NGINX, OURS, STOCK = "nginx", "imgserver", "http.server"
+NGINX, OURS, STOCK, BASE = "nginx", "imgserver", "http.server", "base"
 BOTH = (NGINX, OURS)
 
 
@@ -212,12 +216,12 @@ class ImageSet:
 class Server:
     """A process that serves.  `targets` has the paths of list, manifest and file."""
 
-    def __init__(self, command, address, targets, what):
+    def __init__(self, command, address, targets, what, directory=os.path.dirname(IMGSERVER)):
         self.address, self.targets = address, targets
         self.began = time.monotonic()
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL,
                                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                        cwd=os.path.dirname(IMGSERVER))
+                                        cwd=directory)
         try:
             wait_for(lambda: self.answers(what), f"{what}'s first answer")
         except BaseException:
@@ -254,21 +258,22 @@ class Server:
 
 
 class ImgServer(Server):
-    """imgserver.py on a set of images, on TCP or on a Unix socket."""
+    """imgserver.py, ours or the base's, on a set of images, on TCP or on a Unix socket."""
 
-    def __init__(self, bench, images, unix=False, config=()):
+    def __init__(self, bench, side, images, unix=False, config=()):
         path = os.path.join(bench.directory, "config.json")
         with open(path, "w") as file:
             json.dump(dict(config), file)
-        address = (os.path.join(bench.directory, f"ours-{images.count}") if unix
-                   else ("127.0.0.1", images.port))
+        address = (os.path.join(bench.directory, f"{side}-{images.count}") if unix
+                   else ("127.0.0.1", images.port if side == OURS else images.nginx_port))
         listen = address if unix else "%s:%d" % address
         command = [bench.python, "-ES", "-m", "imgserver", "--config", path,
                    "--dir", images.serve_dir, "--listen", listen, "--loglevel", "info"]
         manifest = f"/datasets/{images.uuid}"
         super().__init__(command, address, {
             "first": "/ping", "list": "/datasets", "manifest": manifest,
-            "file": f"{manifest}/{images.file}"}, "imgserver")
+            "file": f"{manifest}/{images.file}"}, side,
+            bench.base if side == BASE else os.path.dirname(IMGSERVER))
 
 
 class Nginx(Server):
@@ -349,29 +354,35 @@ class Bench:
 
     def __init__(self, options, stack, directory):
         self.quick, self.python, self.directory = options.quick, options.python, directory
+        self.base = options.base
         # Have it compiled, as `make` does for the service.
-        subprocess.run([self.python, "-ES", "-c", "import sys; sys.path.insert(0, sys.argv[1]); "
-                        "import imgserver", os.path.dirname(IMGSERVER)], check=True)
-        self.nginx = find_tool("nginx")
+        for place in filter(None, (os.path.dirname(IMGSERVER), self.base)):
+            subprocess.run([self.python, "-ES", "-c", "import sys; sys.path.insert(0, "
+                            "sys.argv[1]); import imgserver", place], check=True)
         self.wrk = find_tool("wrk")
-        built = subprocess.run([self.nginx, "-V"], stderr=subprocess.PIPE, text=True).stderr
-        if "http_gzip_static_module" not in built:
-            raise Failure("this nginx was built without http_gzip_static_module, which is needed")
         self.seconds = 1 if options.quick else options.seconds
         self.files = raise_file_limit()
         self.idle = min(IDLE, self.files - 500)
         self.notes = []
         self._stack, self._running = stack, {}
-        large = 256 * MIB if options.quick else 2 * GIB
+        large = 256 * MIB if options.quick or self.base else 2 * GIB
         say(f"making 100, 1,000 and 10,000 images, and a file of {large // MIB} MiB")
         ports = free_ports(6)
         self.small = ImageSet(directory, 100, ports[0:2], large)
         self.middle = ImageSet(directory, 1000, ports[2:4])
         self.large = ImageSet(directory, 10000, ports[4:6])
         self.sets = (self.small, self.middle, self.large)
+        if not self.base:
+            self._start_nginx()
+
+    def _start_nginx(self):
+        self.nginx = find_tool("nginx")
+        built = subprocess.run([self.nginx, "-V"], stderr=subprocess.PIPE, text=True).stderr
+        if "http_gzip_static_module" not in built:
+            raise Failure("this nginx was built without http_gzip_static_module, which is needed")
         for images in self.sets:
             images.write_www(self.server(OURS, images))
-        self._nginx = stack.enter_context(ending(Nginx(self, self.sets)))
+        self._nginx = self._stack.enter_context(ending(Nginx(self, self.sets)))
         for images in self.sets:
             self.compare(images)
 
@@ -382,7 +393,7 @@ class Bench:
         key = side, images.count, unix
         if key not in self._running:
             server = (StockServer(self, images) if side == STOCK
-                      else ImgServer(self, images, unix))
+                      else ImgServer(self, side, images, unix))
             self._running[key] = self._stack.enter_context(ending(server))
         return self._running[key]
 
@@ -392,11 +403,10 @@ class Bench:
         if side == NGINX:
             yield self._nginx.at(images, False)
             return
-        old = self._running.get((OURS, images.count, False))
-        if old:                       # it holds the port
+        old = self._running.pop((side, images.count, False), None)
+        if old:                       # it has the port
             old.end()
-            del self._running[OURS, images.count, False]
-        with ending(ImgServer(self, images, config=config)) as server:
+        with ending(ImgServer(self, side, images, config=config)) as server:
             yield server
 
     def compare(self, images):
@@ -596,6 +606,7 @@ RATE, CPU, P99 = "requests/s", "CPU us/request", "p99 ms"
 SPEED, CPU_GIB = "GB/s", "CPU s/GiB"
 DROPPED, GROWTH, SLOWEST, PSS = "dropped", "MiB more", "slowest ms", "Pss MiB"
 READY, FIRST_LIST, SHOWN = "ready ms", "first list s", "slowest s"
+THREADS, REFUSED, LEAVING = "threads", "refused", "slowest ms, leaving"
 
 
 def load(images, target, connections, *headers):
@@ -695,6 +706,125 @@ def cold_start(bench, side):
     return {READY: (ready - server.began) * 1e3, FIRST_LIST: listed - ready}
 
 
+class Pinger(threading.Thread):
+    """A client that asks for /ping a hundred times a second; slowest() and it begins again."""
+
+    def __init__(self, server):
+        super().__init__(daemon=True)
+        self._sock, self._worst, self._since = connect(server.address), 0, None
+        self._ending = threading.Event()
+        self.start()
+
+    def run(self):
+        with self._sock, contextlib.suppress(OSError, ValueError):
+            while not self._ending.wait(0.01):
+                self._since = time.monotonic()
+                send_request(self._sock, "/ping")
+                read_answer(self._sock)
+                self._worst = max(self._worst, time.monotonic() - self._since)
+                self._since = None
+
+    def slowest(self):
+        """The slowest answer in ms since it was last asked for, one that is due yet too."""
+        since = self._since
+        worst, self._worst = max(self._worst, time.monotonic() - since if since else 0), 0
+        return worst * 1e3
+
+    def stop(self):
+        self._ending.set()
+        self.join()
+
+
+def slow_downloads(bench, side):
+    """Thousands of downloads that take a few bytes each second, and then all go at once."""
+    count = min(SLOW, bench.idle)
+    with bench.fresh(side, bench.small, {"max_connections": bench.idle + 500}) as server:
+        close_all(open_idle(server, 16))
+        before, refused, socks = server.memory(), 0, []
+        pinger = Pinger(server)
+        try:
+            for _ in range(count):
+                socks.append(connect(server.address, receive_buffer=32 << 10))
+                send_request(socks[-1], server.targets["file"])
+            for sock in socks:
+                try:
+                    refused += read_head(sock)[0] != 200
+                except OSError:
+                    refused += 1
+            pinger.slowest()
+            for _ in range(3):
+                began = time.monotonic()
+                for sock in socks:
+                    with contextlib.suppress(OSError):
+                        sock.recv(SLOW_RATE, socket.MSG_DONTWAIT)
+                time.sleep(max(0, 1 - (time.monotonic() - began)))
+            figures = {THREADS: len(os.listdir(f"/proc/{server.process.pid}/task")),
+                       GROWTH: server.memory() - before, SLOWEST: pinger.slowest(),
+                       REFUSED: refused}
+            close_all(socks)
+            time.sleep(3)
+            figures[LEAVING] = pinger.slowest()
+        finally:
+            close_all(socks)
+            pinger.stop()
+    return figures
+
+
+def unread(target, *headers, count=UNREAD):
+    """Clients that ask for the long list, each with a Host of its own, and read nothing."""
+    def measure(bench, side):
+        with bench.fresh(side, bench.large, {"max_connections": count + 500}) as server:
+            ask(server, target, headers)
+            before, refused, socks = server.memory(), 0, []
+            pinger = Pinger(server)
+            try:
+                for number in range(count):
+                    socks.append(connect(server.address, receive_buffer=32 << 10))
+                    lines = [f"GET {target} HTTP/1.1", f"Host: host-{number:04}.example",
+                             *headers, "", ""]
+                    socks[-1].sendall("\r\n".join(lines).encode())
+                most = 0
+                for number, sock in enumerate(socks):
+                    refused += not sock.recv(12).startswith(b"HTTP/1.1 200")
+                    if number % 50 == 0:
+                        most = max(most, server.memory())
+                with connect(server.address) as sock:     # who reads is served as well
+                    send_request(sock, target, headers)
+                    refused += read_answer(sock)[0] != 200
+                return {REFUSED: refused, GROWTH: max(most, server.memory()) - before,
+                        SLOWEST: pinger.slowest()}
+            finally:
+                close_all(socks)
+                pinger.stop()
+    return measure
+
+
+def tail(fresh_each, pause):
+    """How late answers for the long list begin, while it is re-checked once a second.
+
+    They are asked for at fixed times, so that one that is late makes the next ones late;
+    fresh_each: whole lists; else 304s.
+    """
+    def measure(bench, side):
+        server = bench.server(side, bench.large)
+        late = []
+        with connect(server.address) as sock:
+            send_request(sock, server.targets["list"])
+            etag = re.search(r"(?im)^etag: *(.+?)\r?$", read_answer(sock)[1])[1]
+            headers = [] if fresh_each else [f"If-None-Match: {etag}"]
+            due = time.monotonic()
+            end = due + max(3, bench.seconds)
+            while due < end:
+                time.sleep(max(0, due - time.monotonic()))
+                send_request(sock, server.targets["list"], headers)
+                sock.recv(1, socket.MSG_PEEK)
+                late.append(time.monotonic() - due)
+                read_answer(sock)
+                due += pause
+        return {P99: statistics.quantiles(late, n=100)[98] * 1e3}
+    return measure
+
+
 class Poller:
     """A client that reads the list over and over."""
 
@@ -723,7 +853,7 @@ class Poller:
 
 def changes(bench):
     """Moments of a change: so many, each after some seconds of polling."""
-    return [random.uniform(0.2, 1.2) for _ in range(2 if bench.quick else 5)]
+    return [random.uniform(0.2, 1.2) for _ in range(2 if bench.quick or bench.base else 5)]
 
 
 def added_removed(bench, side):
@@ -775,18 +905,25 @@ def write_over(path, data):
 
 
 # One thing measured.  goals: figure -> goal, "" for none; sides: who is measured, the last
-# of them beside nginx.
-Work = collections.namedtuple("Work", "name label measure goals sides")
+# of them beside nginx; most: its rounds at most where --only names no rows, since it takes
+# long or differs little.  A quick run leaves out those of one round.
+Work = collections.namedtuple("Work", "name label measure goals sides most")
 
 
-def work(name, label, measure, sides=BOTH, **goals):
+def work(name, label, measure, sides=BOTH, most=99, **goals):
     """A Work; goals by the keys of FIGURES."""
-    return Work(name, label, measure, {FIGURES[key]: goal for key, goal in goals.items()}, sides)
+    return Work(name, label, measure, {FIGURES[key]: goal for key, goal in goals.items()}, sides,
+                most)
 
 
 FIGURES = {"rate": RATE, "cpu": CPU, "p99": P99, "speed": SPEED, "gib": CPU_GIB,
            "dropped": DROPPED, "growth": GROWTH, "slowest": SLOWEST, "pss": PSS, "ready": READY,
-           "first": FIRST_LIST, "shown": SHOWN}
+           "first": FIRST_LIST, "shown": SHOWN, "threads": THREADS, "refused": REFUSED,
+           "leaving": LEAVING}
+
+# Goals beside the base; of other figures those without an "x" stay.
+BASE_GOALS = {RATE: ">= 0.95 x", SPEED: ">= 0.95 x", CPU: "<= 1.05 x", CPU_GIB: "<= 1.05 x",
+              PSS: "<= 1.05 x", READY: "<= 1.05 x", FIRST_LIST: "<= 1.05 x"}
 
 # "x" in a goal: times nginx's figure; without it: the figure itself.
 WORKS = [
@@ -816,16 +953,34 @@ WORKS = [
     work("unix-16", "file over the Unix socket, 16", files(16, True), gib="", speed=">= 0.7 x"),
     work("crowd", "manifest, 16; 500 idle, 50 slow readers", crowded,
          rate=">= 0.55 x", p99="<= 3 x", dropped="<= 0"),
-    work("idle", "10,000 idle connections", many_idle,
+    work("idle", "10,000 idle connections", many_idle, most=3,
          growth="<= 40", slowest="< 10", dropped="<= 0"),
-    work("memory-idle", "memory: idle", memory_idle, pss="<= 20"),
-    work("memory-file", "memory: 16 downloads", memory_downloads, pss="<= 30"),
-    work("memory-list", "memory: after listing 10,000", memory_list, pss="<= 60"),
+    work("memory-idle", "memory: idle", memory_idle, most=3, pss="<= 20"),
+    work("memory-file", "memory: 16 downloads", memory_downloads, most=3,
+         pss="<= 30"),
+    work("memory-list", "memory: after listing 10,000", memory_list, most=3, pss="<= 60"),
     work("start", "cold start, 10,000 images", cold_start, (OURS,), ready="<= 100",
          first="<= 0.8"),
     work("added", "image added or removed, until listed", added_removed, (OURS,),
-         shown="<= 0.1"),
-    work("edited", "image edited in place, until listed", edited, (OURS,), shown="<= 1"),
+         most=3, shown="<= 0.1"),
+    work("edited", "image edited in place, until listed", edited, (OURS,), most=3,
+         shown="<= 1"),
+    work("tail-304", "304s, 100/s, during re-checks of 10,000", tail(False, 0.01), (OURS,),
+         most=5, p99="<= 20"),
+    work("tail-list", "lists of 10,000, 10/s, during re-checks", tail(True, 0.1), (OURS,),
+         most=5, p99="<= 20"),
+    work("slow", "6,000 slow downloads", slow_downloads, (OURS,), most=1, threads="<= 40",
+         growth="<= 100", slowest="<= 100", leaving="<= 100", refused="<= 0"),
+    work("unread-v1", "1,000 unread lists of 10,000, DSAPI", unread("/datasets"), (OURS,),
+         most=1, refused="<= 0", growth="<= 100", slowest=""),
+    work("unread-v2", "1,000 unread lists of 10,000, IMGAPI", unread("/images"), (OURS,),
+         most=1, refused="<= 0", growth="<= 100", slowest=""),
+    work("unread-filtered", "1,000 unread lists of 10,000, filtered",
+         unread("/datasets?os=smartos"), (OURS,), most=1, refused="<= 0", growth="<= 100",
+         slowest=""),
+    work("unread-gzip", "100 unread lists of 10,000, gzip",
+         unread("/datasets", "Accept-Encoding: gzip", count=100), (OURS,), most=1,
+         refused="<= 0", growth="<= 100", slowest=""),
     work("stock", "for scale: python3 -m http.server, 16", load("small", "manifest", 16),
          (NGINX, STOCK), rate="", cpu="", p99=""),
 ]
@@ -836,10 +991,19 @@ def names_of(item):
     return {item.name, item.name.split("-")[0]}
 
 
-def chosen(names):
+def beside_base(item):
+    """The same Work with the base in nginx's place."""
+    goals = {figure: BASE_GOALS.get(figure, "" if goal.endswith("x") else goal)
+             for figure, goal in item.goals.items()}
+    return item._replace(goals=goals, sides=(BASE, OURS))
+
+
+def chosen(names, quick=False, base=None):
     """The works that --only asks for, in the order of the table."""
+    if base:
+        return [beside_base(item) for item in chosen(names, quick) if STOCK not in item.sides]
     if not names:
-        return WORKS
+        return [item for item in WORKS if item.most > 1 or not quick]
     known = {name for item in WORKS for name in names_of(item)}
     for name in names.split(","):
         if name not in known:
@@ -847,12 +1011,17 @@ def chosen(names):
     return [item for item in WORKS if names_of(item) & set(names.split(","))]
 
 
-def measure_all(bench, works, rounds):
-    """{(work's name, figure, side): [a value of each round]}, nginx and imgserver in turns."""
+def measure_all(bench, works, rounds, every):
+    """{(work's name, figure, side): [a value of each round]}, the sides in turns.
+
+    Who comes first changes with each round.  every: a Work's own `most` does not count.
+    """
     values = collections.defaultdict(list)
     for number in range(1, rounds + 1):
         for item in works:
-            for side in item.sides:
+            if number > item.most and not every:
+                continue
+            for side in item.sides[::-1 if bench.base and number % 2 == 0 else 1]:
                 result = item.measure(bench, side)
                 for figure in item.goals:
                     values[item.name, figure, side].append(result[figure])
@@ -890,9 +1059,9 @@ def ratios_of(theirs, ours):
 
 
 def row_of(item, figure, values):
-    theirs = values.get((item.name, figure, NGINX), [])
+    theirs = values.get((item.name, figure, item.sides[0]), []) if len(item.sides) > 1 else []
     ours = values[item.name, figure, item.sides[-1]]
-    ratios = ratios_of(theirs, ours) if figure != DROPPED else []
+    ratios = ratios_of(theirs, ours) if figure not in (DROPPED, REFUSED) else []
     middle = statistics.median(ours)
     ratio = statistics.median(ratios) if ratios else None
     spread = f"{short(min(ratios))} - {short(max(ratios))}" if len(ratios) > 1 else ""
@@ -916,16 +1085,31 @@ def print_table(head, rows, right):
         print(line(row))
 
 
+def version_of(bench, directory):
+    """The version that an imgserver.py says, and the commit if git knows it."""
+    said = subprocess.run([bench.python, os.path.join(directory, "imgserver.py"), "--version"],
+                          stdout=subprocess.PIPE, text=True).stdout.strip()
+    with contextlib.suppress(OSError):
+        commit = subprocess.run(["git", "-C", directory, "rev-parse", "--short", "HEAD"],
+                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        said += f" {commit.stdout.strip()}"
+    return said.strip()
+
+
 def print_report(bench, works, values, rounds, took):
-    nginx = subprocess.run([bench.nginx, "-v"], stderr=subprocess.PIPE, text=True).stderr
+    if bench.base:
+        beside, other = f"base: {version_of(bench, bench.base)}", BASE
+    else:
+        beside, other = subprocess.run([bench.nginx, "-v"], stderr=subprocess.PIPE,
+                                       text=True).stderr.strip().split(": ")[-1], NGINX
     python = subprocess.run([bench.python, "-V"], stdout=subprocess.PIPE, text=True).stdout
-    print(f"{python.strip()}, {nginx.strip().split(': ')[-1]}, Linux {platform.release()}, "
+    print(f"{python.strip()}, {beside}, Linux {platform.release()}, "
           f"{os.cpu_count()} cores, shared by the clients and the servers.")
     print(f"{rounds} round{'s' * (rounds > 1)} of {bench.seconds} s for each wrk run; file of "
           f"{bench.small.large // MIB:,} MiB in the page cache; files in {bench.directory}; "
           f"{took:.0f} s in all.\n")
     print_table(
-        ["work", "figure", "nginx", "imgserver", "ratio", "of rounds", "goal", "reached"],
+        ["work", "figure", other, "imgserver", "ratio", "of rounds", "goal", "reached"],
         [row_of(item, figure, values) for item in works for figure in item.goals], {2, 3, 4})
     print()
     if bench.idle < IDLE:
@@ -939,8 +1123,8 @@ def print_report(bench, works, values, rounds, took):
 # -- main --------------------------------------------------------------------------------
 
 def default_place(quick):
-    """Where the files are made: a disk; but memory for a quick run, which has no time to
-    write 30,000 small files to a disk and remove them again.
+    """Where the files are made: a disk; but memory for a run that must be quick, which has no
+    time to write 30,000 small files to a disk and remove them again.
     """
     memory = "/dev/shm"
     with contextlib.suppress(OSError):
@@ -954,8 +1138,12 @@ def parse_options():
     parser = argparse.ArgumentParser(description="Measure imgserver beside nginx.")
     parser.add_argument("--quick", action="store_true",
                         help="one round of short runs and a small file: about a minute")
+    parser.add_argument("--base", metavar="DIR", default=None,
+                        help="measure beside the imgserver.py in DIR, not beside nginx: a git "
+                             "worktree of the version before")
     parser.add_argument("--rounds", type=int, metavar="N",
-                        help="rounds to take medians of (default: 5; quick: 1)")
+                        help="rounds to take medians of (default: 5; with --base 7; quick: 1); "
+                             "some long rows have fewer, unless --only names rows")
     parser.add_argument("--seconds", type=int, default=3, metavar="N",
                         help="length of each wrk run (default: %(default)s; quick: 1)")
     parser.add_argument("--only", metavar="NAME,...",
@@ -964,10 +1152,11 @@ def parse_options():
                         help="the Python that runs imgserver (default: this one)")
     parser.add_argument("--dir", metavar="DIR", default=None,
                         help="where the images are made, 3 GiB (default: a temporary directory; "
-                             "quick: /dev/shm)")
+                             "quick, or with --base: /dev/shm)")
     options = parser.parse_args()
     options.python = os.path.abspath(shutil.which(options.python) or options.python)
-    options.rounds = options.rounds or (1 if options.quick else 5)
+    options.base = options.base and os.path.abspath(options.base)
+    options.rounds = options.rounds or (1 if options.quick else 7 if options.base else 5)
     return options
 
 
@@ -979,16 +1168,18 @@ def main():
     try:
         if sys.platform != "linux":
             raise Failure("the benchmark reads /proc as Linux has it, so it runs on Linux only")
-        works = chosen(options.only)
-        for tool in ("nginx", "wrk"):
+        works = chosen(options.only, options.quick, options.base)
+        if options.base and not os.path.isfile(os.path.join(options.base, "imgserver.py")):
+            raise Failure(f"there is no imgserver.py in {options.base}")
+        for tool in ("wrk",) if options.base else ("nginx", "wrk"):
             find_tool(tool)
         with contextlib.ExitStack() as stack:
             directory = tempfile.mkdtemp(prefix="imgbench-",
                                          dir=os.path.abspath(options.dir) if options.dir else
-                                         default_place(options.quick))
+                                         default_place(options.quick or options.base))
             stack.callback(shutil.rmtree, directory, ignore_errors=True)
             bench = Bench(options, stack, directory)
-            values = measure_all(bench, works, options.rounds)
+            values = measure_all(bench, works, options.rounds, options.only)
             print_report(bench, works, values, options.rounds, time.monotonic() - began)
     except Failure as failure:
         sys.exit(f"bench: {failure}")

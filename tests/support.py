@@ -1,9 +1,29 @@
-"""What the tests share: the real server in a process of its own, a raw HTTP client that
-hides nothing, and images to serve.
+"""What the tests share: answers without a socket, the real server in a process of its own, a
+raw HTTP client that hides nothing, and images to serve.
 
-    server = self.serve(images)                  in a test case of ServerCase
-    answer = server.get("/datasets")             answer.status, .headers, .body, .json()
+    site = self.site()                           in a test case of ServerCase
+    answer = ask(site, "/datasets")              answer.status, .headers, .body, .json()
+    server = self.serve()                        the same with a process and a socket
+    answer = server.get("/datasets")
     data = server.raw(b"GET / HTTP/1.1\r\n...")   every byte that came back
+
+Where a new test belongs, by its topic (without a socket if that can fail as well):
+
+    a manifest as a value: rules, v1 to v2 and back      test_manifests
+    the directory: left out and why, when a change shows test_store; by a set clock test_freshness
+    a route's answers and parameters                     test_dsapi, test_imgapi
+    conditions, gzip, HEAD, OPTIONS and CORS, the / page test_http_cache, for all routes
+    bytes of files: ranges, sendfile, readers that go    test_files; long lists: test_sending
+    where a request ends, methods, limits                test_framing; its target: test_paths
+    clients that are many, slow or greedy; shortages     test_load, test_hostile
+    signals, log, clock, addresses                       test_life; before it serves: test_startup
+    commands that write or check the directory           test_import, test_publish, test_check
+    beside another program                               test_mkimg, test_make, test_nginx,
+                                                         test_zfs, test_imgadm (imgadm.py)
+    random input or load for minutes                     fuzz.py, soak.py; not in the suite
+
+A test or class that is random, large or slow carries @check_only: `make check` alone runs it.
+A class that takes seconds says so in `seconds`: the runner (run.py) begins with the longest.
 """
 
 import contextlib
@@ -25,11 +45,13 @@ import unittest
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 IMGSERVER = os.path.join(ROOT, "imgserver.py")
-PATIENCE = 20         # seconds: a test that waits longer has failed; no test waits it out
-SOON = 10             # seconds: what need not wait for a time limit is done by then
+PATIENCE = 28         # seconds until a wait has failed: less than header_timeout and drain_time
+SOON = 20             # seconds: what need not wait for a time limit is done by then
 SETTLED = 0.06        # seconds: what is that old the server need not read again (RACY)
 
 sys.path.insert(0, ROOT)
+import imgserver      # noqa: E402
+
 os.umask(0o022)       # whatever the caller's is: some tests serve, or read, as another user
 
 NOBODY = "00000000-0000-0000-0000-000000000000"
@@ -45,6 +67,20 @@ def need(*tools):
     for tool in tools:
         if not shutil.which(tool):
             raise unittest.SkipTest(f"{tool} is not installed")
+
+
+CHECK = os.environ.get("IMGSERVER_CHECK") == "1"     # `make check`: all tests, at full length
+
+
+def check_only(reason):
+    """Leave a test, or all tests of a class, to `make check`: what is random, large, or waits
+    for time limits that cannot be made shorter.  `reason` says which of them."""
+    def mark(item):
+        if CHECK:
+            return item
+        item.check_only = reason
+        return unittest.skip("left to make check: " + reason)(item)
+    return mark
 
 
 def free_port():
@@ -252,18 +288,58 @@ def reachable(address):
         return False
 
 
+# -- without a socket ---------------------------------------------------------------------
+
+def parse(data):
+    """The Request that these bytes are.  Raises imgserver.ApiError."""
+    return imgserver.parse_head(imgserver._HEAD.match(data.decode("latin-1")))
+
+
+def ask(site, request, method="GET", **headers):
+    """The Answer of a Site to a request, whole bytes or a target, as a thread would get it.
+
+    headers   field names with _ for -; None leaves one out
+    """
+    if isinstance(request, str):
+        headers = {"Host": "images.example.com", **headers}
+        lines = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()
+                 if value is not None]
+        request = "\r\n".join([f"{method} {request} HTTP/1.1", *lines, "", ""]).encode("latin-1")
+    try:
+        parsed = parse(request)
+        parsed.may_block = True
+        response = site.answer(parsed)
+    except imgserver.ApiError as refusal:
+        response = imgserver.error_response(refusal)
+    body = bytes(response.body)
+    if response.file is not None:
+        body = os.pread(response.file, response.length, response.offset)
+        response.close()
+    fields = {}
+    for line in response.fields.decode("latin-1").split("\r\n")[:-1]:
+        name, _, value = line.partition(": ")
+        assert name.lower() not in fields, f"{name} is sent twice"
+        fields[name.lower()] = value
+    return Answer(response.status, fields, body, response.fields)
+
+
+def log_of(site):
+    """The log of ServerCase.site()'s Site."""
+    site.log.flush(wait=True)
+    return os.pread(site.log.fd, 1 << 20, 0).decode("ascii")
+
+
 # -- the server --------------------------------------------------------------------------
 
-def command(*words, prelude=None, python=sys.executable):
-    """The command line of imgserver.py with these words.
+def command(*words, prelude="", python=sys.executable):
+    """The command line of imgserver.py with these words: imported, as the service has it, since
+    a module is compiled once and a script each time.
 
     prelude   Python that runs in the process before its main: to put a stand-in in the
               place of a system call, with `imgserver` imported
     """
-    if prelude is None:
-        return [python, IMGSERVER, *words]
-    return [python, "-c", f"import sys; sys.path.insert(0, {ROOT!r}); import imgserver\n"
-                          f"{prelude}\nsys.exit(imgserver.main())", *words]
+    return [python, "-S", "-c", f"import sys; sys.path.insert(0, {ROOT!r}); import imgserver\n"
+                                f"{prelude or ''}\nsys.exit(imgserver.main())", *words]
 
 
 class Server:
@@ -378,6 +454,14 @@ class ServerCase(unittest.TestCase):
         self.addCleanup(shutil.rmtree, self.directory, ignore_errors=True)
         self.serve_dir = os.path.join(self.directory, "images")
         os.mkdir(self.serve_dir)
+
+    def site(self, **config):
+        """A Site on self.serve_dir to `ask`; log_of(site) is its log."""
+        file = tempfile.TemporaryFile()
+        self.addCleanup(file.close)
+        config = imgserver.Config({"serve_dir": self.serve_dir, **config})
+        log = imgserver.Log("info", file.fileno())
+        return imgserver.Site(config, imgserver.Store(config, log), log)
 
     def serve(self, **options):
         """Start a server on self.serve_dir; it must still be well when the test ends."""

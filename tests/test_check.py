@@ -132,7 +132,8 @@ class TestCheck(CheckCase):
              "    raise imgserver.BadImage('bad')\n"
              "imgserver.Check.image = check\n"
              "sys.exit(imgserver.main())", "check", "--dir", self.serve_dir],
-            stdout=writer, stderr=subprocess.PIPE, cwd=ROOT)
+            stdout=writer, stderr=subprocess.PIPE, cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": ""})       # the line is in Python's buffer
         os.close(writer)
         self.addCleanup(process.stderr.close)
         wait_for(lambda: os.path.exists(looked), "the check")
@@ -249,6 +250,9 @@ class TestRecord(CheckCase):
     def test_owner_of_what_is_not_ours(self):
         if os.getuid() != 0:
             self.skipTest("only root can give a file away")
+        config = os.path.join(self.directory, "config.json")     # that of the checkout may be
+        with open(config, "w") as file:                          # where only root can read
+            file.write("{}")
         for mode, status in ((0o644, 0), (0o640, 1)):
             with self.subTest(mode=oct(mode)):
                 write_v2(self.serve_dir, uuid_of(1), IMAGE)
@@ -257,7 +261,8 @@ class TestRecord(CheckCase):
                 os.chmod(manifest, mode)
                 for path in (self.directory, self.serve_dir, os.path.dirname(manifest)):
                     os.chown(path, 65534, 65534)
-                self.assertEqual(self.check("--record", prelude=NOT_ROOT)[0], status)
+                self.assertEqual(self.check("--record", "--config", config,
+                                            prelude=NOT_ROOT)[0], status)
                 self.assertEqual(os.stat(manifest).st_uid, 0 if status else 65534)
 
     def test_one_that_cannot_be_written_does_not_end_it(self):

@@ -1,6 +1,5 @@
 """Downloads: every byte of a file, a part of it, or a cut connection; and nothing left behind."""
 
-import email.utils
 import hashlib
 import os
 import shutil
@@ -10,8 +9,8 @@ import time
 import unittest
 
 import imgserver
-from tests.support import (PATIENCE, ServerCase, readable, uuid_of, wait_for, write_image,
-                           write_v2)
+from tests.support import (CHECK, PATIENCE, ServerCase, check_only, readable, uuid_of, wait_for,
+                           write_image, write_v2)
 
 UUID = uuid_of(1)
 FILE = f"/datasets/{UUID}/image.zfs.gz"
@@ -34,7 +33,7 @@ def sparse(serve_dir, size, marks=(), uuid=UUID):
     return path
 
 
-def small_buffer(server, patience=20):
+def small_buffer(server, patience=PATIENCE):
     """A connection that takes little before it must be read from."""
     connection = server.connect(patience)
     connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 17)
@@ -143,9 +142,15 @@ class Whole(FileCase):
                             connection.request(f"/images/{uuid_of(number)}/file").body,
                             data[:length])
 
+    def test_a_large_file_with_little_memory(self):
+        self.large_file((120 << 20) + 5003)
+
+    @check_only("a GiB takes long")
     def test_2_gib_with_little_memory(self):
-        size = (2 << 30) + 5003
-        marks = {0: b"begin", (1 << 31) - 2: b"2 GiB", size - 3: b"end"}
+        self.large_file((2 << 30) + 5003)
+
+    def large_file(self, size):
+        marks = {0: b"begin", (size >> 20 << 20) - 2: b"edge", size - 3: b"end"}
         sparse(self.serve_dir, size, marks)
         server = self.serve()
         connection, length, rest = begin(server, connect=lambda server: server.connect())
@@ -382,7 +387,7 @@ selectors.DefaultSelector = Deaf
 
 
 class Clients(FileCase):
-
+    seconds = 12
     SIZE = 48 << 20
 
     def setUp(self):
@@ -610,43 +615,6 @@ class Parts(FileCase):
         write_image(self.serve_dir, UUID, SMALL[::-1])
         answer = server.get(FILE, {"Range": "bytes=300-", "If-Range": first.headers["etag"]})
         self.assertEqual((answer.status, answer.body), (200, SMALL[::-1]))
-
-    def test_conditions(self):
-        for transport, unix in TRANSPORTS:
-            server = self.serve(unix=unix)
-            first = server.get(FILE).headers
-            etag, date = first["etag"], first["last-modified"]
-            at = email.utils.parsedate_to_datetime(date).timestamp()
-            earlier, later = (email.utils.formatdate(at + delta, usegmt=True)
-                              for delta in (-1, 60))
-            cases = (
-                ({"If-None-Match": etag}, 304), ({"If-None-Match": "*"}, 304),
-                ({"If-None-Match": etag.strip('"')}, 304), ({"If-None-Match": "W/" + etag}, 304),
-                ({"If-None-Match": f'"a", {etag} , "b"'}, 304), ({"If-None-Match": '"a"'}, 200),
-                ({"If-None-Match": ""}, 200), ({"If-None-Match": "," * 20000}, 200),
-                ({"If-Modified-Since": date}, 304), ({"If-Modified-Since": later}, 304),
-                ({"If-Modified-Since": earlier}, 200), ({"If-Modified-Since": "garbage"}, 200),
-                ({"If-Modified-Since": ""}, 200), ({"If-Modified-Since": "0"}, 200),
-                ({"If-Modified-Since": "Mon, 99 Foo 99999 99:99:99 GMT"}, 200),
-                ({"If-Modified-Since": "Mon, 01 Jan 0000 00:00:00 +9999999999"}, 200),
-                ({"If-Modified-Since": ", " * 10000}, 200),
-                ({"If-Modified-Since": "1 Jan 2001 " + "(" * 10000}, 200),
-                ({"If-None-Match": '"a"', "If-Modified-Since": later}, 200),
-                ({"If-None-Match": etag, "If-Modified-Since": earlier}, 304),
-                ({"If-None-Match": etag, "Range": "bytes=0-0"}, 304),
-            )
-            with server.connect() as connection:
-                for headers, status in cases:
-                    for method in ("GET", "HEAD"):
-                        with self.subTest(str(headers)[:80], transport=transport, method=method):
-                            answer = connection.request(FILE, method, headers)
-                            self.assertEqual(answer.status, status)
-                            if status == 304:
-                                self.assertEqual(answer.headers["etag"], etag)
-                                self.assertNotIn("content-length", answer.headers)
-                            elif method == "GET":
-                                self.assertEqual(answer.body, SMALL)
-                            self.assertEqual(connection.request("/ping").status, 200)
 
 
 if __name__ == "__main__":

@@ -404,25 +404,6 @@ class Framing(OneServer):
     def test_other_method_on_a_path_that_is_not_there_gets_404(self):
         self.assertError(self.server.get("/nothing", method="POST"), 404)
 
-    def test_options(self):
-        with self.server.connect() as connection:
-            answer = connection.request("/datasets", "OPTIONS", {
-                "Origin": "http://x", "Access-Control-Request-Method": "GET",
-                "Access-Control-Request-Headers": "accept-version, x-request-id"})
-            self.assertEqual(answer.status, 204)
-            self.assertNotIn("content-length", answer.headers)
-            self.assertEqual(answer.headers["access-control-allow-origin"], "*")
-            self.assertEqual(answer.headers["access-control-allow-methods"], "GET, HEAD, OPTIONS")
-            self.assertEqual(answer.headers["access-control-allow-headers"],
-                             "accept-version, x-request-id")
-            self.assertEqual(connection.request("/ping").status, 200)
-
-    def test_options_reflects_nothing_odd(self):
-        answer = self.server.get("/datasets", {"Access-Control-Request-Headers": "<script>"},
-                                 "OPTIONS")
-        self.assertEqual(answer.status, 204)
-        self.assertNotIn("access-control-allow-headers", answer.headers)
-
     def test_tls_client_hello_gets_400_and_one_log_line(self):
         hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(32)) + b"\x00" * 400
         server = self.serve(unix=self.unix, config={"max_connections": 100})

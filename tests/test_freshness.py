@@ -7,7 +7,7 @@ import unittest
 from unittest import mock
 
 import imgserver
-from tests.support import SETTLED, ServerCase, uuid_of, write_image
+from tests.support import ROOT, SETTLED, ServerCase, uuid_of, write_image
 
 U = uuid_of(1)
 

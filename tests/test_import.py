@@ -19,7 +19,7 @@ import time
 
 import imgserver
 from tests import streams
-from tests.support import (IMGSERVER, NOBODY, PATIENCE, ROOT, ServerCase, command,
+from tests.support import (IMGSERVER, NOBODY, PATIENCE, ROOT, ServerCase, check_only, command,
                            default_signals, need, uuid_of, wait_for, write_image)
 
 IMPORT = os.path.join(ROOT, "import-image")
@@ -97,6 +97,7 @@ class ImportCase(ServerCase):
 
 
 class TestWords(ImportCase):
+    seconds = 10
 
     def one_word(self, shell, place, text):
         """Publish with `text` for NAME, VERSION or DESCRIPTION, in a directory of its own."""
@@ -429,6 +430,7 @@ class TestManifest(ImportCase):
 
 
 class TestData(ImportCase):
+    seconds = 10
 
     def test_sound_data(self):
         tail = streams.stream(b"x" * 3000, order=">")
@@ -540,6 +542,7 @@ class TestData(ImportCase):
         self.assertRefused(self.run_import(
             command=["sh", "-c", 'exec "$@" <&-', "sh", *self.command(*WORDS)]))
 
+    @check_only("hundreds of MiB")
     def test_memory_stays_flat(self):
         need("gzip")
         piece = streams.noise(1 << 20)           # a bomb of zeros would be one chunk when packed
@@ -569,6 +572,7 @@ class TestData(ImportCase):
 
 
 class TestTrouble(ImportCase):
+    seconds = 10
 
     def test_a_full_disk(self):
         data = streams.stream(streams.noise(300 << 10))
@@ -784,6 +788,7 @@ imgserver.main = ended
             runs = [pool.submit(self.ended_at_random, number, data, most) for _ in range(times)]
             yield from (run.result() for run in concurrent.futures.as_completed(runs))
 
+    @check_only("random moments")
     def test_term_at_random_moments_leaves_all_or_nothing(self):
         published = set()
         for status, uuid, errors in self.many_ended(signal.SIGTERM, 40):
@@ -796,6 +801,7 @@ imgserver.main = ended
         self.assertEqual([name for name in left if name.startswith(".")], [])
         self.assertEqual(len(left), len(published) + 1)
 
+    @check_only("random moments")
     def test_kill_at_random_moments_never_shows_half_an_image(self):
         server = self.serve()
         seen, faults, ended = set(), [], threading.Event()

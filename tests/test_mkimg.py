@@ -208,6 +208,7 @@ class MkimgCase(ServerCase):
 
 
 class TestPublish(MkimgCase):
+    seconds = 12
 
     def test_a_running_zone_under_every_shell(self):
         for name, shell in SHELLS.items():
@@ -411,6 +412,7 @@ class TestRefused(MkimgCase):
 
 
 class TestTrouble(MkimgCase):
+    seconds = 12
 
     def test_each_step_may_fail(self):
         cases = (

@@ -42,6 +42,7 @@ class ListCase(ServerCase):
 
 
 class LongLists(ListCase):
+    seconds = 20
 
     def test_readers_that_do_not_read_cost_no_thread_and_lose_no_byte(self):
         for server, whole in self.each_transport():
@@ -198,7 +199,7 @@ imgserver.Connection.flush, imgserver.EventLoop._send_out = counting, at_the_end
         server.send_signal(signal.SIGSTOP)
         try:
             for number, (connection, length, body) in enumerate(begun):
-                connection.sock.settimeout(0.1)       # all that the sockets hold
+                connection.sock.settimeout(0.03)      # all that the sockets hold
                 parts = [body]
                 with contextlib.suppress(OSError):
                     while True:
@@ -228,7 +229,7 @@ imgserver.Connection.flush, imgserver.EventLoop._send_out = counting, at_the_end
 
 
 class Faults(ListCase):
-
+    seconds = 4
     breaks_it = True
 
     def test_a_fault_at_a_change_of_state_costs_one_connection(self):

@@ -428,10 +428,12 @@ class UnixSockets(Starting):
 
     def test_directory_that_is_not_there_or_not_ours(self):
         self.fails_on(CONFIG_ERROR, self.path("missing/s.sock"))
-        os.chmod(self.directory, 0o755)
+        config = self.config({})
+        os.chmod(self.directory, 0o555)           # not even for its owner, as whom we may run
+        self.addCleanup(os.chmod, self.directory, 0o755)
         self.assertIn("cannot listen", self.fails(
             CONFIG_ERROR, "--listen", self.path(), "--dir", self.serve_dir,
-            "--config", self.config({}), prelude=AS_NOBODY))
+            "--config", config, prelude=AS_NOBODY))
 
     def test_length_of_the_path(self):
         room = 107 - len(self.path(""))

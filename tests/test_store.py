@@ -128,6 +128,7 @@ HOSTILE = (
 
 
 class HostileManifests(ServerCase):
+    seconds = 5
 
     def test_each_is_left_out_with_one_line_and_the_others_are_listed(self):
         write_image(self.serve_dir, GOOD)
@@ -298,6 +299,7 @@ class HostileFiles(ServerCase):
 
 
 class Freshness(ServerCase):
+    seconds = 6
 
     def setUp(self):
         super().setUp()
@@ -481,6 +483,7 @@ os.{call} = fails
 
 
 class Amount(ServerCase):
+    seconds = 4
 
     def test_5000_images_are_listed_quickly_once_they_are_known(self):
         data = b"small"
@@ -585,6 +588,7 @@ class Urls(ServerCase):
 
 
 class Origins(ServerCase):
+    seconds = 4
 
     def image(self, number, origin=None):
         write_image(self.serve_dir, uuid_of(number), origin=origin and uuid_of(origin))

@@ -8,7 +8,7 @@ import shutil
 import unittest
 
 from tests import streams
-from tests.support import PATIENCE, ROOT, ServerCase, need, wait_for, write_image
+from tests.support import PATIENCE, ROOT, ServerCase, check_only, need, wait_for, write_image
 
 IMPORT = os.path.join(ROOT, "import-image")
 POOL_SIZE = 128 << 20
@@ -141,7 +141,9 @@ class ZfsCase(ServerCase):
         return os.path.join(self.home, "mnt", name)
 
 
+@check_only("a real pool takes long")
 class TestZfs(ZfsCase):
+    seconds = 20
 
     def test_files_come_out_as_they_went_in(self):
         server = self.serve()
