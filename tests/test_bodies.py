@@ -289,7 +289,9 @@ class Bodies:
         expect = "Expect: 100-continue\r\n"
         with self.server.connect() as connection:
             connection.send(head("PUT", "/upload", "Content-Length: 5\r\n"
-                                 "Connection: keep-alive\r\n" + expect, "1.0") + b"hello")
+                                 "Connection: keep-alive\r\n" + expect, "1.0"))
+            self.assertFalse(readable(connection.sock, 0.2))
+            connection.send(b"hello")
             self.assertTaken(connection.answer(), b"hello")
             connection.send(head("PUT", "/upload", "Content-Length: 0\r\n" + expect))
             self.assertTaken(connection.answer(), b"")

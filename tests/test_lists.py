@@ -144,7 +144,8 @@ class Lengths(ServerCase):
                 write = rng.choice((write_image, write_v2))
                 write(self.serve_dir, uuid_of(images),
                       name=rng.choice(("a", "n" * 40)),
-                      description="caf\u00e9" * rng.randrange(1, 90), channels=rng.choice((["a"], ["b"])),
+                      description="caf\u00e9" * rng.randrange(1, 90),
+                      channels=rng.choice((["a"], ["b"])),
                       path=rng.choice(("image.zfs.gz", "a b%\u00e9.gz")))
             wait_for(lambda: len(json.loads(self.bytes_of(self.ask("/datasets")))) == count)
             for host in ("h", "h:1", "a" * 253, "[::1]", "[fe80::1]:65535", "10.0.0.1:"):
