@@ -2,7 +2,7 @@
 #
 #     make            config, smf and info: ready to run where it is
 #     make test       the tests, which need nothing but Python
-#     make check      the tests, and shellcheck where it is installed
+#     make check      the tests, the long ones too, and shellcheck where it is installed
 #     make bench      beside nginx: some fifteen minutes
 #     make install    copy it to PREFIX, with a configuration and a service of its own
 #     make uninstall  remove what that has made, but neither configuration nor images
@@ -53,7 +53,8 @@ info:
 test:
 	@$(FIND_PYTHON); "$$python" -m unittest discover -s tests -t .
 
-check: test
+check:
+	@IMGSERVER_CHECK=1 $(MAKE) test
 	@for file in import-image mkimg; do \
 	    sh -n $$file || exit 1; \
 	    if command -v shellcheck >/dev/null; then shellcheck $$file || exit 1; fi; \

@@ -42,6 +42,7 @@ import argparse
 import base64
 import collections
 import contextlib
+import copy
 import datetime
 import email.utils
 import errno
@@ -50,7 +51,6 @@ import functools
 import hashlib
 import html
 import http
-import itertools
 import json
 import math
 import os
@@ -847,8 +847,7 @@ RECHECK_PAUSE = 0.001         # seconds of a pause: 10,000 images take some 0.2 
 RACY = 50_000_000             # ns; a time this young may not move with the next change: file
                               # systems tell it in ticks, of up to 10 ms (Linux before 6.13)
 LISTS_KEPT = 4                # rendered lists kept: each is as large as all manifests together
-LIST_PIECE = 16               # images of a list rendered at once: some 20 KB, 20 us
-LIST_PIECE_SIZE = 64 << 10    # bytes of them on average, or fewer images are: tags may be long
+LIST_PIECE = 128 << 10        # bytes of a list rendered at once: some 100 images, 100 us
 ZIPPED_LIMIT = 32 << 20       # bytes of gzip forms in use; of 10,000 images one has 1 MB
 MD5_LIMIT = 16 << 20          # bytes; a file up to this size is hashed when it is asked for
 
@@ -1171,29 +1170,42 @@ class Listing:
     lists has room for them; a reader holds but its position.  length: bytes of the array.
     """
 
-    __slots__ = ("_images", "_text_of", "_pieces", "_per_piece", "length", "etag", "zipped")
+    __slots__ = ("_images", "_text_of", "_starts", "_pieces", "length", "etag", "fields",
+                 "zipped")
 
-    def __init__(self, images, text_of, etag=None, length=None):
+    def __init__(self, images, text_of, etag=None):
+        """Render it once, to learn its length; which is for a thread."""
         self._images, self._text_of, self.etag = images, text_of, etag
         self._pieces = self.zipped = None
-        self._per_piece = LIST_PIECE
-        if length is None:
-            length = sum(len(self.render(number)) for number in range(len(self)))
-        self.length = length
-        self._per_piece = max(1, min(LIST_PIECE, LIST_PIECE_SIZE * len(images) // length))
+        self.fields = b""                     # header lines that go with it, for routes
+        self._starts = starts = [0]           # the first image of each piece
+        size = 0
+        for number, image in enumerate(images):
+            if size > LIST_PIECE:
+                starts.append(number)
+                size = 0
+            size += len(text_of(image))
+        self.length = sum(len(self.render(number)) for number in range(len(starts)))
+
+    def for_host(self, text_of, growth) -> Listing:
+        """The same list for another host, of which each image is `growth` bytes longer."""
+        other = copy.copy(self)
+        other._text_of, other._pieces, other.zipped = text_of, None, None
+        other.length += len(self._images) * growth
+        return other
 
     def __len__(self):
         """The number of its pieces; an empty array is one."""
-        return max(1, -(-len(self._images) // self._per_piece))
+        return len(self._starts)
 
     def render(self, number) -> bytes:
         """One piece; the first begins the array, the last ends it."""
-        images = self._images[number * self._per_piece:(number + 1) * self._per_piece]
+        first, *rest = self._starts[number:number + 2]
+        images = self._images[first:rest[0] if rest else None]
         if not images:
             return b"[]"
         text = b",\n".join(map(self._text_of, images)).replace(b"\n", b"\n  ")
-        return b"%b\n  %b%b" % (b"," if number else b"[", text,
-                                b"\n]" if number == len(self) - 1 else b"")
+        return b"%b\n  %b%b" % (b"," if number else b"[", text, b"" if rest else b"\n]")
 
     def piece(self, number) -> bytes:
         """render(), remembered while the list is kept.  For the event loop alone."""
@@ -1239,7 +1251,7 @@ class Snapshot:
 
     def __init__(self, images):
         self.images = tuple(sorted(images, key=lambda image: image.order))
-        self.forms = {}               # (api, view): (images, ETag, bytes without any host)
+        self.forms = {}               # (api, view): (the first Listing of it, its host)
         self.listings = {}            # (api, view, host): Listing, the oldest first
 
     def release(self):
@@ -1474,17 +1486,15 @@ class Store:
         listing = snapshot.listings.get((api, view, host))
         if listing is not None:
             return listing
-        form = snapshot.forms.get((api, view))
-        if form is None:
+        first, first_host = snapshot.forms.get((api, view), (None, None))
+        if first is None:
             if not may_block:
                 raise NeedsThread
             images = select(snapshot.images)
             listing = Listing(images, text_of, list_etag(images, api, view))
-            form = images, listing.etag, listing.length - len(images) * len(host)
-            snapshot.forms[api, view] = form
+            snapshot.forms[api, view] = listing, host
         else:
-            images, etag, length = form
-            listing = Listing(images, text_of, etag, length + len(images) * len(host))
+            listing = first.for_host(text_of, len(host) - len(first_host))
         with self._lists_lock:
             listing = snapshot.listings.setdefault((api, view, host), listing)
             if snapshot is self._snapshot:        # else it was released just now
@@ -2647,17 +2657,27 @@ def manifest_response(request, etag, fields, *parts) -> Response:
 
 def list_response(request, store, listing, fields) -> Response:
     """A whole list: with ETag, and as gzip for clients that take it (imgadm does not)."""
-    headers, etag, body = request.headers, listing.etag, listing
+    headers = request.headers
     if "accept-encoding" in headers and accepts_gzip(headers["accept-encoding"]):
         zipped = store.zipped(listing, request.may_block)
         if zipped is not None:
-            body, etag = zipped, etag + "-gzip"
-            fields = b"Content-Encoding: gzip\r\n" + fields
-    fields = b'%bETag: "%b"\r\n%b%b' % (JSON_TYPE, etag.encode(), fields, CORS)
+            return whole_list(headers, zipped, listing.etag + "-gzip", len(zipped),
+                              list_fields(listing.etag + "-gzip",
+                                          b"Content-Encoding: gzip\r\n" + fields))
+    if not listing.fields:
+        listing.fields = list_fields(listing.etag, fields)
+    return whole_list(headers, listing, listing.etag, listing.length, listing.fields)
+
+
+def list_fields(etag, fields) -> bytes:
+    return b'%bETag: "%b"\r\nVary: Accept-Encoding\r\n%b%b' % (JSON_TYPE, etag.encode(), fields,
+                                                             CORS)
+
+
+def whole_list(headers, body, etag, length, fields) -> Response:
     if "if-none-match" in headers and etag_matches(headers["if-none-match"], etag):
         return Response(304, fields)
-    return Response(200, fields, body, length=len(body) if body is not listing
-                    else listing.length)
+    return Response(200, fields, body, length=length)
 
 
 def filtered_response(images, text_of, fields) -> Response:
@@ -2711,7 +2731,7 @@ class Dsapi:
         listing = self.store.listing(DSAPI, (), lambda images: images, text_of,
                                      request.may_block, base)
         return list_response(request, self.store, listing,
-                             b"Vary: Accept-Encoding\r\n" + CACHE_NEVER)
+                             CACHE_NEVER)
 
     def manifest(self, request, uuid):
         """One manifest, also of a disabled image."""
@@ -2788,8 +2808,7 @@ class Imgapi:
             IMGAPI, (channel, version if self.channels else None),
             lambda images: [image for image in images if self.in_channel(image, channel)],
             self.text_of(version), request.may_block)
-        return list_response(request, self.store, listing,
-                             b"Vary: Accept-Encoding\r\n" + CACHE_MANIFESTS)
+        return list_response(request, self.store, listing, CACHE_MANIFESTS)
 
     def _select(self, request, query, channel):
         """The images that a query asks for: filtered, sorted, from the marker on, limited."""
@@ -3040,10 +3059,10 @@ ONE_PIECE = 64 << 10          # bytes; answers up to this size are copied togeth
 PARTS = 64                    # parts of answers given to one sendmsg; POSIX allows 16 at least
 LOOP_SEND = 2 << 20           # bytes of a kept list that the event loop tries to send at first
 LOOP_STEP = 512 << 10         # bytes, once the socket was full: larger ones leave the caches
-RENDER_STEP = 64 << 10        # bytes of a list rendered for one socket at once
 TURN = 8 << 20                # bytes sent in such steps in one turn of the loop, about 3 ms
 FILE_STEP = 256 << 10         # bytes of a file sent at first, so that the client can begin early
 FULL_STEP = 512 << 10         # bytes, once the socket was full: then fewer steps cost less
+FILE_STEPS = 8                # such steps while the socket takes them, before others get theirs
 COPY_STEP = 256 << 10         # bytes copied at once where sendfile is of no use
 LINGER = 2.0                  # seconds a refused client gets to read why since it last sent
 GONE = 499                    # status in the log of a request whose client went away (as nginx)
@@ -3075,15 +3094,20 @@ class ListReader:
     def __init__(self, listing):
         self._listing, self._number, self._offset = listing, 0, 0
 
-    def parts(self, budget):
+    def parts(self, budget) -> list:
         """The next parts, of about `budget` bytes; fewer where they must be rendered."""
-        listing, number, skip = self._listing, self._number, self._offset
-        budget = budget if listing.kept else min(budget, RENDER_STEP)
-        while budget > 0 and number < len(listing):
-            part = memoryview(listing.piece(number))[skip:skip + budget]
-            yield part
-            budget -= len(part)
-            number, skip = number + 1, 0
+        listing, number = self._listing, self._number
+        if not listing.kept:
+            budget = min(budget, LIST_PIECE)
+        parts = [memoryview(listing.piece(number))[self._offset:self._offset + budget]]
+        budget -= len(parts[0])
+        while budget > 0 and len(parts) < PARTS // 2:
+            number += 1
+            if number == len(listing):
+                break
+            parts.append(memoryview(listing.piece(number))[:budget])
+            budget -= len(parts[-1])
+        return parts
 
     def advance(self, parts, count):
         """`count` bytes of `parts`, which parts() has given, were sent."""
@@ -3171,9 +3195,9 @@ class Transport:
     def _gather(self, step):
         """Parts for one sendmsg: up to the end of the first list, or of a long part."""
         parts = []
-        for part in self.unsent[:PARTS]:
+        for part in self.unsent[:PARTS // 2]:
             if type(part) is ListReader:
-                parts += itertools.islice(part.parts(step), PARTS - len(parts))
+                parts += part.parts(step)
                 break
             parts.append(memoryview(part)[:step])
             if len(part) > step:
@@ -3612,8 +3636,12 @@ class Connection:
                     FILE_STEP, getattr(socket, "MSG_MORE", 0)):   # no half packet yet (Linux)
                 return False
             end = response.offset + response.length
-            sent = transport.send_file(response.file, self.position,
-                                       min(self.step, end - self.position))
+            for _ in range(FILE_STEPS):
+                want = min(self.step, end - self.position)
+                sent = transport.send_file(response.file, self.position, want)
+                self.position += sent
+                if sent < want or self.position == end:
+                    break
         except Truncated as error:
             self.loop.log.error(f"{printable(self.line)}: {error}")
             self.failure = " (cut: the file is truncated)"
@@ -3621,10 +3649,8 @@ class Connection:
         except OSError as error:
             self.failure = self.failure or f" (the client went away: {error.strerror})"
             return True
-        if not sent:
+        if sent < want:
             self.step = FULL_STEP
-            return False
-        self.position += sent
         self.moving()
         return self.position == end
 
@@ -4436,8 +4462,21 @@ def manifest_to_import(config, options) -> dict:
     return manifest
 
 
+def import_words(options) -> list:
+    """The words of `import` from NAME on.  Raises UserError for an option among them."""
+    words = options.words
+    if words[:1] == ["--"]:
+        return words[1:]
+    fields = words[0 if options.manifest else 3:]
+    late = [word for word in words if word.startswith("-")]
+    if late and not all(re.match("[a-z][a-z0-9_]*=", word) for word in fields):
+        raise UserError(f"options come before NAME, but {late[0]!a} does not", 2)
+    return words
+
+
 def run_import(config, options):
     """Take an image from standard input or --file, and print its uuid."""
+    options.words = import_words(options)
     manifest = manifest_to_import(config, options)
     if manifest.get("origin") and options.stream_check and not os.path.exists(
             os.path.join(config.serve_dir, manifest["origin"], MANIFEST)):
@@ -4475,6 +4514,17 @@ def run_discard(config, options):
     """Throw away an image that is not active."""
     discard(config.serve_dir, checked_uuid(options.uuid))
     return 0
+
+
+def run_import_image(config, options):
+    """All that the script import-image does."""
+    if options.step is None:
+        return run_import(config, options)
+    words = options.words[options.words[:1] == ["--"]:]
+    if len(words) != 1:
+        raise UserError("-a and -d take one UUID, behind all options", 2)
+    options.uuid = words[0]
+    return options.step(config, options)
 
 
 def check_image(reader, config, uuid, quiet) -> FileScan:
@@ -4707,6 +4757,36 @@ def default_config() -> str:
     return os.path.join(os.path.dirname(os.path.abspath(__file__)), "config.json")
 
 
+class CommandParser(argparse.ArgumentParser):
+    """Refuses unknown options itself, with the usage of its command, not that of all."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error("unrecognized arguments: " + " ".join(unknown))
+        return namespace, unknown
+
+
+def add_import_options(sub):
+    """The options and words of `import`.  Options end where NAME stands."""
+    sub.usage = ("%(prog)s [OPTION ...] NAME VERSION DESCRIPTION [FIELD=VALUE ...] < IMAGE\n"
+                 "       %(prog)s [OPTION ...] --manifest FILE [FIELD=VALUE ...] < IMAGE")
+    sub.add_argument("words", nargs=argparse.REMAINDER,
+                     metavar="NAME VERSION DESCRIPTION [FIELD=VALUE ...]",
+                     help="what it is; any field of a manifest, as JSON or a text")
+    sub.add_argument("--manifest", metavar="FILE", help="take the fields from this manifest")
+    sub.add_argument("--file", metavar="FILE", help="read the image from FILE")
+    sub.add_argument("--uuid", metavar="UUID", help="its uuid (default: a new one)")
+    sub.add_argument("--origin", metavar="UUID", help="the image an incremental one builds on")
+    sub.add_argument("--os", help="its operating system (default: smartos)")
+    sub.add_argument("--type", help="its type (default: zone-dataset)")
+    sub.add_argument("-n", "--no-activate", dest="activate", action="store_false",
+                     help="leave it unactivated, for `activate` or `discard`")
+    sub.add_argument("--no-stream-check", dest="stream_check", action="store_false",
+                     help="it is no ZFS send stream")
+    sub.add_argument("-q", "--quiet", action="store_true", help="no progress on a terminal")
+
+
 def option_parser() -> argparse.ArgumentParser:
     """The command line; `run` of what it parses is the command's function."""
     shared = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
@@ -4721,7 +4801,8 @@ def option_parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=run_serve, writes=False)
     parser.add_argument("--version", action="version", help="print the version",
                         version=f"imgserver {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands",
+                                     parser_class=CommandParser)
 
     def command(name, run, text, writes=False):
         sub = commands.add_parser(name, parents=[shared], help=text, description=text)
@@ -4737,21 +4818,21 @@ def option_parser() -> argparse.ArgumentParser:
                           help="least level to log: " + ", ".join(LEVELS)
                                + " (default: loglevel of the configuration, info)")
     sub = command("import", run_import, "publish an image, read from standard input", True)
-    sub.usage = ("%(prog)s [OPTION ...] NAME VERSION DESCRIPTION [FIELD=VALUE ...] < IMAGE\n"
-                 "       %(prog)s [OPTION ...] --manifest FILE [FIELD=VALUE ...] < IMAGE")
-    sub.add_argument("words", nargs="*", metavar="NAME VERSION DESCRIPTION [FIELD=VALUE ...]",
-                     help="what it is; any field of a manifest, as JSON or a text")
-    sub.add_argument("--manifest", metavar="FILE", help="take the fields from this manifest")
-    sub.add_argument("--file", metavar="FILE", help="read the image from FILE")
-    sub.add_argument("--uuid", metavar="UUID", help="its uuid (default: a new one)")
-    sub.add_argument("--origin", metavar="UUID", help="the image an incremental one builds on")
-    sub.add_argument("--os", help="its operating system (default: smartos)")
-    sub.add_argument("--type", help="its type (default: zone-dataset)")
-    sub.add_argument("-n", "--no-activate", dest="activate", action="store_false",
-                     help="leave it unactivated, for `activate` or `discard`")
-    sub.add_argument("--no-stream-check", dest="stream_check", action="store_false",
-                     help="it is no ZFS send stream")
-    sub.add_argument("-q", "--quiet", action="store_true", help="no progress on a terminal")
+    add_import_options(sub)
+    # For the script import-image alone, which passes everything on: without help, not listed.
+    sub = commands.add_parser("import-image", parents=[shared], prog="import-image",
+                              description="Publish an image, read from standard input.")
+    sub.set_defaults(run=run_import_image, writes=True)
+    add_import_options(sub)
+    sub.usage += ("\n       %(prog)s [--dir DIR] [--config FILE] -a UUID | -d UUID"
+                  "\n       %(prog)s -p | -h")
+    sub.add_argument("-a", dest="step", action="store_const", const=run_activate,
+                     help="activate an image that -n has left")
+    sub.add_argument("-d", dest="step", action="store_const", const=run_discard,
+                     help="discard an image that is not active, or was never finished")
+    sub.add_argument("-p", action="store_true",
+                     help="print the Python that is used: $PYTHON, or the newest in "
+                          "/opt/local/bin, or python3")
     command("activate", run_activate, "put an unactivated image on show", True).add_argument(
         "uuid", metavar="UUID")
     command("discard", run_discard, "throw an image away that is not active",

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 
+import imgserver
 from tests import streams
 from tests.support import (IMGSERVER, NOBODY, PATIENCE, ROOT, ServerCase, default_signals, need,
                            uuid_of, wait_for, write_image)
@@ -146,7 +147,7 @@ class TestWords(ImportCase):
             (("web", "1.0"), "NAME VERSION DESCRIPTION are needed"),
             ((*WORDS, "homepage"), "is not FIELD=VALUE"),
             ((*WORDS, "=x"), "is not FIELD=VALUE"),
-            ((*WORDS, "-n"), "is not FIELD=VALUE"),
+            ((*WORDS, "-n"), "options come before NAME"),
             ((*WORDS, "uuid=x"), "uuid cannot be set"),
             ((*WORDS, "files=[]"), "files cannot be set"),
             ((*WORDS, "homepage=ftp://x"), "homepage"),
@@ -210,9 +211,44 @@ class TestWords(ImportCase):
             result = self.run_import(command=[*shell, IMPORT, "-h"])
             self.assertEqual((result.returncode, result.stderr), (0, b""))
             self.assertIn(b"NAME VERSION DESCRIPTION", result.stdout)
-            result = self.run_import(command=[*shell, IMPORT])
-            self.assertEqual((result.returncode, result.stdout), (2, b""))
-            self.assertTrue(result.stderr.startswith(b"usage:"))
+            for words in ((), ("-x",), ("-x", *WORDS), ("--manifest",), ("-nx", *WORDS)):
+                with self.subTest(shell=shell, words=words):
+                    result = self.run_import(command=[*shell, IMPORT, *words])
+                    self.assertEqual((result.returncode, result.stdout), (2, b""))
+                    self.assertTrue(result.stderr.startswith(b"usage: import-image "))
+
+    def test_every_option_of_import(self):
+        """import-image passes on all that `imgserver.py import` knows, with its value."""
+        sub = imgserver.CommandParser()
+        imgserver.add_import_options(sub)
+        values = {"--os": "linux", "--type": "other", "--uuid": uuid_of(7),
+                  "--file": os.path.join(self.directory, "image")}
+        with open(values["--file"], "wb") as file:
+            file.write(IMAGE)
+        for action in sub._actions:
+            for option in action.option_strings:
+                if option in ("-h", "--help", "--manifest", "--origin"):
+                    continue
+                words = [option] if action.nargs == 0 else [option, values[option]]
+                if option == "--no-stream-check":
+                    words += ["--type", "other"]
+                with self.subTest(option=option):
+                    result = self.run_import(*words, "web", "1", "--os")
+                    uuid = self.assertPublished(result)
+                    for name in os.listdir(self.serve_dir):
+                        self.assertTrue(name.endswith(uuid), name)
+                        with open(os.path.join(self.serve_dir, name, "manifest.json")) as file:
+                            self.assertEqual(json.load(file)["description"], "--os")
+                        shutil.rmtree(os.path.join(self.serve_dir, name))
+
+    def test_options_behind_a_name(self):
+        for words in ((*WORDS, "--dir", "/x"), (*WORDS, "-n"), ("web", "--dir", "/x", "1", "d"),
+                      (*WORDS, "--os=linux"), (*WORDS, "homepage=http://x", "-q"),
+                      ("--manifest", "m.json", "public=true", "--file", "x")):
+            with self.subTest(words=words):
+                result = self.run_import(*words)
+                self.assertRefused(result, "options come before NAME, but '-")
+                self.assertEqual(result.returncode, 2)
 
 
 class TestManifest(ImportCase):
@@ -851,6 +887,19 @@ class TestScript(ImportCase):
                     executable=shutil.which(command[0], path=path["PATH"])
                     if environment else None)
                 self.assertPublished(result)
+
+    def test_nothing_is_imported_from_the_images(self):
+        """Neither from its own directory, nor the current one, nor from PYTHONPATH."""
+        script = self.copy(self.serve_dir)
+        for name in ("argparse", "json", "sitecustomize", "_strptime", "bz2"):
+            with open(os.path.join(self.serve_dir, name + ".py"), "w") as file:
+                file.write("import sys\nsys.exit('imported')\n")
+        environment = {**self.environment(), "PYTHONPATH": self.serve_dir}
+        for words in (WORDS, ("-n", *WORDS), ("-h",)):
+            with self.subTest(words=words):
+                result = self.run_import(command=[script, "--dir", self.serve_dir, *words],
+                                         cwd=self.serve_dir, env=environment)
+                self.assertEqual((result.returncode, result.stderr), (0, b""))
 
     def find(self, shell, libraries, path, python=""):
         script = self.copy(os.path.join(self.directory, "home"), libraries)

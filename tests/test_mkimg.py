@@ -5,14 +5,19 @@ state of the VM and of the snapshots in files; ssh runs its command in a shell h
 the real import-image takes the image.
 """
 
+import itertools
 import json
 import os
+import pty
+import random
 import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import time
+import unittest
 
 from tests import streams
 from tests.support import (IMGSERVER, PATIENCE, ROOT, ServerCase, default_signals, need, uuid_of,
@@ -20,6 +25,7 @@ from tests.support import (IMGSERVER, PATIENCE, ROOT, ServerCase, default_signal
 
 MKIMG = os.path.join(ROOT, "mkimg")
 SHELLS = {"dash": ["dash"], "ksh93": ["ksh93"], "bash": ["bash"], "busybox": ["busybox", "sh"]}
+STAMP = {"7.0": "20240102T030405Z"}      # of the platform that the stand-in for uname tells
 VM, IMAGE = uuid_of(1), uuid_of(2)
 WORDS = ("web", "1.0", "A web server")
 
@@ -37,11 +43,19 @@ STAND_INS = {
 [ "$2" = "$VM" ] || { echo "No such vm: $2" >&2; exit 1; }
 case $1 in
     get) sed "s/STATE/$(cat state)/" vm.json ;;
-    stop) echo stopped > state ;;
+    stop)
+        if [ -e slow-stop ]; then
+            rm slow-stop
+            echo stopping > state
+            (trap '' INT; sleep 0.3; echo stopped > state) > /dev/null 2>&1 &
+        else
+            echo stopped > state
+        fi ;;
     start) echo running > state ;;
 esac
 """,
     "imgadm": NOTE + """cat image.json""",
+    "uname": NOTE + """cat platform""",
     "zfs": NOTE + """
 for last; do :; done
 case $1 in
@@ -58,8 +72,15 @@ esac
 """,
     "ssh": NOTE + """
 [ "$1" = -n ] && { shift; exec < /dev/null; }
+[ "$1" = -o ] && shift 2
 if [ -e "no-ssh" ]; then cat > /dev/null; exit 255; fi
 case $2 in
+    *"'--uuid'"*)
+        if [ -e deaf ]; then
+            echo > listening
+            while [ -e deaf ]; do sleep 0.05; done
+            exit 255
+        fi ;;
     *"'-a'"*)
         [ ! -e no-activate ] || exit 1
         if [ -e slow ]; then
@@ -74,7 +95,11 @@ exec sh -c "$2"
     "json": f"""#!{sys.executable} -SE
 import json, sys
 value = json.load(sys.stdin)
-for key in sys.argv[1].split("."):
+if sys.argv[1] == "-e":                   # a change in JavaScript, of which this knows one form
+    key, text = sys.argv[2].split(" = ")
+    value[key[len("this."):]] = json.loads(text)
+    sys.argv[1:] = []
+for key in sys.argv[1].split(".") if sys.argv[1:] else ():
     try:
         value = value[int(key)] if isinstance(value, list) else value[key]
     except (LookupError, TypeError):
@@ -116,6 +141,7 @@ class MkimgCase(ServerCase):
         self.vm(ZONE)
         self.put("image.json", json.dumps({"manifest": {"os": "smartos", "uuid": IMAGE}}))
         self.put("stream", streams.stream())
+        self.put("platform", f"joyent_{STAMP['7.0']}\n")
         self.put("state", "running\n")
         self.put("snapshots", f"zones/{VM}@image\n")
 
@@ -136,12 +162,12 @@ class MkimgCase(ServerCase):
                 "IMGSERVER": "img.example.com", "IMPORTPATH": self.importer, "LOGIN": "admin",
                 "TMPDIR": self.temporary, "PYTHON": sys.executable}
 
-    def start(self, *words, shell=(), **changes):
+    def start(self, *words, shell=(), stderr=subprocess.PIPE, session=False, **changes):
         environment = {**self.environment(), **changes}
         return subprocess.Popen(
             [*shell, MKIMG, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, encoding="utf-8", cwd=self.directory,
-            preexec_fn=default_signals,
+            stderr=stderr, encoding="utf-8", cwd=self.directory,
+            preexec_fn=default_signals, start_new_session=session,
             env={key: value for key, value in environment.items() if value is not None})
 
     def mkimg(self, *words, **options):
@@ -237,7 +263,45 @@ class TestPublish(MkimgCase):
 
     def test_an_image_that_is_gone(self):
         self.put("fail-imgadm-get")
-        self.assertNotIn("requirements", self.published(VM, *WORDS))
+        self.assertEqual(self.published(VM, *WORDS)["requirements"], {"min_platform": STAMP})
+
+    def test_the_platform_that_a_smartos_zone_needs(self):
+        self.put("image.json", json.dumps({"manifest": {"requirements": {
+            "min_platform": {"7.0": "20140101T000000Z"}, "max_ram": 512}}}))
+        self.assertEqual(self.published(VM, *WORDS)["requirements"],
+                         {"min_platform": STAMP, "max_ram": 512})
+        for platform in ("omnios-r151046-0123456789", "joyent_", "joyent_20240102T030405Z'",
+                         "joyent_ABCDEFGHTIJKLMNZ"):
+            with self.subTest(platform=platform):
+                self.put("platform", platform)
+                self.assertEqual(self.published(VM, *WORDS)["requirements"]["min_platform"],
+                                 {"7.0": "20140101T000000Z"})
+
+    def test_fields_of_the_user(self):
+        manifest = self.published(
+            VM, *WORDS, "homepage=http://x.example/$(touch hacked)'`touch hacked`",
+            'tags={"role": "it\'s; touch hacked"}', "public=false", "requirements={}")
+        self.assertEqual(
+            (manifest["homepage"], manifest["tags"], manifest["public"],
+             manifest["requirements"]),
+            ("http://x.example/$(touch hacked)'`touch hacked`", {"role": "it's; touch hacked"},
+             False, {}))
+        self.vm({**BHYVE, "bootrom": None})
+        self.put("stream", streams.stream(kind=streams.ZVOL))
+        self.assertEqual(self.published(VM, *WORDS, "cpu_type=qemu64")["cpu_type"], "qemu64")
+
+    def test_progress_on_a_terminal_alone(self):
+        terminal, ours = pty.openpty()
+        try:
+            process = self.start(VM, *WORDS, stderr=ours)
+            process.communicate(timeout=PATIENCE * 3)
+            self.assertEqual(process.returncode, 0, os.read(terminal, 10000))
+        finally:
+            os.close(ours)
+            os.close(terminal)
+        self.published(VM, *WORDS)
+        self.assertEqual([words[1] == "-v" for words in self.asked("zfs") if words[0] == "send"],
+                         [True, False])
 
     def test_lx(self):
         self.vm({**ZONE, "brand": "lx", "kernel_version": "4.3.0"})
@@ -301,7 +365,8 @@ class TestRefused(MkimgCase):
         status, output, _ = self.mkimg("-h")
         self.assertEqual(status, 0)
         self.assertIn("UUID NAME VERSION DESCRIPTION", output)
-        for words in ((), (VM,), (VM, *WORDS, "more"), ("-x", VM, *WORDS), ("x", *WORDS),
+        for words in ((), (VM,), ("-x", VM, *WORDS), ("x", *WORDS),
+                      (VM, *WORDS, "more"), (VM, *WORDS, "-k"),
                       (VM.upper().replace("0", "A"), *WORDS), ("../" + VM, *WORDS),
                       ("-" * 36, *WORDS), (VM + "\n", *WORDS), ("-c", "lzma", VM, *WORDS),
                       (VM, "", "1", "x"), (VM, "a+b", "1", "x"), (VM, "web", "1 0", "x"),
@@ -382,7 +447,7 @@ class TestTrouble(MkimgCase):
         self.put("fail-vmadm-start")
         status, _, errors = self.mkimg(VM, *WORDS)
         self.assertEqual(status, 0)
-        self.assertIn(f"cannot start VM {VM}", errors)
+        self.assertIn(f"this starts it: vmadm start {VM}", errors)
 
     def test_signals(self):
         self.put("hang")
@@ -423,6 +488,146 @@ class TestTrouble(MkimgCase):
                     os.unlink(os.path.join(self.stand, left))
 
     def test_it_is_quoted_once_for_the_server(self):
+        self.put("platform", "other\n")   # no requirements, which take several lines
         self.published(VM, "web", "1", "it's")
         command = [words[-1] for words in self.asked("ssh") if "--type" in words[-1]][0]
         self.assertEqual(shlex.split(command)[-4:], ["--", "web", "1", "it's"])
+
+
+# Put before each command that mkimg runs, with a PATH that leads on to the command itself:
+# sends SIGNAL when it is the turn of STEP, "COMMAND, its how maniest call, before or after".
+STEP = """#!/bin/sh
+name=${0##*/} number=0
+[ ! -e "$STAND/count-$name" ] || read -r number < "$STAND/count-$name"
+number=$((number + 1))
+echo $number > "$STAND/count-$name"
+echo "$name $number" >> "$STAND/steps"
+read -r pid < "$STAND/pid"
+[ "$STEP" != "$name $number before" ] || kill -s "$SIGNAL" -- "$TO$pid"
+PATH=${PATH#*:} "$name" "$@"
+status=$?
+[ "$STEP" != "$name $number after" ] || kill -s "$SIGNAL" -- "$TO$pid"
+exit $status
+"""
+COMMANDS = ("vmadm", "imgadm", "zfs", "ssh", "json", "uname", "mkdir", "mkfifo", "date", "tail",
+            "gzip", "rm", "od", "tr", "sed")
+SIGNALS = ("INT", "TERM", "HUP", "PIPE")
+THOROUGH = os.environ.get("IMGSERVER_CHECK") == "1"
+
+
+def is_alive(pid):
+    """Whether a process, or with a negative pid a process group, is there."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+class TestSignals(MkimgCase):
+    """A signal at any moment: the VM runs again, or a line says how; nothing else is left."""
+
+    def setUp(self):
+        super().setUp()
+        self.steps = os.path.join(self.stand, "steps.bin")
+        os.mkdir(self.steps)
+        for name in COMMANDS:
+            path = os.path.join(self.steps, name)
+            with open(path, "w") as file:
+                file.write(STEP)
+            os.chmod(path, 0o755)
+        self.shells = [shell for shell in SHELLS.values() if shutil.which(shell[0])]
+
+    def begin(self, shell, step="", number="TERM", group=False, path=None):
+        """Start mkimg, alone in its session; `step` sends a signal to it or to its group."""
+        for name in os.listdir(self.stand):
+            if name.startswith("count-") or name in ("steps", "log"):
+                os.unlink(os.path.join(self.stand, name))
+        self.put("state", "running\n")
+        return self.start(
+            VM, *WORDS, session=True, STEP=step, SIGNAL=number, TO="-" if group else "",
+            shell=("sh", "-c", 'echo $$ > "$STAND/pid"; exec "$0" "$@"', *shell),
+            PATH=self.steps + ":" + self.environment()["PATH"])
+
+    def end(self, process, number):
+        """Wait for the end of mkimg, which got a signal; what is left must be in order."""
+        output, errors = process.communicate(timeout=PATIENCE * 3)
+        self.assertLeftAsItWas()
+        wait_for(lambda: not is_alive(-process.pid), "the end of all that it started")
+        if self.take("state") != "running\n":
+            self.assertIn(f"vmadm start {VM}\n", errors)
+        images = os.listdir(self.serve_dir)
+        if process.returncode == 0:
+            self.assertEqual(images, [output.split()[0]], errors)
+            shutil.rmtree(os.path.join(self.serve_dir, images[0]))
+        else:
+            self.assertEqual((output, images), ("", []), errors)
+            # 1: the signal has ended a command as well, and mkimg saw that first; negative: it
+            # came when there was nothing to put back yet.
+            number = signal.Signals["SIG" + number]
+            self.assertIn(process.returncode, (1, 128 + number, -number), errors)
+        return errors
+
+    def test_before_and_after_each_command(self):
+        self.end(self.begin(self.shells[0]), "TERM")
+        steps = self.take("steps").splitlines()
+        self.assertIn("zfs 3", steps)
+        if not THOROUGH:                  # until there, nothing is to be put back
+            steps = steps[steps.index("mkdir 1"):]
+        ways = [(shell, number, group) for shell in self.shells for number in SIGNALS
+                for group in (False, True)]
+        turns = itertools.cycle(ways)
+        for step in steps:
+            for when in ("before", "after"):
+                for shell, number, group in ways if THOROUGH else [next(turns)]:
+                    with self.subTest(step=step, when=when, shell=shell[0], number=number,
+                                      group=group):
+                        process = self.begin(shell, f"{step} {when}", number, group)
+                        errors = self.end(process, number)
+                        if not group:
+                            self.assertEqual(self.take("state"), "running\n", errors)
+
+    def test_while_the_vm_is_on_its_way_down(self):
+        """All processes get the signal, vmadm ends, and the VM stops all the same."""
+        for shell in self.shells:
+            with self.subTest(shell=shell[0]):
+                self.put("slow-stop")
+                errors = self.end(self.begin(shell, "vmadm 2 after", "INT", True), "INT")
+                self.assertEqual(self.take("state"), "running\n", errors)
+
+    def test_a_vm_that_may_stop_later(self):
+        self.put("fail-vmadm-stop")
+        errors = self.end(self.begin(self.shells[0]), "TERM")
+        self.assertIn(f"if VM {VM} stops after all, this starts it: vmadm start {VM}\n", errors)
+
+    def test_a_second_signal_ends_the_wait_for_the_server(self):
+        for shell in self.shells:
+            with self.subTest(shell=shell[0]):
+                self.put("deaf")
+                process = self.begin(shell, "zfs 4 after", "TERM")
+                wait_for(lambda: os.path.exists(os.path.join(self.stand, "listening")), "ssh")
+                end = time.monotonic() + PATIENCE
+                while process.poll() is None and time.monotonic() < end:
+                    process.send_signal(signal.SIGTERM)
+                    time.sleep(0.1)
+                os.unlink(os.path.join(self.stand, "deaf"))
+                os.unlink(os.path.join(self.stand, "listening"))
+                errors = self.end(process, "TERM")
+                self.assertIn(f"this discards it:\n    ssh admin@img.example.com \"'", errors)
+
+    @unittest.skipUnless(THOROUGH, "IMGSERVER_CHECK=1 runs it")
+    def test_random_moments(self):
+        chance = random.Random()
+        for shell in self.shells:
+            began = time.monotonic()
+            self.end(self.begin(shell), "TERM")
+            whole = time.monotonic() - began
+            for _ in range(100):
+                delay, number = chance.random() * whole, chance.choice(SIGNALS)
+                group = chance.random() < 0.5
+                with self.subTest(shell=shell[0], delay=delay, number=number, group=group):
+                    process = self.begin(shell)
+                    time.sleep(delay)
+                    (os.killpg if group else os.kill)(
+                        process.pid, signal.Signals["SIG" + number])
+                    self.end(process, number)
