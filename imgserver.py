@@ -3347,7 +3347,7 @@ class Connection:
 
     __slots__ = ("transport", "loop", "peer", "state", "deadline", "buffer", "request", "line",
                  "response", "position", "step", "started", "answered", "partial", "scanned",
-                 "unread", "closing", "unlogged", "failure", "sender")
+                 "unread", "closing", "unlogged", "failure")
 
     def __init__(self, sock, peer, loop):
         self.transport, self.loop = Transport(sock), loop
@@ -3367,7 +3367,6 @@ class Connection:
         self.closing = False              # this answer is the last one
         self.unlogged = []                # answers of which the socket has not taken all
         self.failure = ""                 # why an answer was not sent whole, for the log
-        self.sender = None
 
     # in the event loop: requests
 
