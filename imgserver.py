@@ -3095,18 +3095,14 @@ class ListReader:
         self._listing, self._number, self._offset = listing, 0, 0
 
     def parts(self, budget) -> list:
-        """The next parts, of about `budget` bytes; fewer where they must be rendered."""
-        listing, number = self._listing, self._number
-        if not listing.kept:
-            budget = min(budget, LIST_PIECE)
-        parts = [memoryview(listing.piece(number))[self._offset:self._offset + budget]]
-        budget -= len(parts[0])
-        while budget > 0 and len(parts) < PARTS // 2:
-            number += 1
-            if number == len(listing):
-                break
-            parts.append(memoryview(listing.piece(number))[:budget])
+        """The next parts, of up to `budget` bytes; a piece where it must be rendered."""
+        listing, number, skip, parts = self._listing, self._number, self._offset, []
+        if not listing.kept:              # all of the piece: it would be rendered again
+            return [memoryview(listing.piece(number))[skip:]]
+        while budget > 0 and number < len(listing) and len(parts) < PARTS // 2:
+            parts.append(memoryview(listing.piece(number))[skip:skip + budget])
             budget -= len(parts[-1])
+            number, skip = number + 1, 0
         return parts
 
     def advance(self, parts, count):

@@ -402,6 +402,20 @@ class BodiesOverUnix(Bodies, ServerCase):
     unix = True
 
 
+class Faults(ServerCase):
+
+    breaks_it = True
+
+    def test_a_fault_of_a_route_is_500_and_the_end_of_the_connection(self):
+        server = self.serve(prelude=ROUTES.replace('"plain": True', '"plain": nothing'))
+        with server.connect() as connection:
+            connection.send(head("DELETE", "/plain") + SECOND)
+            self.assertError(connection.answer(), 500, "InternalError")
+            self.assertEqual(connection.rest(), b"")
+        self.assertEqual(server.get("/ping").status, 200)
+        server.wait_log("error internal error: .*NameError")
+
+
 class Body(unittest.TestCase):
     """In process: what read() gives and leaves, however the bytes come."""
 
