@@ -118,7 +118,7 @@ class LongLists(ListCase):
             for target, title in ((LIST, ""), (file, " some-image 4.1")):
                 line = f'info \\S+ "GET {target} HTTP/1.1" 200 ([0-9]+) [0-9.]+ms{title}'
                 with server.connect() as connection:
-                    size = len(connection.request(target).body)
+                    size = len(connection.request(target, headers={"Host": "h"}).body)
                 found = server.wait_log(line + "\n")
                 self.assertEqual(int(found[1]), size)
                 connection, length, _ = begin(server, target)
