@@ -35,7 +35,7 @@ def refused(request):
     raise imgserver.ApiError(422, "Refused", "not this one")
 
 def some(request):
-    return imgserver.json_response({"begin": request.body.read(10).decode()})
+    return imgserver.json_response({"begin": request.body.read(10).decode("latin-1")})
 
 def plain(request):
     return imgserver.json_response({"plain": True})
