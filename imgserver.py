@@ -39,6 +39,7 @@ if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isol
     del sys.path[0]
 
 import argparse
+import array
 import base64
 import collections
 import contextlib
@@ -1166,26 +1167,38 @@ def etag_of(*parts) -> bytes:
 class Listing:
     """A JSON array of images in one form, rendered piece by piece as it is sent.
 
-    text_of(image) is the text of one image, in bytes.  Pieces are kept while the cache of
-    lists has room for them; a reader holds but its position.  length: bytes of the array.
+    images      those of a snapshot, in its order
+    numbers     places in them, of the images of this list; None for all
+    text_of     a function of an Image: its text, in bytes
+    length      bytes of the array
+
+    Pieces are kept while the cache of lists has room for them; a reader holds but its
+    position.
     """
 
-    __slots__ = ("_images", "_text_of", "_starts", "_pieces", "length", "etag", "fields",
-                 "zipped")
+    __slots__ = ("_images", "_numbers", "_text_of", "_starts", "_pieces", "length", "etag",
+                 "fields", "zipped")
 
-    def __init__(self, images, text_of, etag=None):
+    def __init__(self, images, text_of, etag=None, numbers=None):
         """Render it once, to learn its length; which is for a thread."""
         self._images, self._text_of, self.etag = images, text_of, etag
+        self._numbers = None if numbers is None else array.array("I", numbers)
         self._pieces = self.zipped = None
         self.fields = b""                     # header lines that go with it, for routes
         self._starts = starts = [0]           # the first image of each piece
         size = 0
-        for number, image in enumerate(images):
+        for number, image in enumerate(self._between(0, None)):
             if size > LIST_PIECE:
                 starts.append(number)
                 size = 0
             size += len(text_of(image))
         self.length = sum(len(self.render(number)) for number in range(len(starts)))
+
+    def _between(self, first, last) -> list:
+        """Some of its images."""
+        if self._numbers is None:
+            return self._images[first:last]
+        return [self._images[number] for number in self._numbers[first:last]]
 
     def for_host(self, text_of, growth) -> Listing:
         """The same list for another host, of which each image is `growth` bytes longer."""
@@ -1201,7 +1214,7 @@ class Listing:
     def render(self, number) -> bytes:
         """One piece; the first begins the array, the last ends it."""
         first, *rest = self._starts[number:number + 2]
-        images = self._images[first:rest[0] if rest else None]
+        images = self._between(first, rest[0] if rest else None)
         if not images:
             return b"[]"
         text = b",\n".join(map(self._text_of, images)).replace(b"\n", b"\n  ")
@@ -1215,6 +1228,10 @@ class Listing:
         if pieces[number] is None:
             pieces[number] = self.render(number)
         return pieces[number]
+
+    def has(self, number) -> bool:
+        """Whether a piece need not be rendered."""
+        return self._pieces is not None and self._pieces[number] is not None
 
     @property
     def kept(self) -> bool:
@@ -2680,9 +2697,9 @@ def whole_list(headers, body, etag, length, fields) -> Response:
     return Response(200, fields, body, length=length)
 
 
-def filtered_response(images, text_of, fields) -> Response:
-    """A list of some images, of which nothing is kept."""
-    listing = Listing(images, text_of)
+def filtered_response(images, numbers, text_of, fields) -> Response:
+    """A list of some images of a snapshot, of which nothing is kept."""
+    listing = Listing(images, text_of, numbers=numbers)
     return Response(200, JSON_TYPE + fields + CORS, listing, length=listing.length)
 
 
@@ -2723,11 +2740,12 @@ class Dsapi:
             if any(wanted.values()):
                 if not request.may_block:
                     raise NeedsThread     # it is rendered to learn its length
-                images = [image for image in self.store.snapshot(DSAPI, True).images
-                          if all(value is None or matches_text(getattr(image, name), value,
-                                                               name != "type")
-                                 for name, value in wanted.items())]
-                return filtered_response(images, text_of, CACHE_NEVER)
+                images = self.store.snapshot(DSAPI, True).images
+                numbers = [number for number, image in enumerate(images)
+                           if all(value is None or matches_text(getattr(image, name), value,
+                                                                name != "type")
+                                  for name, value in wanted.items())]
+                return filtered_response(images, numbers, text_of, CACHE_NEVER)
         listing = self.store.listing(DSAPI, (), lambda images: images, text_of,
                                      request.may_block, base)
         return list_response(request, self.store, listing,
@@ -2802,8 +2820,8 @@ class Imgapi:
         check_admin_fields(query)
         channel = self.channel_of(query)
         if set(query) - {"channel", "inclAdminFields"}:
-            images = self._select(request, query, channel)
-            return filtered_response(images, self.text_of(version), CACHE_MANIFESTS)
+            images, numbers = self._select(request, query, channel)
+            return filtered_response(images, numbers, self.text_of(version), CACHE_MANIFESTS)
         listing = self.store.listing(
             IMGAPI, (channel, version if self.channels else None),
             lambda images: [image for image in images if self.in_channel(image, channel)],
@@ -2811,28 +2829,29 @@ class Imgapi:
         return list_response(request, self.store, listing, CACHE_MANIFESTS)
 
     def _select(self, request, query, channel):
-        """The images that a query asks for: filtered, sorted, from the marker on, limited."""
+        """The images of a snapshot, and the places of those that a query asks for: filtered,
+        sorted, from the marker on, limited.
+        """
         backwards, limit = newest_first(query), limit_of(query)
         account = single_value(query, "account")
         state = single_value(query, "state") or "active"
         if state != "all" and state not in STATES:
             raise invalid("state", f'invalid state: "{state}"')
         if state not in ("active", "all"):
-            return []             # nobody here is known well enough to be shown those
+            return (), ()         # nobody here is known well enough to be shown those
         if not request.may_block:
             raise NeedsThread     # it is rendered to learn its length
-        images = [image for image in self.store.snapshot(IMGAPI, True).images
-                  if self.in_channel(image, channel)]
-        for check in image_filters(query, account):
-            images = [image for image in images if check(image)]
-        if backwards:
-            images.reverse()
+        images = self.store.snapshot(IMGAPI, True).images
+        checks = [lambda image: self.in_channel(image, channel), *image_filters(query, account)]
         marker = single_value(query, "marker")
         if marker is not None:
             first = self._marker(marker, backwards)
-            images = [image for image in images
-                      if (image.order <= first if backwards else image.order >= first)]
-        return images[:limit]
+            checks.append(lambda image: image.order <= first if backwards
+                          else image.order >= first)
+        numbers = range(len(images))
+        for check in checks:
+            numbers = [number for number in numbers if check(images[number])]
+        return images, numbers[::-1 if backwards else 1][:limit]
 
     def _marker(self, marker, backwards):
         """The place in the order where a list is to begin.  Raises ApiError."""
@@ -3095,12 +3114,16 @@ class ListReader:
         self._listing, self._number, self._offset = listing, 0, 0
 
     def parts(self, budget) -> list:
-        """The next parts, of up to `budget` bytes; a piece where it must be rendered."""
-        listing, number, skip, parts = self._listing, self._number, self._offset, []
-        if not listing.kept:              # all of the piece: it would be rendered again
-            return [memoryview(listing.piece(number))[skip:]]
-        while budget > 0 and number < len(listing) and len(parts) < PARTS // 2:
+        """The next parts, of about `budget` bytes; fewer where they must be rendered."""
+        listing, number, skip = self._listing, self._number, self._offset
+        parts = []
+        if not listing.kept:              # what is cut off would be rendered again
+            budget = max(budget, 2 * LIST_PIECE)
+        while budget > 0 and len(parts) < PARTS // 2 and number < len(listing):
+            fresh = not listing.has(number)
             parts.append(memoryview(listing.piece(number))[skip:skip + budget])
+            if fresh:                     # rendering takes time that others wait for
+                break
             budget -= len(parts[-1])
             number, skip = number + 1, 0
         return parts
@@ -3131,7 +3154,7 @@ class Transport:
     def __init__(self, sock):
         self.sock = sock
         sock.setblocking(False)
-        self.unsent, self.unsent_bytes, self.sent = [], 0, 0
+        self.unsent, self.unsent_bytes, self.sent = (), 0, 0      # a list once there are parts
         self.has_list = False
         # os.sendfile is for TCP only: illumos refuses AF_UNIX, and CPython up to 3.13 may
         # report a made-up count for that (gh-154324); 3.9.0 loses counts (bpo-42237).
@@ -3151,7 +3174,10 @@ class Transport:
         """Send `part` (bytes or a Listing) of `length` bytes with the next flush."""
         if type(part) is Listing:
             part, self.has_list = ListReader(part), True
-        self.unsent.append(part)
+        if self.unsent:
+            self.unsent.append(part)
+        else:
+            self.unsent = [part]
         self.unsent_bytes += length
 
     def flush(self, step, flags=0) -> bool:
@@ -3172,7 +3198,7 @@ class Transport:
         self.sent += count
         self.unsent_bytes -= count
         if not self.unsent_bytes:
-            self.unsent, self.has_list = [], False
+            self.unsent, self.has_list = (), False
             return True
         while count:
             if type(unsent[0]) is ListReader:
@@ -3361,7 +3387,7 @@ class Connection:
         self.scanned = 0                  # bytes of it in which no head ends
         self.unread = False               # the client may still be sending what nobody reads
         self.closing = False              # this answer is the last one
-        self.unlogged = []                # answers of which the socket has not taken all
+        self.unlogged = ()                # answers of which the socket has not taken all
         self.failure = ""                 # why an answer was not sent whole, for the log
 
     # in the event loop: requests
@@ -3499,8 +3525,8 @@ class Connection:
             if response.file is None:
                 transport.queue(response.body, size)
         self.answered += 1
-        self.unlogged.append((end, self.line, response.status, size, self.started,
-                              response.title, self.peer or self._proxied()))
+        self.unlogged += ((end, self.line, response.status, size, self.started,
+                           response.title, self.peer or self._proxied()),)
         return not self.closing
 
     def flush(self):
@@ -3552,7 +3578,7 @@ class Connection:
         loop.unwatch(self.transport.sock)
         self.state, self.deadline = WORKING, math.inf
         try:
-            loop.workers.submit(self._answer_in_thread)
+            loop.workers.submit(self._answer_in_thread, self.request.length == 0)
         except (RuntimeError, MemoryError):       # can't start new thread
             self.state = READING
             loop.watch(self.transport.sock, selectors.EVENT_READ, self.readable)
@@ -3598,8 +3624,8 @@ class Connection:
         if self.request.body is not None:
             self.buffer = self.request.body.rest
         if response is None:              # nobody is there to be answered
-            self.unlogged.append((math.inf, self.line, GONE, 0, self.started, "",
-                                  self.peer or self._proxied()))
+            self.unlogged += ((math.inf, self.line, GONE, 0, self.started, "",
+                               self.peer or self._proxied()),)
             self._log_answers()
             self.close()
             return
@@ -3722,7 +3748,7 @@ class Connection:
 
         It is written when the answer has gone, or has failed: then with the bytes that went.
         """
-        log, unlogged, self.unlogged = self.loop.log, self.unlogged, []
+        log, unlogged, self.unlogged = self.loop.log, self.unlogged, ()
         if log.level > INFO:
             return
         now, sent = time.monotonic(), self.transport.sent
@@ -3856,6 +3882,8 @@ ACCEPT_PAUSE = 0.5            # seconds without accepting after the files ran ou
 OVERFLOW = 256                # connections above the limit that are told 503 before they close
 SPARE_FILES = 64              # file descriptors kept for images, directories and the log
 THREAD_IDLE = 10.0            # seconds until a thread without work ends
+WORKERS = 24                  # threads for short jobs: more only wait for the interpreter's lock
+GIVEN_BACK = 64               # connections taken back from threads in one turn, some 3 ms
 CLEAN_UP = 2.0                # seconds that cut uploads get to remove their files at the end
 SWITCH_INTERVAL = 0.001       # seconds until a thread that computes lets the event loop run:
                               # Python's own 5 ms are as long as forty requests
@@ -3866,29 +3894,53 @@ NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)       # a machine wi
 
 
 class Workers:
-    """Threads for jobs that may block: started when none is idle, ended when idle for long."""
+    """Threads for jobs that may block: started when none is idle, ended when idle for long.
+
+    Of short jobs at most WORKERS run at once, unless a disk hangs: then watch() adds some.
+    """
 
     def __init__(self):
         self._jobs = queue.SimpleQueue()
         self._idle = threading.Semaphore(0)
+        self._threads = 0                 # an estimate: two threads may count at once
+        self._finished = self._seen = 0   # jobs finished, and at the last watch()
 
-    def submit(self, job):
+    def submit(self, job, is_short=True):
         """Have a thread call job().  Raises RuntimeError, MemoryError where none can be had."""
-        if self._idle.acquire(blocking=False):
+        if self._idle.acquire(blocking=False) or is_short and self._threads >= WORKERS:
             self._jobs.put(job)
         else:
-            start_new_thread(self._run, ([job],))     # Thread.start() would wait until it runs
+            self._start([job])
+
+    def _start(self, jobs):
+        start_new_thread(self._run, (jobs,))      # Thread.start() would wait until it runs
+        self._threads += 1
+
+    def watch(self):
+        """Once a second: where jobs wait and none was finished, a disk hangs under the threads."""
+        if self._finished == self._seen and self._jobs.qsize():
+            for _ in range(min(WORKERS, self._jobs.qsize())):
+                with contextlib.suppress(RuntimeError, MemoryError):
+                    self._start([])
+        self._seen = self._finished
 
     def _run(self, jobs):
-        job = jobs.pop()                  # an argument would stay until the thread ends
+        job = jobs.pop() if jobs else None        # an argument would stay until the thread ends
         while True:
-            job()
-            job = None                    # or the connection would stay until the next one
-            self._idle.release()
+            if job is not None:
+                job()
+                job = None                # or the connection would stay until the next one
+                self._finished += 1
+            try:
+                job = self._jobs.get_nowait()     # one above WORKERS: nobody waits for it
+                continue
+            except queue.Empty:
+                self._idle.release()
             try:
                 job = self._jobs.get(timeout=THREAD_IDLE)
             except queue.Empty:
                 if self._idle.acquire(blocking=False):
+                    self._threads -= 1
                     return
                 job = self._jobs.get()    # one was put just now, and it counts on us
 
@@ -4029,6 +4081,7 @@ class EventLoop:
                 connection.check_deadline(now)
             except Exception:
                 self.fault(connection)
+        self.workers.watch()
         for sender in self._senders:
             sender.watch(now, sum(each.threads for each in self._senders) < SENDER_THREADS)
         if self._accept_again is not None and now >= self._accept_again and not self.draining:
@@ -4069,13 +4122,15 @@ class EventLoop:
     def _take_back(self):
         """Go on with connections that threads have given back."""
         self._wakeup.recv(4096)
-        while self._given_back:
+        for _ in range(min(GIVEN_BACK, len(self._given_back))):
             connection, call, arguments = self._given_back.popleft()
             try:
                 call(*arguments)
             except Exception:
                 connection.state = READING
                 self.fault(connection)
+        if self._given_back:
+            self._wake()
 
     @staticmethod
     def own_host(sock) -> str:
