@@ -79,7 +79,7 @@ __version__ = "1.0.0"
 #
 # What several parts share; each part's own limits stand at its head.
 
-DSAPI, IMGAPI = "dsapi", "imgapi"
+DSAPI, DSAPI_V2, IMGAPI = RENDERINGS = "dsapi", "dsapi_v2", "imgapi"    # forms of a manifest
 NOBODY = "00000000-0000-0000-0000-000000000000"   # the owner of what has none (imgadm, IMGAPI)
 MANIFEST = "manifest.json"
 INCOMING = ".incoming-"                           # + uuid: an image that is not active yet
@@ -87,6 +87,7 @@ DISCARDED = ".discarded-"                         # + uuid: one that is being re
 ICONS = {"icon.png": "image/png", "icon.jpg": "image/jpeg", "icon.gif": "image/gif"}
 JSON_TYPE = b"Content-Type: application/json\r\n"      # exactly: imgadm's dsapi ping compares it
 CORS = b"Access-Control-Allow-Origin: *\r\n"
+VARY = b"Vary: Accept\r\n"                       # DSAPI's manifests: v1 or v2
 
 # What errno says of the system rather than of the file.
 SHORTAGE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
@@ -287,21 +288,24 @@ def _constant(name):
     raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer, parse_float=_real,
-                            parse_constant=_constant)
+_HOOKS = {"parse_int": _integer, "parse_float": _real, "parse_constant": _constant}
+_DECODER = json.JSONDecoder(**_HOOKS)
+_UNIQUE_DECODER = json.JSONDecoder(object_pairs_hook=_unique, **_HOOKS)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _quote = json.encoder.encode_basestring_ascii
+compact_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
-def parse_json(data: bytes):
-    """The value of strict JSON in UTF-8.  Raises ValueError.
+def parse_json(data: bytes, unique=False):
+    """The value of strict JSON in UTF-8, with or without a byte-order mark.  Raises ValueError.
 
-    Stricter than json.loads, so that whatever is taken can be answered to any client:
-    no NaN, no infinity, no key twice, no half surrogate pair, no endless nesting.
+    Stricter than json.loads, so that every value can be answered to any client: no NaN, no
+    infinity, no half surrogate pair, no endless nesting.  Of a key that stands twice the
+    last counts, as in JavaScript, unless `unique` refuses it.
     """
     try:
-        text = data.decode("utf-8")
-        value = _DECODER.decode(text)
+        text = data.decode("utf-8").removeprefix("\ufeff")
+        value = (_UNIQUE_DECODER if unique else _DECODER).decode(text)
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
@@ -313,10 +317,10 @@ def parse_json(data: bytes):
     return value
 
 
-def parse_object(data: bytes) -> dict:
+def parse_object(data: bytes, unique=False) -> dict:
     """The JSON object in `data`.  Raises ValueError, worded to follow the name of a file."""
     try:
-        value = parse_json(data)
+        value = parse_json(data, unique)
     except ValueError as error:
         raise ValueError(f"is not JSON: {error}")
     if not isinstance(value, dict):
@@ -509,7 +513,7 @@ class Config:
         """Read a config.json.  Raises UserError where it is not there or not right."""
         try:
             with open(path, "rb") as file:
-                values = parse_object(file.read())
+                values = parse_object(file.read(), unique=True)
         except FileNotFoundError:
             if must_exist:
                 raise UserError(f"there is no {path}", EXIT_CONFIG)
@@ -535,33 +539,50 @@ class Config:
 #
 # Two formats of one thing.  A manifest without `v` is v1, DSAPI's; imgadm and IMGAPI have
 # v2.  Everything here is a function of dicts and touches no file.
+#
+# Any manifest, stored or given, goes through normalise or validate first: both mend it into
+# the one that imgadm and IMGAPI make of it; then the first drops optional fields that break
+# a rule, for serving, and the second refuses them, for publishing.
 
 COMPRESSIONS = {"gzip": ".gz", "bzip2": ".bz2", "xz": ".xz", "none": ""}
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz"}
 STATES = ("active", "unactivated", "disabled", "creating", "failed")
+DSAPID_STATES = {"nuked": "unactivated", "pending": "unactivated", "deprecated": "active"}
 TYPES = ("zone-dataset", "zvol", "lx-dataset", "lxd", "docker", "other")
 SYSTEMS = ("smartos", "linux", "windows", "bsd", "illumos", "other")
+TAGS_LIMIT = 100 << 10        # characters of tags as JSON.stringify writes them (imgmanifest)
+SAFE_INTEGER = 2 ** 53        # the largest number that every JSON parser of a client keeps
+SPELL_LIMIT = 100             # characters of a value in a message
 
 # What upgrading drops (imgmanifest upgradeTo2), besides what it turns into v2's own fields.
 V1_ONLY = frozenset(("creator_uuid", "vendor_uuid", "creator_name", "cloud_name",
                      "creator_admin", "restricted_to_uuid", "owner_uuid", "platform_type",
                      "created_at", "updated_at", "_url"))
 
-V1_TEXTS = ("creator_uuid", "creator_name", "cloud_name")   # what other fields are made of
-
-# The fields that IMGAPI shows, in its order (sdc-imgapi, Image.serialize, public mode).
+# The fields that IMGAPI shows, in its order (sdc-imgapi, Image.serialize), with billing_tags
+# and traits, which the official server keeps back in its public mode.
 PUBLIC_FIELDS = ("v", "uuid", "owner", "name", "version", "state", "disabled", "public",
          "published_at", "type", "os", "files", "acl", "description", "homepage", "eula",
          "icon", "urn", "requirements", "users", "generate_passwords",
          "inherited_directories", "origin", "nic_driver", "disk_driver", "cpu_type",
-         "image_size", "tags", "error", "channels")
+         "image_size", "tags", "billing_tags", "traits", "error", "channels")
 PUBLIC_FILE_FIELDS = ("sha1", "size", "compression", "dataset_guid")
 
-_DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{3})?Z", re.ASCII)
+_DAY, _MINUTE = r"\d{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12]\d|3[01])", r"(?:[01]\d|2[0-3]):[0-5]\d"
+_DATE = re.compile(rf"{_DAY}T{_MINUTE}:[0-5]\d(?:\.\d{{3}})?Z", re.ASCII)
+_V1_DATE = re.compile(rf"{_DAY}T{_MINUTE}(?::[0-5]\d(?:\.\d{{3}})?)?Z", re.ASCII)
 _PLATFORM = re.compile(r"20(1[2-9]|[2-9]\d)\d{4}T\d{6}Z", re.ASCII)
 _SHA1 = re.compile("[0-9a-f]{40}")
+_MD5 = re.compile("[0-9a-f]{32}")
 _NAME = re.compile(r"[A-Za-z0-9._/ -]{1,1024}")
 _VERSION = re.compile(r"[A-Za-z0-9._/+-]{1,512}")
+_PART = re.compile(r'[^:{}\[\]"\\\x00-\x1f\x7f]{1,1024}')     # of an urn
+_GUID = re.compile("[0-9]{1,20}")
+_DIGITS = re.compile(r"\s*(-?[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]{1,2})?)\s*")
+# ISO 8601: a date of the calendar, a week date or an ordinal one, a time, an offset.
+_ISO = re.compile(r"(\d{4})(?:(-?)(?:W(\d\d)(?:-?(\d))?|(\d{3})|(\d\d)(?:\2(\d\d))?))?"
+                  r"(?:[Tt ](\d\d)(?::?(\d\d)(?::?(\d\d))?)?(?:[.,](\d{1,30}))?\s*"
+                  r"(?:[Zz]|([+\u2212-])(\d\d):?(\d\d)?)?)?", re.ASCII)
 
 
 def compression_of(head: bytes, name: str) -> str:
@@ -575,67 +596,166 @@ def compression_of(head: bytes, name: str) -> str:
         os.path.splitext(name)[1], "none")
 
 
+def is_file_name(name) -> bool:
+    """Whether files[].path is a name for a file in the image's own directory, and no more."""
+    try:
+        return (isinstance(name, str) and name.isprintable() and "/" not in name
+                and name not in ("", ".", "..", MANIFEST) and len(os.fsencode(name)) <= 255)
+    except UnicodeEncodeError:            # the locale cannot spell it
+        return False
+
+
 def is_v1(manifest) -> bool:
     """Whether a manifest is of the old form (DSAPI); most of those have no v at all."""
     return manifest.get("v", 1) == 1 and not isinstance(manifest.get("v"), bool)
 
 
-def upgrade(v1: dict) -> dict:
-    """The v2 form of a v1 manifest, by the rules of imgmanifest's upgradeTo2.
+def spell(value) -> str:
+    """A value as messages and the log have it, cut."""
+    text = ascii(value) if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= SPELL_LIMIT else text[:SPELL_LIMIT] + "..."
 
-    Where those would fail on what the original server wrote (no creator_uuid), nobody is
-    the owner.
+
+# Menders: each makes of a value the one that its author meant, or returns it as it is.
+
+def number_text(value) -> str:
+    """A number as JavaScript prints it: 1.0 is 1, 1e21 is 1e+21 (ECMA-262 Number::toString).
+
+    But integers are printed with all their digits: the guids of ZFS have up to 20.
     """
-    v2 = {key: value for key, value in v1.items() if key not in V1_ONLY}
-    owner = v1.get("creator_uuid")
-    v2.update(v=2, owner=owner if isinstance(owner, str) and is_uuid(owner) else NOBODY)
-    restricted = v1.get("restricted_to_uuid")
-    v2["public"] = not restricted
-    if restricted:
-        v2["acl"] = [restricted]
-    v2["disabled"] = bool(v1.get("disabled"))
-    v2["state"] = "disabled" if v2["disabled"] else "active"
-    published = v1.get("published_at") or v1.get("created_at")
-    if isinstance(published, str) and re.fullmatch(r"[0-9-]{10}T[0-9]{2}:[0-9]{2}Z", published):
-        published = published[:-1] + ":00Z"
-    if published is not None:
-        v2["published_at"] = published
-    size = v1.get("image_size")
-    if isinstance(size, str) and re.fullmatch("[0-9]{1,15}", size):
-        v2["image_size"] = int(size)
-    passwords = v1.get("generate_passwords")
-    if passwords in ("true", "false"):            # datasets of 2011 have it as a text
-        v2["generate_passwords"] = passwords == "true"
-    return v2
+    if isinstance(value, int) or value.is_integer() and abs(value) < 1e21:
+        return str(int(value))
+    text = repr(value)
+    small = re.fullmatch(r"(-?)(\d)\.?(\d*)e-0([56])", text)
+    if small:
+        return f"{small[1]}0.{'0' * (int(small[4]) - 1)}{small[2]}{small[3]}"
+    return re.sub("e([+-])0", r"e\1", text)
 
 
-def downgrade(v2: dict) -> dict:
-    """The v1 form of a v2 manifest: the official reverse (img2dsdiff), but keeping what v1
-    clients pass over and an upgrade brings back, so that v1 - v2 - v1 - v2 loses nothing (but
-    that an image is private, where v1 cannot say for whom).
+def moment(text):
+    """A moment in any form of ISO 8601 as manifests have it: in UTC, with 0 or 3 decimals.
+
+    None where it is none.  Without an offset it is taken for UTC; more decimals are cut.
     """
-    v1 = {key: value for key, value in v2.items()
-          if key not in ("v", "owner", "state", "public", "disabled", "published_at", "icon")}
-    v1["creator_uuid"] = v1["vendor_uuid"] = v2["owner"]
-    v1["platform_type"] = "smartos"
-    if v2["disabled"]:
-        v1["disabled"] = True
-    acl = v1.pop("acl", [])
-    if not v2["public"] and len(acl) == 1:
-        v1["restricted_to_uuid"] = acl[0]
-    elif acl:
-        v1["acl"] = acl
-    published = v2["published_at"]
-    if published.endswith(":00Z"):
-        published = published[:-4] + "Z"
-    v1["published_at"] = v1["created_at"] = v1["updated_at"] = published
-    if "image_size" in v1:
-        v1["image_size"] = str(v1["image_size"])
-    return v1
+    match = _ISO.fullmatch(text.strip())
+    if not match:
+        return None
+    year, _, week, weekday, ordinal, month, day, hour, minute, second, part, sign, *offset = \
+        match.groups()
+    try:
+        if week:
+            date = datetime.date.fromisocalendar(int(year), int(week), int(weekday or 1))
+        else:
+            date = datetime.date(int(year), int(month or 1), int(day or 1))
+            date += datetime.timedelta(int(ordinal or 1) - 1)
+        if int(ordinal or 1) not in range(1, 367) or int(hour or 0) > 24 \
+                or int(minute or 0) > 59 or int(second or 0) > 60:
+            return None
+        unit = 1000 if second else 60_000 if minute else 3_600_000       # of the decimals, in ms
+        time_of_day = datetime.timedelta(
+            hours=int(hour or 0), minutes=int(minute or 0), seconds=int(second or 0),
+            milliseconds=unit * int(part or 0) // 10 ** len(part or ""))
+        east = datetime.timedelta(hours=int(offset[0] or 0), minutes=int(offset[1] or 0))
+        moment = datetime.datetime.combine(date, datetime.time()) + time_of_day
+        moment += east if sign and sign != "+" else -east
+    except (ValueError, OverflowError):
+        return None
+    return moment.isoformat(timespec="milliseconds" if part or moment.microsecond
+                            else "seconds") + "Z"
 
+
+def _mend_text(value):
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return number_text(value) if isinstance(value, (int, float)) else value
+
+
+def _mend_word(value):
+    value = _mend_text(value)
+    return value.strip().lower() if isinstance(value, str) else value
+
+
+def _mend_state(value):
+    value = _mend_word(value)
+    return DSAPID_STATES.get(value, value) if isinstance(value, str) else value
+
+
+def _mend_moment(value):
+    return isinstance(value, str) and moment(value) or value
+
+
+def _mend_flag(value):
+    flag = {"true": True, "1": True, "false": False, "0": False}.get(
+        _mend_word(value) if isinstance(value, (str, int, float)) else None)
+    return value if flag is None else flag
+
+
+def _mend_number(value):
+    if isinstance(value, str) and len(value) <= NUMBER_LIMIT and _DIGITS.fullmatch(value):
+        value = float(value) if set(value) & set(".eE") else int(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value
+
+
+def _mend_list(mend_item):
+    def mend_value(value):
+        if not isinstance(value, list):
+            value = [value] if value else []          # {} is an empty list to SDC 6
+        return [mend_item(item) for item in value if item not in (None, "")]
+    return mend_value
+
+
+def _mend_object(mend_members):
+    def mend_value(value):
+        return {} if value == [] else mend_members(value) if isinstance(value, dict) else value
+    return mend_value
+
+
+def _is_unset(value):
+    return value is None or value == "" or value == [] or value == {}
+
+
+def _mend_by(fields):
+    """A mender of the members of an object, by their rules; unset ones are dropped."""
+    def mend_members(value):
+        result = {}
+        for name, item in value.items():
+            if name in fields:
+                if item is not None and item != "" and not fields[name].check(item):
+                    item = fields[name].mend(item)
+                if _is_unset(item) and (item is None or name != "path"):
+                    continue              # but "" is no name for a file
+            result[name] = item
+        return result
+    return _mend_object(mend_members)
+
+
+def _mend_requirements(value):
+    value = _mend_by(REQUIREMENTS)(value)
+    if isinstance(value, dict):           # 0 is unset to imgmanifest, as null is
+        value = {name: item for name, item in value.items()
+                 if item or item is False or name not in REQUIREMENTS}
+    return value
+
+
+_mend_traits = _mend_object(lambda value: {
+    name: item if _is_trait(item) else _mend_text(item) for name, item in value.items()})
+
+
+def _mend_record(value):
+    return {name: _mend_text(item) for name, item in value.items()} \
+        if isinstance(value, dict) else value
+
+
+def _same(value):
+    return value
+
+
+# Checks: whether a value is right as it stands.
 
 def _is_text(limit):
-    return lambda value: type(value) is str and len(value) <= limit
+    return lambda value: type(value) is str and 0 < len(value) <= limit
 
 
 def _is_one_of(names):
@@ -643,15 +763,23 @@ def _is_one_of(names):
 
 
 def _is_flag(value):
-    return isinstance(value, bool)
+    return type(value) is bool
 
 
 def _is_int(value):
     return type(value) is int
 
 
+def _is_size(value):
+    return type(value) is int and 0 <= value <= SAFE_INTEGER
+
+
+def _is_object(value):
+    return type(value) is dict
+
+
 def _is_url(value):
-    return (isinstance(value, str) and len(value) <= 1024
+    return (type(value) is str and len(value) <= 1024
             and re.match(r"https?://[^\s/]", value) is not None)
 
 
@@ -674,20 +802,6 @@ def _is_trait(value):
     return isinstance(value, (str, bool, list))
 
 
-_is_sha1 = _matches(_SHA1)
-_is_compression = _is_one_of(COMPRESSIONS)
-
-
-def _is_files(value):
-    """One file, with sha1, size and compression, each as imgadm needs it."""
-    if type(value) is not list or len(value) != 1 or type(value[0]) is not dict:
-        return False
-    file = value[0]
-    return (_is_int(file.get("size")) and file["size"] >= 0 and _is_sha1(file.get("sha1"))
-            and _is_compression(file.get("compression"))
-            and type(file.get("dataset_guid", "")) is str)
-
-
 _is_platform = _matches(_PLATFORM)
 
 
@@ -695,61 +809,425 @@ def _is_platforms(value):
     return type(value) is dict and len(value) > 0 and all(map(_is_platform, value.values()))
 
 
-REQUIREMENTS = {
-    "networks": _is_list_of(_is_record("name", "description")), "brand": _is_text(1024),
-    "ssh_key": _is_flag, "min_ram": _is_int, "max_ram": _is_int,
-    "min_platform": _is_platforms, "max_platform": _is_platforms,
-    "bootrom": _is_one_of(("bios", "uefi")),
-}
+def _is_tags(value):
+    if type(value) is not dict:
+        return False
+    text = compact_json(value)            # JavaScript counts in units of UTF-16
+    return len(text) + sum(letter > "\uffff" for letter in text) <= TAGS_LIMIT
 
 
 def _is_requirements(value):
-    return (isinstance(value, dict)
-            and all(key in REQUIREMENTS and REQUIREMENTS[key](item)
-                    for key, item in value.items())
-            and value.get("min_ram", 0) <= value.get("max_ram", math.inf)
-            and ("bootrom" not in value or value.get("brand") == "bhyve"))
+    return type(value) is dict and not invalid_requirements(value)
 
 
+def _is_files(value):
+    return (type(value) is list and len(value) == 1 and type(value[0]) is dict
+            and not invalid_members(value[0], FILE_FIELDS, "files[0]."))
+
+
+# A field: how its value is mended and checked, the rule in words, and whether it may be set
+# when an image is created, and when it is updated (sdc-imgapi, lib/images.js).
+Field = collections.namedtuple("Field", "mend check rule create update", defaults=(True, True))
+
+
+def _words(names) -> str:
+    return "must be one of " + ", ".join(names)
+
+
+_ID = Field(_mend_word, _matches(_UUID), "must be a UUID in lower case")
+_URL = Field(lambda value: value.strip() if type(value) is str else value, _is_url,
+             "must be an http(s) URL of at most 1024 characters")
+_FLAG = Field(_mend_flag, _is_flag, "must be true or false")
+_SHORT = Field(_mend_text, _is_text(1024), "must be a text of at most 1024 characters")
+_COUNT = Field(_mend_number, _is_size, "must be a whole number")
+_TEXTS = Field(_mend_list(_mend_text), _is_list_of(_is_text(1024)), "must be a list of texts")
+_MOMENT = Field(_mend_moment, _matches(_DATE), "must look like 2026-01-31T12:00:00Z", False,
+                False)
+_V1_MOMENT = _MOMENT._replace(check=_matches(_V1_DATE))
+_URN_PART = Field(_mend_text, _matches(_PART),
+                  'must be a text without any of : { } [ ] " \\', True, False)
+_PLATFORMS = Field(_same, _is_platforms, 'must be {"7.0": "YYYYMMDDTHHMMSSZ"}')
 ZVOL_FIELDS = ("nic_driver", "disk_driver", "cpu_type", "image_size")
-REQUIRED = ("v", "uuid", "owner", "name", "version", "type", "os", "files")
+_ZVOL = frozenset(ZVOL_FIELDS)
 
-# Every field of a v2 manifest and what it must look like (imgmanifest 3.1.0, sdc-imgapi).
-FIELDS = {
-    "v": lambda value: value == 2 and _is_int(value),
-    "uuid": _matches(_UUID), "owner": _matches(_UUID), "origin": _matches(_UUID),
-    "name": _matches(_NAME), "version": _matches(_VERSION),
-    "description": _is_text(10240), "homepage": _is_url, "eula": _is_url,
-    "type": _is_one_of(TYPES), "os": _is_one_of(SYSTEMS), "state": _is_one_of(STATES),
-    "disabled": _is_flag, "public": _is_flag, "published_at": _matches(_DATE),
-    "files": _is_files, "acl": _is_list_of(_matches(_UUID)), "icon": _is_flag,
-    "urn": _is_text(2048), "requirements": _is_requirements,
-    "users": _is_list_of(_is_record("name")), "billing_tags": _is_list_of(_is_text(128)),
-    "traits": lambda value: isinstance(value, dict) and all(map(_is_trait, value.values())),
-    "tags": lambda value: isinstance(value, dict) and len(json.dumps(value)) <= 100 << 10,
-    "generate_passwords": _is_flag, "inherited_directories": _is_list_of(_is_text(1024)),
-    "nic_driver": _is_text(1024), "disk_driver": _is_text(1024), "cpu_type": _is_text(1024),
-    "image_size": _is_int, "error": lambda value: isinstance(value, dict),
-    "channels": _is_list_of(_is_text(1024)),
+REQUIREMENTS = {
+    "networks": Field(_mend_list(_mend_record), _is_list_of(_is_record("name", "description")),
+                      'must be a list of {"name", "description"}'),
+    "brand": _SHORT, "ssh_key": _FLAG, "min_ram": _COUNT, "max_ram": _COUNT,
+    "min_platform": _PLATFORMS, "max_platform": _PLATFORMS,
+    "bootrom": Field(_mend_word, _is_one_of(("bios", "uefi")), "must be bios or uefi"),
 }
 
+FILE_FIELDS = {
+    "path": Field(_same, is_file_name, "must be a plain file name"),
+    "size": Field(_mend_number, _is_size, "must be a number of bytes"),
+    "sha1": Field(_mend_word, _matches(_SHA1), "must have 40 hexadecimal digits"),
+    "md5": Field(_mend_word, _matches(_MD5), "must have 32 hexadecimal digits"),
+    "compression": Field(_mend_word, _is_one_of(COMPRESSIONS), _words(COMPRESSIONS)),
+    "dataset_guid": Field(_mend_text, _matches(_GUID), "must be a number of at most 20 digits"),
+}
 
-def problems(v2: dict) -> list:
-    """The names of all fields of a v2 manifest that break a rule; none: it is sound."""
-    bad = [key for key in REQUIRED if key not in v2]
-    bad += [key for key, value in v2.items() if key in FIELDS and not FIELDS[key](value)]
-    is_zvol = v2.get("type") == "zvol"
-    bad += [key for key in ZVOL_FIELDS if (key in v2) != is_zvol]
-    if "inherited_directories" in v2 and v2.get("type") != "zone-dataset":
-        bad.append("inherited_directories")
-    if "error" in v2 and v2.get("state") != "failed":
-        bad.append("error")
-    return list(dict.fromkeys(bad))
+# Every field of a v2 manifest (imgmanifest 3.1.0, sdc-imgapi).
+FIELDS = {
+    "v": Field(_mend_number, lambda value: value == 2 and _is_int(value), "must be 1 or 2",
+               True, False),
+    "uuid": _ID._replace(create=False, update=False), "owner": _ID,
+    "origin": _ID._replace(update=False),
+    "name": Field(_mend_text, _matches(_NAME), 'takes letters, digits, ".", "_", "/", "-" and '
+                  'spaces, 1 to 1024 of them'),
+    "version": Field(_mend_text, _matches(_VERSION), 'takes letters, digits, ".", "_", "/", "+" '
+                     'and "-", 1 to 512 of them'),
+    "description": Field(_mend_text, _is_text(10240),
+                         "takes a text of at most 10240 characters"),
+    "homepage": _URL, "eula": _URL, "urn": _SHORT._replace(check=_is_text(2048), create=False,
+                                                              update=False),
+    "type": Field(_mend_word, _is_one_of(TYPES), _words(TYPES), True, False),
+    "os": Field(_mend_word, _is_one_of(SYSTEMS), _words(SYSTEMS)),
+    "state": Field(_mend_state, _is_one_of(STATES), _words(STATES), False, False),
+    "disabled": _FLAG._replace(update=False), "public": _FLAG, "published_at": _MOMENT,
+    "files": Field(_mend_list(lambda file: _mend_by(FILE_FIELDS)(file)), _is_files,
+                   "must hold one file", True, False),
+    "acl": Field(_mend_list(_mend_word), _is_list_of(_matches(_UUID)),
+                 "must be a list of UUIDs in lower case"),
+    "icon": _FLAG._replace(create=False, update=False),
+    "requirements": Field(_mend_requirements, _is_requirements, "must be a JSON object"),
+    "users": Field(_mend_list(_mend_record), _is_list_of(_is_record("name")),
+                   'must be a list of {"name"}'),
+    "billing_tags": _TEXTS._replace(check=_is_list_of(_is_text(128))),
+    "traits": Field(_mend_traits, lambda value: _is_object(value)
+                    and all(map(_is_trait, value.values())),
+                    "must be a JSON object of texts, flags and lists"),
+    "tags": Field(_mend_object(_same), _is_tags, "must be a JSON object of at most 100 KiB"),
+    "generate_passwords": _FLAG, "inherited_directories": _TEXTS,
+    "nic_driver": _SHORT, "disk_driver": _SHORT, "cpu_type": _SHORT, "image_size": _COUNT,
+    "error": Field(_same, _is_object, "must be a JSON object", False, False),
+    "channels": _TEXTS,
+}
+
+# And of a v1 manifest.  `options` is dsapid's: its own place for a zvol's fields.
+V1_FIELDS = {
+    **FIELDS,
+    "v": FIELDS["v"]._replace(check=lambda value: value == 1 and _is_int(value)),
+    "image_size": _COUNT._replace(check=lambda value: _is_size(value) or (
+        type(value) is str and value.isascii() and value.isdigit() and len(value) <= 15)),
+    "published_at": _V1_MOMENT, "created_at": _V1_MOMENT, "updated_at": _V1_MOMENT,
+    "creator_uuid": _ID, "vendor_uuid": _ID, "owner_uuid": _ID, "restricted_to_uuid": _ID,
+    "creator_name": _URN_PART, "cloud_name": _URN_PART, "platform_type": _SHORT,
+    "options": Field(_mend_object(_same), lambda value: False, "must be a JSON object", False),
+}
+
+REQUIRED = ("uuid", "name", "version", "type", "os", "files")
+_REQUIRED = frozenset(REQUIRED)
+# What stays as it is where only our rule for it is broken: imgadm does not mind.
+TOLERATED = frozenset(("name", "version", "creator_name", "cloud_name", "creator_uuid",
+                       "vendor_uuid", "owner_uuid", "platform_type"))
+# Without these imgadm cannot import an image.
+ESSENTIAL = _REQUIRED | {"origin", "files[0].path", "files[0].size", "files[0].sha1",
+                         "files[0].compression"}
 
 
-def faults(manifest: dict, v2: dict) -> list:
-    """The fields for which a stored manifest, of which v2 is the v2 form, is not shown."""
-    return problems(v2) + [key for key in V1_TEXTS if not isinstance(manifest.get(key) or "", str)]
+def fields_of(manifest) -> dict:
+    """The rules for a manifest's fields, by its format."""
+    return V1_FIELDS if is_v1(manifest) else FIELDS
+
+
+def invalid_members(value, fields, prefix) -> list:
+    return [(prefix + name, item, fields[name].rule) for name, item in value.items()
+            if name in fields and not fields[name].check(item)]
+
+
+def invalid_requirements(value) -> list:
+    """invalid_fields of a manifest's requirements."""
+    bad = [(f"requirements.{name}", item, "is no requirement") for name, item in value.items()
+           if name not in REQUIREMENTS]
+    bad += invalid_members(value, REQUIREMENTS, "requirements.")
+    least, most = value.get("min_ram"), value.get("max_ram")
+    if _is_size(least) and _is_size(most) and least > most:
+        bad.append(("requirements.max_ram", most, "must not be below min_ram"))
+    if "bootrom" in value and value.get("brand") != "bhyve":
+        bad.append(("requirements.bootrom", value["bootrom"], "is for brand bhyve only"))
+    return bad
+
+
+def invalid_fields(manifest: dict, required=_REQUIRED) -> list:
+    """(name, value, rule) of every field of a manifest that breaks a rule; none: it is sound.
+
+    Required fields that are missing have the value None.
+    """
+    fields = fields_of(manifest)
+    bad = []
+    for name, value in manifest.items():
+        if name in fields and not fields[name].check(value):
+            bad.append((name, value, fields[name].rule))
+    if not manifest.keys() >= required:
+        bad += [(name, None, "is missing") for name in REQUIRED
+                if name in required and name not in manifest]
+    if manifest.get("type") != "zvol" and not _ZVOL.isdisjoint(manifest):
+        bad += [(name, manifest[name], "is for type zvol only") for name in ZVOL_FIELDS
+                if name in manifest]
+    if "inherited_directories" in manifest and manifest.get("type") != "zone-dataset":
+        bad.append(("inherited_directories", manifest["inherited_directories"],
+                    "is for type zone-dataset only"))
+    if "error" in manifest and manifest.get("state") != "failed":
+        bad.append(("error", manifest["error"], "is for state failed only"))
+    return _in_detail(bad)
+
+
+def _in_detail(bad) -> list:
+    """Name the broken members of requirements and files instead of these."""
+    result = {}
+    for name, value, rule in bad:
+        details = [(name, value, rule)]
+        if name == "requirements" and isinstance(value, dict):
+            details = invalid_requirements(value)
+        elif name == "files" and type(value) is list and len(value) == 1 \
+                and isinstance(value[0], dict):
+            details = invalid_members(value[0], FILE_FIELDS, "files[0].")
+        for detail in details:
+            result.setdefault(detail[0], detail)
+    return list(result.values())
+
+
+def mend(manifest: dict) -> dict:
+    """A copy in which every known field has the kind of value that its rule asks for, where
+    its author's can be read so, and unset ones are gone: as imgmanifest and IMGAPI take them.
+    """
+    manifest = dict(manifest)
+    version = _mend_number(manifest.get("v"))
+    if _is_unset(version):
+        manifest.pop("v", None)
+    elif _is_int(version) and version >= 1:
+        manifest["v"] = min(version, 2)   # imgadm takes 3 for what it knows, too
+    if is_v1(manifest) and isinstance(manifest.get("options"), dict):
+        options = manifest.pop("options")
+        manifest = {**{name: options[name] for name in ZVOL_FIELDS if name in options},
+                    **manifest}
+    fields = fields_of(manifest)
+    for name, value in list(manifest.items()):
+        if name not in fields or value is not None and fields[name].check(value):
+            continue
+        if value is not None and value != "":
+            manifest[name] = value = fields[name].mend(value)
+        if _is_unset(value):
+            del manifest[name]
+    return manifest
+
+
+def normalise(manifest: dict):
+    """(manifest, notes, reasons): a stored manifest as imgadm and IMGAPI take it.
+
+    The manifest stays v1 or v2.  notes has a sentence for each field that breaks a rule and
+    was dropped, or read as what lets fewer see the image; reasons has one for each without
+    which imgadm cannot import it, and is empty for an image that can be shown.  A manifest
+    that is right comes back as it is.
+    """
+    if not invalid_fields(manifest):
+        return manifest, (), ()
+    stored, notes, reasons = manifest, [], []
+    manifest = mend(stored)
+    if "v" in manifest and not (_is_int(manifest["v"]) and manifest["v"] in (1, 2)):
+        notes.append(f"v {spell(manifest.pop('v'))} must be 1 or 2: it is left out")
+        manifest = mend(manifest)         # by the rules of v1
+    files = manifest.get("files")
+    if isinstance(files, list) and len(files) > 1:
+        notes.append(f"files has {len(files)} of them: the first is the image, the others are "
+                     "not served")
+        manifest["files"] = files[:1]
+    for name, value, rule in invalid_fields(manifest):
+        text = f"{name} {rule}" if value is None else \
+            f"{name} {spell(stored.get(name, value))} {rule}"
+        if name in TOLERATED and isinstance(value, str) and value.isprintable():
+            if name in REQUIRED:
+                notes.append(f"{text}: it is shown as it is")
+        elif name in ESSENTIAL:
+            reasons.append(text)
+        else:
+            notes.append(f"{text}: {_drop(manifest, name, value)}")
+    return manifest, tuple(notes), tuple(reasons)
+
+
+def _drop(manifest, name, value) -> str:
+    """Drop a field that breaks a rule; one that restricts is taken to do so.  Says which."""
+    head, _, member = name.partition(".")
+    if member:
+        place = manifest["files"][0] if head == "files[0]" else manifest[head]
+        del place[member]                 # mend made a copy
+        return "it is left out"
+    manifest.pop(name, None)
+    if name == "disabled":
+        manifest["disabled"] = True
+        return "taken for true"
+    if name in ("public", "acl", "restricted_to_uuid"):
+        manifest["public"] = False
+        if name == "acl" and isinstance(value, list):
+            is_member = _matches(_UUID)
+            manifest["acl"] = [item for item in value if is_member(item)]
+        return "public is taken for false"
+    return "it is left out"
+
+
+CREATE, IMPORT, UPDATE = "create", "import", "update"
+
+
+def validate(manifest: dict, action) -> dict:
+    """A given manifest, mended.  Raises ApiError (422) with errors [{field, code, message}].
+
+    CREATE    all fields of an image to be; its uuid and file come later
+    IMPORT    a whole manifest, of another server or of imgadm create; its own fields stay
+    UPDATE    the fields to be changed alone; None removes one
+    """
+    if action == UPDATE:
+        return _validate_update(manifest)
+    manifest = mend({"v": 2, **manifest} if action == CREATE else manifest)
+    if action == CREATE:
+        _refuse("invalid image data: ", "ValidationFailed", [
+            ("state", "NotAllowed", "Parameter cannot be set")] if "state" in manifest else [])
+        _refuse("invalid extra parameters: ", "InvalidParameter", [
+            (name, "Invalid", f"{name} cannot be set" if name in FIELDS else
+             f"{name} is no field of a manifest") for name in manifest
+            if name not in FIELDS or not FIELDS[name].create])
+    required = _REQUIRED - {"files"} if action == IMPORT else _REQUIRED - {"files", "uuid"}
+    _refuse("invalid image data: ", "ValidationFailed", [
+        (name, "MissingParameter" if value is None else "Invalid", f"{name} {rule}")
+        for name, value, rule in invalid_fields(manifest, required)])
+    return manifest
+
+
+def _validate_update(changes):
+    if not changes:
+        raise ApiError(422, "ValidationFailed",
+                       "invalid image update data: no parameters provided", [])
+    errors, result = [], {}
+    for name, value in changes.items():
+        field = FIELDS.get(name)
+        if field is None or not field.update:
+            errors.append((name, "NotAllowed", f"{name} is no field of a manifest"
+                           if name not in V1_FIELDS else "Parameter cannot be updated"))
+            continue
+        if value is not None and not field.check(value):
+            value = field.mend(value) if value != "" else None
+        result[name] = value
+        if value is None:
+            if name in REQUIRED:
+                errors.append((name, "Invalid", f"{name} cannot be removed"))
+        elif not field.check(value):
+            errors += [(member, "Invalid", f"{member} {rule}")
+                       for member, _, rule in _in_detail([(name, value, field.rule)])]
+    _refuse("invalid image update data: ", "ValidationFailed", errors)
+    return result
+
+
+def _refuse(message, code, errors):
+    """Raise an ApiError where there are errors: (field, code, message)."""
+    if errors:
+        raise ApiError(422, code, message + ", ".join(
+            f'"{field}"' if code == "InvalidParameter" else field for field, *_ in errors),
+            [{"field": field, "code": code, "message": text} for field, code, text in errors])
+
+
+def parse_field(text):
+    """(field, value) of FIELD=VALUE: a text as it stands, else JSON; None for `FIELD=`.
+
+    Raises ValueError with the rule that is broken.
+    """
+    name, sign, value = text.partition("=")
+    if not sign or not re.fullmatch("[a-z][a-z0-9_]*", name):
+        raise ValueError(f"{text!a} is not FIELD=VALUE")
+    if name in ("v", "uuid", "files", "state", "icon", "error"):
+        raise ValueError(f"{name} cannot be set")
+    if name in REQUIREMENTS:
+        raise ValueError(f"{name} is no field of a manifest, but one of its requirements")
+    field = V1_FIELDS.get(name)
+    if field is None or name == "options":
+        raise ValueError(f"{name} is no field of a manifest")
+    if value == "":
+        return name, None
+    if field.mend in (_mend_text, _mend_word, _URL.mend, _mend_moment):
+        return name, value
+    if field.mend is _mend_flag:
+        if value not in ("true", "false"):
+            raise ValueError(f"{name} {field.rule}, not {value!a}")
+        return name, value == "true"
+    try:
+        value = parse_json(os.fsencode(value))
+    except ValueError:
+        raise ValueError(f"{name} {field.rule}" if "list" in field.rule or field.mend
+                         is _mend_number else f"{name} is not JSON")
+    if "must be a list" in field.rule and not isinstance(value, list):
+        raise ValueError(f"{name} {field.rule}")
+    return name, value
+
+
+def upgrade(v1: dict) -> dict:
+    """The v2 form of a v1 manifest, by the rules of imgmanifest's upgradeTo2.
+
+    Where those would fail, on what the original server and dsapid wrote, it has the owner
+    and the public of the manifest; without any, nobody is the owner.
+    """
+    v2 = {key: value for key, value in v1.items() if key not in V1_ONLY}
+    owners = (v1.get("creator_uuid"), v1.get("owner"))
+    v2.update(v=2, owner=next((owner for owner in owners if isinstance(owner, str)
+                               and is_uuid(owner)), NOBODY))
+    restricted = v1.get("restricted_to_uuid")
+    v2["public"] = not restricted and v1.get("public", True)
+    if restricted:
+        v2["acl"] = list(dict.fromkeys([*v1.get("acl", ()), restricted]))
+    v2["disabled"] = bool(v1.get("disabled"))
+    if v2.get("state") not in ("unactivated", "disabled"):
+        v2.pop("state", None)             # dsapid's: imgadm lets disabled decide
+    published = v1.get("published_at") or v1.get("created_at")
+    if published is not None:
+        v2["published_at"] = published[:16] + ":00Z" if len(published) == 17 else published
+    if "image_size" in v1:
+        v2["image_size"] = int(v1["image_size"])
+    return v2
+
+
+def downgrade(v2: dict) -> dict:
+    """The v1 form of a v2 manifest: the official reverse (img2dsdiff), but keeping what v1
+    clients pass over and an upgrade brings back, so that v1 - v2 - v1 - v2 loses nothing.
+    """
+    v1 = {key: value for key, value in v2.items() if key not in V1_ONLY
+          and key not in ("v", "owner", "state", "public", "disabled", "published_at", "icon")}
+    v1["creator_uuid"] = v1["vendor_uuid"] = v2["owner"]
+    v1["platform_type"] = "smartos"
+    if v2["disabled"]:
+        v1["disabled"] = True
+    if v2["state"] == "unactivated":
+        v1["state"] = v2["state"]
+    acl = v1.pop("acl", [])
+    if not v2["public"] and len(acl) == 1:
+        v1["restricted_to_uuid"] = acl[0]
+    else:
+        if acl:
+            v1["acl"] = acl
+        if not v2["public"]:
+            v1["public"] = False
+    published = v2["published_at"]
+    if published.endswith(":00Z"):
+        published = published[:-4] + "Z"
+    v1["published_at"] = v1["created_at"] = v1["updated_at"] = published
+    if "image_size" in v1:
+        v1["image_size"] = str(v1["image_size"])
+    return v1
+
+
+def complete(manifest: dict, published_at: str) -> dict:
+    """The v2 form of a manifest, with what its author left to the server filled in.
+
+    imgadm create writes no owner, state, public, disabled or published_at; IMGAPI fills
+    these when it takes an image, and so does this.  A directory is active, unless its
+    manifest says that it is unactivated, disabled, or no image at all (creating, failed).
+    """
+    v2 = upgrade(manifest) if is_v1(manifest) else dict(manifest)
+    v2.setdefault("owner", NOBODY)
+    state = v2.get("state")
+    v2["disabled"] = v2.get("disabled", False) or state == "disabled"
+    if state not in ("creating", "failed", "unactivated"):
+        v2["state"] = "disabled" if v2["disabled"] else "active"
+    v2.setdefault("public", True)
+    v2.setdefault("published_at", published_at)
+    return v2
 
 
 def public_fields(v2: dict) -> dict:
@@ -769,45 +1247,6 @@ def order_of(published_at) -> str:
     return text if "." in text else text + ".000"
 
 
-def mended_file(stored: dict) -> dict:
-    """files[0] as every client can take it, of what old manifests have: a size that is a
-    text, a sha1 in upper case, an empty compression.
-    """
-    file = {key: value for key, value in stored.items() if value not in (None, "")}
-    if isinstance(file.get("size"), str) and re.fullmatch("[0-9]{1,19}", file["size"]):
-        file["size"] = int(file["size"])
-    if isinstance(file.get("sha1"), str):
-        file["sha1"] = file["sha1"].lower()
-    return file
-
-
-def is_file_name(name) -> bool:
-    """Whether files[].path is a name for a file in the image's own directory, and no more."""
-    try:
-        return (isinstance(name, str) and name.isprintable() and "/" not in name
-                and name not in ("", ".", "..", MANIFEST) and len(os.fsencode(name)) <= 255)
-    except UnicodeEncodeError:            # the locale cannot spell it
-        return False
-
-
-def complete(manifest: dict, published_at: str) -> dict:
-    """The v2 form of a stored manifest, with what its author left to the server filled in.
-
-    imgadm create writes no owner, state, public, disabled or published_at; IMGAPI fills
-    these when it takes an image, and so does this.  A directory is active, whatever state
-    its manifest gives, unless that is disabled or no image at all (creating, failed).
-    """
-    v2 = upgrade(manifest) if is_v1(manifest) else manifest
-    v2 = {key: value for key, value in v2.items() if value is not None}
-    v2["owner"] = v2.get("owner") or NOBODY
-    v2["disabled"] = bool(v2.get("disabled")) or v2.get("state") == "disabled"
-    if v2.get("state") not in ("creating", "failed"):
-        v2["state"] = "disabled" if v2["disabled"] else "active"
-    v2.setdefault("public", True)
-    v2.setdefault("published_at", published_at)
-    return v2
-
-
 def as_v1(manifest: dict, v2: dict, file: dict, creator: str) -> dict:
     """What DSAPI shows of a manifest: v1, as stored if it is v1, without files[0].url.
 
@@ -820,7 +1259,13 @@ def as_v1(manifest: dict, v2: dict, file: dict, creator: str) -> dict:
         # imgmanifest asserts that a v1 manifest has no owner, and no public when restricted.
         v1 = {key: value for key, value in manifest.items()
               if key not in ("v", "owner", "state", "public", "channels", "icon")}
-        v1["creator_uuid"] = v1.get("creator_uuid") or NOBODY
+        v1["creator_uuid"] = v1.get("creator_uuid") or v2["owner"]
+        if v2["state"] == "unactivated":
+            v1["state"] = v2["state"]
+        if v2["disabled"]:
+            v1["disabled"] = True
+        if not v2["public"] and not v1.get("restricted_to_uuid"):
+            v1["public"] = False
     else:
         v1 = downgrade(v2)
         v1.pop("channels", None)
@@ -832,6 +1277,33 @@ def as_v1(manifest: dict, v2: dict, file: dict, creator: str) -> dict:
     v1["published_at"] = v1.get("published_at") or v2["published_at"]
     v1["files"] = [file]
     return v1
+
+
+def as_v2(v2: dict, file: dict) -> dict:
+    """What DSAPI shows of a manifest to imgadm 2 and later: v2 without channels, and with the
+    fields that no rule is known for, as stored.
+    """
+    result = public_fields(v2)
+    result.pop("channels", None)
+    result.update((key, value) for key, value in v2.items()
+                  if key not in FIELDS and key not in V1_ONLY)
+    result["files"] = [file]
+    return result
+
+
+def md5_record(sha1, md5) -> dict:
+    """Members of files[0] that say, in our own hand, which MD5 goes with which SHA-1.
+
+    A plain md5 may be a leftover of another file.
+    """
+    return {"md5": md5, "md5_of": sha1}
+
+
+def recorded_md5(file: dict):
+    """The MD5 of a file as bytes, where md5_record wrote it for this very one; else None."""
+    md5 = file.get("md5")
+    of_this = "md5_of" in file and file["md5_of"] == str(file.get("sha1")).lower()
+    return bytes.fromhex(md5) if of_this and FILE_FIELDS["md5"].check(md5) else None
 
 
 # -- store -------------------------------------------------------------------------------
@@ -850,7 +1322,10 @@ RACY = 50_000_000             # ns; a time this young may not move with the next
 LISTS_KEPT = 4                # rendered lists kept: each is as large as all manifests together
 LIST_PIECE = 128 << 10        # bytes of a list rendered at once: some 100 images, 100 us
 ZIPPED_LIMIT = 32 << 20       # bytes of gzip forms in use; of 10,000 images one has 1 MB
-MD5_LIMIT = 16 << 20          # bytes; a file up to this size is hashed when it is asked for
+MD5_LIMIT = 16 << 20          # bytes; a file up to this size is hashed when it is asked for, or
+                              # when it is read without a sha1 in its manifest
+PIECE = 1 << 20               # bytes of a file in memory at once while it is hashed
+HASHES_KEPT = 10000           # files whose hashes are remembered: 200 bytes each
 
 def trusted_stat(path, serve_dir):
     """os.stat, which follows a symlink only where root or the owner of serve_dir made it.
@@ -906,6 +1381,82 @@ def stat_key_at(path):
         return None
 
 
+def hash_file(fd, size):
+    """(sha1, md5) of the first `size` bytes of an open file, as hash objects.  Raises OSError."""
+    sha1, md5, offset = hashlib.sha1(), hashlib.md5(), 0
+    while offset < size:
+        piece = os.pread(fd, min(PIECE, size - offset), offset)
+        if not piece:
+            raise OSError(errno.EIO, "it became shorter while it was read")
+        sha1.update(piece)
+        md5.update(piece)
+        offset += len(piece)
+    return sha1, md5
+
+
+class Hasher:
+    """Hashes the files of manifests without a sha1, large ones one by one in a thread.
+
+    Results are kept for each state of a file.  Without `later` every file is hashed at once.
+    """
+
+    def __init__(self, later=False):
+        self._later = later
+        self._lock = threading.Lock()
+        self._results = {}                # (path, stat_key): (sha1, md5), or an OSError
+        self._queue = collections.deque()
+        self._running = False
+
+    def hashes(self, path, key):
+        """(sha1 in hexadecimal, md5 as bytes) of a file whose stat_key is `key`; None: later.
+
+        Raises OSError.
+        """
+        with self._lock:
+            result = self._results.get((path, key))
+            if result is None and self._later and key[1] > MD5_LIMIT:
+                if (path, key) not in self._queue:
+                    self._queue.append((path, key))
+                if not self._running:
+                    start_new_thread(self._run, ())
+                    self._running = True
+                return None
+        if result is None:
+            result = self._hash(path, key)
+        if isinstance(result, OSError):
+            raise result
+        return result
+
+    def _hash(self, path, key):
+        try:
+            fd, _ = open_regular(path)
+            with open(fd, "rb", buffering=0):
+                sha1, md5 = hash_file(fd, key[1])
+                result = sha1.hexdigest(), md5.digest()
+                if stat_key(os.fstat(fd)) != key:
+                    return OSError(errno.EAGAIN, "it changed while it was read")
+        except OSError as error:
+            result = error
+        with self._lock:
+            self._results[path, key] = result
+            if len(self._results) > HASHES_KEPT:
+                del self._results[next(iter(self._results))]
+        return result
+
+    def _run(self):
+        while True:
+            with self._lock:
+                if not self._queue:
+                    self._running = False
+                    return
+                job = self._queue[0]
+            try:
+                self._hash(*job)
+            finally:
+                with self._lock:
+                    self._queue.popleft()
+
+
 def raise_shortage(error):
     """Raise an OSError again that says something of the system and nothing of the file."""
     if error.errno in SHORTAGE:
@@ -925,23 +1476,29 @@ class Image:
     problem     None, or one sentence for the log; then nothing of its manifest is set
     try_again   the problem may be one of the moment, such as an error of the disk
     device      the file system that it is on; None where its files are on several
+    md5         of its file, as bytes, where it is known for sure; claimed_md5 as its manifest
+                has it, or None
+    notes       sentences for the log about fields that are shown otherwise than they stand
     dsapi       (before, after, etag) of its v1 manifest as bytes: files[0].url stands between
                 the two, up to the part that the Host header decides; None when never asked for
+    dsapi_v2    the same of its v2 manifest
     imgapi      (before, channels, etag) of its v2 manifest as bytes, without the last "}"
     file, path  the name of its file on disk, and the one that DSAPI shows
     """
 
     __slots__ = ("uuid", "place", "manifest_key", "file_key", "directory_changed", "checked",
-                 "problem", "try_again", "device", "file", "path", "size", "sha1", "md5", "state",
+                 "problem", "try_again", "device", "file", "path", "size", "sha1", "md5",
+                 "claimed_md5", "state",
                  "order", "name", "version", "os", "type", "origin", "owner", "public", "acl",
-                 "billing_tags", "channels", "icon", "dsapi", "imgapi")
+                 "billing_tags", "channels", "icon", "notes", "dsapi", "dsapi_v2", "imgapi")
 
     def __init__(self, uuid, place):
         self.uuid, self.place = uuid, place
         self.manifest_key = self.file_key = self.directory_changed = None
         self.checked, self.try_again = 0.0, False
         self.problem = self.file = self.origin = self.icon = self.device = None
-        self.dsapi = self.imgapi = None
+        self.dsapi = self.dsapi_v2 = self.imgapi = None
+        self.notes = ()
 
     @property
     def directory(self) -> str:
@@ -990,13 +1547,45 @@ class Image:
         return json.loads(self.imgapi[0] + b"\n}")
 
 
-def sole_file(names):
-    """The image file of a manifest that names none, as imgadm create writes it."""
-    names = [name for name in names
-             if name != MANIFEST and name not in ICONS and not name.startswith(".")]
-    if len(names) != 1:
-        raise BadImage(f"{MANIFEST} names no file, and the directory has {len(names)}")
-    return names[0]
+# Beside an image file: hidden files, editors' backups, manifests, hashes and signatures.
+_BESIDE = re.compile(r"\..*|.*~|#.*#|"
+                     r".*\.(imgmanifest|json|md5|sha1|sha256|sig|asc|bak|orig|sw[op])")
+
+
+def sole_file(directory, names, size):
+    """The image file of a manifest that names none, as imgadm create writes it.
+
+    The one of the manifest's size, or the only one where it has none.  Raises BadImage.
+    """
+    names = [name for name in names if name not in (MANIFEST, "manifest", *ICONS)
+             and is_file_name(name) and not _BESIDE.fullmatch(name)]
+    found = []
+    for name in names:
+        with contextlib.suppress(OSError):
+            status = os.stat(f"{directory}/{name}")
+            if not stat.S_ISDIR(status.st_mode) and size in (None, status.st_size):
+                found.append(name)
+    if size is not None and len(found) > 1:
+        raise BadImage(f"{MANIFEST} names no file, and {len(found)} files have its size of "
+                       f"{size} bytes: " + ", ".join(sorted(found)))
+    if not found and len(names) == 1:     # one whose size is not right yet, say
+        return names[0]
+    if len(found) != 1:
+        raise BadImage(f"{MANIFEST} names no file, and the directory has {len(names)}"
+                       + ("" if size is None or not names else f", none of {size} bytes"))
+    return found[0]
+
+
+def passed_over(serve_dir, name):
+    """Why a name in serve_dir that might be meant for an image is none; else None."""
+    if not is_uuid(name):
+        return "its directory must have a UUID in lower case as name" \
+            if is_uuid(name.lower()) else None
+    with contextlib.suppress(OSError):
+        for file in sorted(os.listdir(os.path.join(serve_dir, name))):
+            if file == "manifest" or file.endswith(".imgmanifest"):
+                return f"its manifest must be named {MANIFEST}, not {file}"
+    return None
 
 
 def read_manifest(directory):
@@ -1015,8 +1604,9 @@ def read_manifest(directory):
 class ImageReader:
     """Reads image directories into Images, for one configuration."""
 
-    def __init__(self, config):
+    def __init__(self, config, hasher=None):
         self.creator, self.serve_dir = config.image_creator, config.serve_dir
+        self.hasher = hasher or Hasher()
         self.with_channels = bool(config.channels)
         self.base_salt = json.dumps([config.prefix, config.suffix]).encode()
         # Stands for prefix + Host + suffix in a rendered manifest until a request gives them.
@@ -1062,18 +1652,17 @@ class ImageReader:
         return image
 
     def _fill(self, image, manifest, names, mtime, apis):
-        """Understand the manifest and look at the file.  Raises BadImage."""
+        """Understand the manifest and check the file.  Raises BadImage."""
+        manifest, image.notes, reasons = normalise(manifest)
         if manifest.get("uuid") != image.uuid:
-            raise BadImage(f"{MANIFEST}: its uuid is not {image.uuid}")
-        files = manifest.get("files")
-        if not isinstance(files, list) or len(files) != 1 or not isinstance(files[0], dict):
-            raise BadImage(f"{MANIFEST}: files must hold one file")
-        stored = files[0]
-        name = stored["path"] if "path" in stored else sole_file(names)
-        if not is_file_name(name):
-            raise BadImage(f"{MANIFEST}: files[0].path is no plain file name")
-        image.file = name
-        file = self._look_at_file(image, stored)
+            raise BadImage(f"{MANIFEST}: its uuid {spell(manifest.get('uuid'))} is not "
+                           f"{image.uuid}")
+        if reasons:
+            raise BadImage(f"{MANIFEST}: " + ", ".join(reasons))
+        stored = manifest["files"][0]
+        image.file = name = stored.get("path") or sole_file(image.directory, names,
+                                                            stored.get("size"))
+        file = self._check_file(image, stored)
         v2 = complete({**manifest, "files": [file]}, stamp(mtime))
         icons = [icon for icon in names if icon in ICONS and icon != name
                  and self._is_trusted(f"{image.directory}/{icon}")]
@@ -1081,21 +1670,21 @@ class ImageReader:
             image.icon, v2["icon"] = icons[0], True
         else:
             v2.pop("icon", None)
-        bad = faults(manifest, v2)
-        if bad:
-            raise BadImage(f"{MANIFEST}: invalid " + ", ".join(bad))
         self._keep(image, v2, file)
         if "path" not in stored and not name.endswith(COMPRESSIONS[file["compression"]]):
             image.path += COMPRESSIONS[file["compression"]]   # all that imgadm 1 goes by
         if image.place.endswith(INCOMING):
             v2["state"] = image.state = "unactivated"
-            if not manifest.get("published_at"):
-                del v2["published_at"]    # that is when it is activated
+        shown_file = {**file, "path": image.path, "url": self.host_placeholder}
+        if DSAPI in apis:
+            image.dsapi = self._render_dsapi(
+                as_v1(manifest, v2, shown_file, self.creator), image)
+        if v2["state"] == "unactivated" and "published_at" not in manifest:
+            del v2["published_at"]        # that is when it is activated
+        if DSAPI_V2 in apis:
+            image.dsapi_v2 = self._render_dsapi(as_v2(v2, shown_file), image)
         if IMGAPI in apis:
             image.imgapi = self._render_v2(v2)
-        if DSAPI in apis:
-            file = {**file, "path": image.path, "url": self.host_placeholder}
-            image.dsapi = self._render_v1(as_v1(manifest, v2, file, self.creator), image)
 
     def _is_trusted(self, path) -> bool:
         try:
@@ -1104,7 +1693,7 @@ class ImageReader:
             return False
         return True
 
-    def _look_at_file(self, image, stored) -> dict:
+    def _check_file(self, image, stored) -> dict:
         """files[0] as every client can take it, held against the file on disk."""
         path = f"{image.directory}/{image.file}"
         status = trusted_stat(path, self.serve_dir)
@@ -1115,24 +1704,28 @@ class ImageReader:
             raise BadImage(f"{image.file}: not a regular file")
         if status.st_mode & 0o444 != 0o444 and not os.access(path, os.R_OK):
             raise BadImage(f"{image.file}: {os.strerror(errno.EACCES)}")
-        file = mended_file(stored)
-        file.pop("path", None)
-        file.pop("url", None)
-        if file.get("size") != status.st_size:
-            raise BadImage(f"{image.file}: its size is not the {file.get('size')} bytes of "
-                          f"{MANIFEST} (still being copied?)")
+        file = {key: value for key, value in stored.items()
+                if key not in ("path", "url", "md5_of")}
+        if file.setdefault("size", status.st_size) != status.st_size:
+            raise BadImage(f"{image.file}: its size is not the {file['size']} bytes of {MANIFEST} "
+                          "(still being copied?)")
         if "compression" not in file:
             fd, _ = open_regular(path)
             with open(fd, "rb", buffering=0) as data:
                 file["compression"] = compression_of(data.read(8), image.file)
+        image.md5 = recorded_md5(stored)
+        image.claimed_md5 = bytes.fromhex(file["md5"]) if "md5" in file else None
+        if "sha1" not in file:
+            hashes = self.hasher.hashes(path, image.file_key)
+            if hashes is None:
+                image.try_again = True
+                raise BadImage(f"{image.file}: being checked, since {MANIFEST} has no sha1")
+            file["sha1"], image.md5 = hashes
         return file
 
     def _keep(self, image, v2, file):
         """What filters, order and downloads need of a manifest without reading it again."""
         image.size, image.sha1 = file["size"], file["sha1"]
-        md5 = file.get("md5")
-        image.md5 = bytes.fromhex(md5) if isinstance(md5, str) and re.fullmatch(
-            "[0-9a-f]{32}", md5) else None
         image.path = image.file
         image.name, image.version, image.state = v2["name"], v2["version"], v2["state"]
         image.order = (order_of(v2["published_at"]), image.uuid)
@@ -1143,8 +1736,8 @@ class ImageReader:
         image.billing_tags = tuple(v2.get("billing_tags", ()))
         image.channels = tuple(v2.get("channels", ()))
 
-    def _render_v1(self, v1, image):
-        before, after = render_json(v1).split(self.host_placeholder)
+    def _render_dsapi(self, manifest, image):
+        before, after = render_json(manifest).split(self.host_placeholder)
         path = f"/datasets/{image.uuid}/{urllib.parse.quote(image.path, safe='')}"
         before, after = before.encode(), (path + after).encode()
         return before, after, etag_of(before, after, self.base_salt)
@@ -1157,6 +1750,11 @@ class ImageReader:
             channels = ',\n  "channels": ' + render_json(v2.get("channels", []), "\n  ")
         before = render_json(fields)[:-2].encode()
         return before, channels.encode(), etag_of(before, channels.encode())
+
+
+def no_common_channel(origin) -> str:
+    return (f"its origin {origin} is in none of its channels: imgadm cannot import it from "
+            "there")
 
 
 def etag_of(*parts) -> bytes:
@@ -1289,7 +1887,9 @@ class Store:
         self.place = os.path.join(config.serve_dir, "")
         self.log = log
         self._in_background = in_background
-        self._reader = ImageReader(config)
+        self._reader = ImageReader(config, Hasher(later=True))
+        self._hashing = threading.Lock()
+        self._told = set()            # warnings of names and of origins that were logged once
         self._images = {}             # uuid: Image, sound or not; written under _lock
         self._lock = threading.Lock()
         self._recheck_lock = threading.Lock()     # taken before _lock
@@ -1354,13 +1954,14 @@ class Store:
     def _load(self, uuid, api) -> Image | None:
         """Read one image again; _lock is held.  Logs the change."""
         before = self._images.get(uuid)
-        apis = self._apis | {api} | {other for other in (DSAPI, IMGAPI)
+        apis = self._apis | {api} | {other for other in RENDERINGS
                                      if before is not None and getattr(before, other)}
         image = self._reader.read(uuid, self.place, apis)
         self._changed |= (before is not None and not before.problem
                           or image is not None and not image.problem)
         if image is None:
             self._images.pop(uuid, None)
+            self._say_passed_over(uuid)
         else:
             self._images[uuid] = image
         self._cyclic = {}
@@ -1381,10 +1982,45 @@ class Store:
             self.log.info(f"image {uuid} is on show: {image.title}, {image.size} bytes")
         elif before is not None and before.shows_other_than(image):
             self.log.info(f"image {uuid} has changed: {image.title}, {image.size} bytes")
+        for note in image.notes:
+            if before is None or note not in before.notes:
+                self.log.warn(f"image {image.uuid}: {printable(note)}")
         if image.origin and (before is None or before.origin != image.origin) \
                 and not os.path.exists(f"{self.directory}/{image.origin}/{MANIFEST}"):
             self.log.warn(f"image {image.uuid}: imgadm cannot import it until image "
                           f"{image.origin} is on this server, too")
+
+    def _say_passed_over(self, name):
+        """Log once that a name might be meant for an image, and why it is none."""
+        reason = name not in self._told and passed_over(self.directory, name)
+        if reason:
+            self._told.add(name)
+            self.log.warn(f"image {printable(name)} is left out: {printable(reason)}")
+
+    def _say_channels(self, images):
+        """Log once of each image that its origin is in none of its channels."""
+        for image in images:
+            origin = self._images.get(image.origin)
+            if origin is not None and not origin.problem and image.channels \
+                    and (image.uuid, origin.uuid) not in self._told \
+                    and set(image.channels).isdisjoint(origin.channels):
+                self._told.add((image.uuid, origin.uuid))
+                self.log.warn(f"image {image.uuid}: {no_common_channel(origin.uuid)}")
+
+    def content_md5(self, image, fd):
+        """The MD5 of an image's file, open as fd, as bytes; None where that takes too long.
+
+        Raises OSError.  The first one who asks has it computed, the others wait.
+        """
+        if image.md5 is not None or image.size > MD5_LIMIT:
+            return image.md5
+        with self._hashing:
+            if image.md5 is None:
+                md5 = hash_file(fd, image.size)[1].digest()
+                if stat_key(os.fstat(fd)) != image.file_key:
+                    return md5            # of a file that is not this image's any more
+                image.md5 = md5
+        return image.md5
 
     def _is_cyclic(self, image, find) -> bool:
         """Whether its chain of origins never ends: imgadm would follow it for ever."""
@@ -1462,7 +2098,12 @@ class Store:
         # A change within the same tick of the file system's clock leaves its time as it is: one
         # may come after the names are read, so what counts is how old the time is before.
         settled = abs(time.time_ns() - max(key[:2])) > RACY
-        names = {name for name in os.listdir(self.directory) if is_uuid(name)}
+        names = set()
+        for name in os.listdir(self.directory):
+            if is_uuid(name):
+                names.add(name)
+            elif len(name) == len(NOBODY):
+                self._say_passed_over(name)
         stale, slice_end = [], now + RECHECK_SLICE
         for uuid in sorted(names | set(self._images)):
             image = self._images.get(uuid)
@@ -1492,6 +2133,8 @@ class Store:
         if before is not None:
             with self._lists_lock:
                 before.release()
+        if self._reader.with_channels:
+            self._say_channels(self._snapshot.images)
 
     def listing(self, api, view, select, text_of, may_block, host=b"") -> Listing:
         """The list of all active images that select(images) gives, in one form.
@@ -1977,7 +2620,6 @@ def new_manifest(config, uuid, fields) -> dict:
     """A v1 manifest, as the original import-image wrote it, of the fields that were given.
 
     v1, because every imgadm since 2012 takes it; imgadm 2 and later upgrade it themselves.
-    With an owner of its own, or who may see it, it is v2: v1 cannot say that.
     """
     now = stamp(time.time())
     given = {key: value for key, value in fields.items() if value is not None}
@@ -1991,49 +2633,41 @@ def new_manifest(config, uuid, fields) -> dict:
     }
     manifest["urn"] = ":".join((config.image_creator, config.image_creator, manifest["name"],
                                 manifest["version"]))
-    manifest.update(given)
-    if "owner" in given or "public" in given:
-        manifest = upgrade(manifest)
-        manifest.update((key, given[key]) for key in ("owner", "public") if key in given)
-        del manifest["state"]             # that is for the server to say
-    return manifest
+    return {**manifest, **given}
 
 
-def check_fields(manifest):
-    """Raise UserError where imgadm's rules refuse a field, before any byte is stored."""
-    v2 = complete({**manifest, "files": [{"sha1": "0" * 40, "size": 0, "compression": "none"}]},
-                  stamp(0))
-    rules = {
-        "name": 'takes letters, digits, ".", "_", "/", "-" and spaces, 1 to 1024 of them',
-        "version": 'takes letters, digits, ".", "_", "/", "+" and "-", 1 to 512 of them',
-        "description": "takes a text of at most 10240 characters",
-        "type": "must be one of " + ", ".join(TYPES),
-        "os": "must be one of " + ", ".join(SYSTEMS),
-        "origin": "must be the uuid of an image, in lower case",
-        "published_at": "must look like 2026-01-31T12:00:00Z",
-    }
-    bad = next(iter(faults(manifest, v2)), None)
-    if bad in ZVOL_FIELDS:
-        raise UserError("a zvol needs nic_driver, disk_driver, cpu_type, and image_size in MiB"
-                      if v2.get("type") == "zvol" else f"{bad} is for type zvol only")
-    if bad is not None:
-        raise UserError(f"{bad} {rules.get(bad, 'is not what imgadm takes there')}")
+def check_fields(manifest) -> dict:
+    """validate for the command line: the manifest mended, or UserError with every rule that
+    is broken, before any byte is stored.
+    """
+    try:
+        return validate(manifest, IMPORT)
+    except ApiError as refusal:
+        raise UserError("; ".join(error["message"] for error in refusal.errors))
 
 
 def choose_channels(config, manifest):
     """Where there are channels, the default one is for images that name none, as in IMGAPI.
 
-    Raises UserError for channels in which no client would see the image.
+    Returns a warning where the image's origin is in none of them, or None.  Raises UserError
+    for channels in which no client would see the image.
     """
     names = [channel["name"] for channel in config.channels]
-    if names and not manifest.get("channels"):
+    if not names:
+        return None
+    if not manifest.get("channels"):
         if config.default_channel is None:
             raise UserError("channels must be given, such as 'channels=[\"" + names[0] + "\"]': "
                           "the configuration has no default one")
         manifest["channels"] = [config.default_channel]
-    for name in manifest["channels"] if names else ():
+    for name in manifest["channels"]:
         if name not in names:
             raise UserError(f"there is no channel {name!a} in the configuration")
+    origin = manifest.get("origin") and ImageReader(config).read(
+        manifest["origin"], os.path.join(config.serve_dir, ""), ())
+    if origin and not origin.problem and set(manifest["channels"]).isdisjoint(origin.channels):
+        return no_common_channel(origin.uuid)
+    return None
 
 
 def file_name(manifest, compression) -> str:
@@ -2100,7 +2734,7 @@ class Import:
         manifest = self.manifest
         if found.size == 0:
             raise BadImage("there is no data")
-        stored = mended_file((manifest.get("files") or [{}])[0])
+        stored = (manifest.get("files") or [{}])[0]
         truth = {"size": found.size, "sha1": found.sha1, "compression": found.compression}
         if found.stream.guid:
             truth["dataset_guid"] = str(found.stream.guid)
@@ -2110,7 +2744,7 @@ class Import:
         if self.with_stream:
             self._describe_stream(found.stream)
         file = {"path": file_name(manifest, found.compression), **stored, **truth,
-                "md5": found.md5}
+                **md5_record(found.sha1, found.md5)}
         if not is_file_name(file["path"]):
             raise BadImage("files[0].path of the manifest is no plain file name")
         manifest["files"] = [file]
@@ -2617,6 +3251,11 @@ def accepts_gzip(header) -> bool:
     return False
 
 
+def dsapi_of(headers):
+    """The form of DSAPI's manifests for a client: v2 for the Accept of imgadm 2 and later."""
+    return DSAPI_V2 if headers.get("accept") == "application/json" else DSAPI
+
+
 def check_admin_fields(query):
     """Refuse inclAdminFields, which is for operators of the official server."""
     value = single_value(query, "inclAdminFields")
@@ -2643,18 +3282,12 @@ def open_of(image, name, kind, fits, serve_dir=None):
     raise not_found(f'image "{image.uuid}" has no {kind}')
 
 
-def file_of(request, image) -> Response:
+def file_of(request, image, store) -> Response:
     """The file of an image; its manifest may have been true until a moment ago only."""
     fd, status = open_of(image, image.file, "file", lambda size: size == image.size)
-
-    def md5():
-        if image.md5 is None and image.size <= MD5_LIMIT:
-            image.md5 = hashlib.md5(os.pread(fd, image.size, 0)).digest()
-        return image.md5
-
     return file_response(request, fd, status, image.sha1,
-                         b"Content-Type: application/octet-stream\r\n" + CACHE_FILES, md5,
-                         image.title)
+                         b"Content-Type: application/octet-stream\r\n" + CACHE_FILES,
+                         lambda: store.content_md5(image, fd), image.title)
 
 
 def manifest_response(request, etag, fields, *parts) -> Response:
@@ -2672,9 +3305,9 @@ def manifest_response(request, etag, fields, *parts) -> Response:
     return Response(200, fields, b"".join(parts))
 
 
-def list_response(request, store, listing, fields) -> Response:
+def list_response(request, store, listing, vary, fields) -> Response:
     """A whole list: with ETag, and as gzip for clients that take it (imgadm does not)."""
-    headers = request.headers
+    headers, fields = request.headers, b"Vary: %b\r\n%b" % (vary, fields)
     if "accept-encoding" in headers and accepts_gzip(headers["accept-encoding"]):
         zipped = store.zipped(listing, request.may_block)
         if zipped is not None:
@@ -2687,8 +3320,7 @@ def list_response(request, store, listing, fields) -> Response:
 
 
 def list_fields(etag, fields) -> bytes:
-    return b'%bETag: "%b"\r\nVary: Accept-Encoding\r\n%b%b' % (JSON_TYPE, etag.encode(), fields,
-                                                             CORS)
+    return b'%bETag: "%b"\r\n%b%b' % (JSON_TYPE, etag.encode(), fields, CORS)
 
 
 def whole_list(headers, body, etag, length, fields) -> Response:
@@ -2728,10 +3360,10 @@ class Dsapi:
 
     def list(self, request):
         """All active images; filters as dsapid has them: by prefix, or ~part."""
-        base = self.url_base(request.host)
+        base, api = self.url_base(request.host), dsapi_of(request.headers)
 
         def text_of(image):
-            return base.join(image.dsapi[:2])
+            return base.join(getattr(image, api)[:2])
 
         if request.query:
             query = parse_query(request.query)
@@ -2740,21 +3372,23 @@ class Dsapi:
             if any(wanted.values()):
                 if not request.may_block:
                     raise NeedsThread     # it is rendered to learn its length
-                images = self.store.snapshot(DSAPI, True).images
+                images = self.store.snapshot(api, True).images
                 numbers = [number for number, image in enumerate(images)
                            if all(value is None or matches_text(getattr(image, name), value,
                                                                 name != "type")
                                   for name, value in wanted.items())]
-                return filtered_response(images, numbers, text_of, CACHE_NEVER)
-        listing = self.store.listing(DSAPI, (), lambda images: images, text_of,
+                return filtered_response(images, numbers, text_of,
+                                         VARY + CACHE_NEVER)
+        listing = self.store.listing(api, (), lambda images: images, text_of,
                                      request.may_block, base)
-        return list_response(request, self.store, listing,
+        return list_response(request, self.store, listing, b"Accept, Accept-Encoding",
                              CACHE_NEVER)
 
     def manifest(self, request, uuid):
         """One manifest, also of a disabled image."""
-        before, after, etag = self.store.image(uuid, DSAPI, request.may_block).dsapi
-        return manifest_response(request, etag, CACHE_NEVER, before, self.url_base(request.host),
+        api = dsapi_of(request.headers)
+        before, after, etag = getattr(self.store.image(uuid, api, request.may_block), api)
+        return manifest_response(request, etag, VARY + CACHE_NEVER, before, self.url_base(request.host),
                                  after)
 
     def file(self, request, uuid, name):
@@ -2762,7 +3396,7 @@ class Dsapi:
         image = self.store.image(uuid, DSAPI, True)
         if name != image.path:
             raise not_found(f"{request.target} does not exist")
-        return file_of(request, image)
+        return file_of(request, image, self.store)
 
 
 class Imgapi:
@@ -2826,7 +3460,7 @@ class Imgapi:
             IMGAPI, (channel, version if self.channels else None),
             lambda images: [image for image in images if self.in_channel(image, channel)],
             self.text_of(version), request.may_block)
-        return list_response(request, self.store, listing, CACHE_MANIFESTS)
+        return list_response(request, self.store, listing, b"Accept-Encoding", CACHE_MANIFESTS)
 
     def _select(self, request, query, channel):
         """The images of a snapshot, and the places of those that a query asks for: filtered,
@@ -2901,7 +3535,7 @@ class Imgapi:
         index = single_value(query, "index") or "0"
         if re.fullmatch("[0-9]+", index) and index.strip("0"):
             raise not_found(f'image "{uuid}" has no file at index {index.lstrip("0")}')
-        return file_of(request, image)
+        return file_of(request, image, self.store)
 
     def icon(self, request, uuid):
         """The icon of an image, with the Content-MD5 that sdc-clients insist on."""
@@ -4463,19 +5097,6 @@ class Progress:
             sys.stderr.flush()
 
 
-def parse_field(text):
-    """FIELD=VALUE, the value JSON if it parses, else a text; as imgadm create takes them."""
-    name, sign, value = text.partition("=")
-    if not sign or not re.fullmatch("[a-z][a-z0-9_]*", name):
-        raise UserError(f"{text!a} is not FIELD=VALUE")
-    if name in ("v", "uuid", "files", "state"):
-        raise UserError(f"{name} cannot be set")
-    try:
-        return name, parse_json(os.fsencode(value))
-    except ValueError:
-        return name, value
-
-
 def new_uuid() -> str:
     import uuid
     return str(uuid.uuid4())
@@ -4488,6 +5109,31 @@ def checked_uuid(text) -> str:
     return text
 
 
+def read_given_manifest(path) -> dict:
+    """The manifest in a file, alone or as `imgadm get` prints it.  Raises UserError."""
+    try:
+        with interruptible(open)(path, "rb") as file:
+            data = interruptible(file.read)(MANIFEST_LIMIT + 1)
+        if len(data) > MANIFEST_LIMIT:
+            raise UserError(f"{path} is larger than {MANIFEST_LIMIT} bytes")
+        manifest = parse_object(data)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}")
+    except ValueError as error:
+        raise UserError(f"{path} {error}")
+    if "uuid" not in manifest and isinstance(manifest.get("manifest"), dict):
+        manifest = manifest["manifest"]
+    return {key: value for key, value in manifest.items() if key not in ("state", "icon")}
+
+
+def given_fields(texts) -> dict:
+    """The fields of FIELD=VALUE words.  Raises UserError."""
+    try:
+        return dict(map(parse_field, texts))
+    except ValueError as error:
+        raise UserError(str(error))
+
+
 def manifest_to_import(config, options) -> dict:
     """The manifest that the options of `import` ask for.  Raises UserError."""
     texts = options.words
@@ -4496,42 +5142,34 @@ def manifest_to_import(config, options) -> dict:
             text.encode("utf-8")
         except UnicodeEncodeError:
             raise UserError(f"{text!a} is not UTF-8")
-    given = {"os": options.os, "type": options.type, "origin": options.origin}
+    if options.uuid and not is_uuid(options.uuid):
+        raise UserError(f"{options.uuid!a} is not a UUID in lower case")
+    given = {key: value for key, value in (("os", options.os), ("type", options.type),
+                                           ("origin", options.origin)) if value is not None}
     if options.manifest:
-        try:
-            with interruptible(open)(options.manifest, "rb") as file:
-                data = interruptible(file.read)(MANIFEST_LIMIT + 1)
-            if len(data) > MANIFEST_LIMIT:
-                raise UserError(f"{options.manifest} is larger than {MANIFEST_LIMIT} bytes")
-            manifest = parse_object(data)
-        except OSError as error:
-            raise UserError(f"cannot read {options.manifest}: {error.strerror}")
-        except ValueError as error:
-            raise UserError(f"{options.manifest} {error}")
-        manifest = {key: value for key, value in manifest.items() if key not in ("state", "icon")}
-        if not is_v1(manifest):
-            manifest = {"v": 2, "uuid": None, "owner": NOBODY, "public": True, "disabled": False,
-                        "published_at": stamp(time.time()), **manifest}
-        manifest.update({key: value for key, value in given.items() if value is not None})
-        manifest.update(map(parse_field, texts))
+        given.update(given_fields(texts))
+        manifest = {**read_given_manifest(options.manifest), **given}
         manifest["uuid"] = options.uuid or manifest.get("uuid") or new_uuid()
     else:
         if len(texts) < 3:
             raise UserError("NAME VERSION DESCRIPTION are needed, or --manifest FILE", 2)
         given.update(zip(("name", "version", "description"), texts))
-        given.update(map(parse_field, texts[3:]))
+        given.update(given_fields(texts[3:]))
         manifest = new_manifest(config, options.uuid or new_uuid(), given)
-    if not isinstance(manifest["uuid"], str) or not is_uuid(manifest["uuid"]):
-        raise UserError(f"{manifest['uuid']!a} is not a UUID in lower case")
-    files = manifest.get("files", [])
-    if not isinstance(files, list) or len(files) > 1 \
-            or not all(isinstance(item, dict) for item in files):
-        raise UserError("files of the manifest must hold one file")
-    check_fields(manifest)
+    manifest = check_fields(manifest)
+    own = {key: manifest[key] for key in ("owner", "public") if given.get(key) is not None}
+    if is_v1(manifest) and own:           # v1 cannot say that
+        manifest = {**upgrade(manifest), **own}
+    if not is_v1(manifest):
+        manifest.pop("state", None)       # that is for the server to say
+        manifest = {"v": 2, "uuid": None, "owner": NOBODY, "public": True, "disabled": False,
+                    "published_at": stamp(time.time()), **manifest}
     if not options.stream_check and manifest["type"] in STREAM_TYPES.values():
         raise UserError(f"a {manifest['type']} is a ZFS stream: --no-stream-check needs "
                       "another --type")
-    choose_channels(config, manifest)
+    warning = choose_channels(config, manifest)
+    if warning:
+        sys.stderr.write(f"imgserver: warning: {warning}\n")
     return manifest
 
 
@@ -4627,8 +5265,8 @@ def compare(found, image):
     """Hold what was found against what the manifest says.  Raises BadImage."""
     is_stream = found.stream.type is not None or image.type in STREAM_TYPES.values()
     pairs = [("size", found.size, image.size), ("sha1", found.sha1, image.sha1)]
-    if image.md5 is not None:
-        pairs.append(("md5", found.md5, image.md5.hex()))
+    if image.claimed_md5 is not None:
+        pairs.append(("md5", found.md5, image.claimed_md5.hex()))
     if is_stream:
         promised = image.fields()["files"][0]["compression"]
         pairs.append(("compression", found.compression, promised))
@@ -4649,11 +5287,11 @@ def record_md5(directory, found):
     try:
         manifest, _ = read_manifest(directory)
         file = manifest["files"][0]
-        if file["sha1"].lower() != found.sha1 or file.get("md5") == found.md5:
+        if file["sha1"].lower() != found.sha1 or recorded_md5(file):
             return
     except (OSError, BadImage, LookupError, TypeError, AttributeError):
         return
-    file["md5"] = found.md5
+    file.update(md5_record(found.sha1, found.md5))
     try:
         replace_file(os.path.join(directory, MANIFEST),
                      (render_json(manifest) + "\n").encode(), keep_time=True)

@@ -66,7 +66,7 @@ class TestCheck(CheckCase):
             (IMAGE, {"files": [md5]}, "its md5 is"),
             (IMAGE, {"files": [size]}, "size|5"),
             (IMAGE, {"files": []}, "files"),
-            (IMAGE, {"name": "a+b"}, "name"),
+            (IMAGE, {"name": ["a"]}, "name"),
             (cut, {}, "end record is missing"),
             (other[:-9], {}, "cut short"),
             (broken, {}, "corrupt"),
@@ -201,6 +201,7 @@ class TestRecord(CheckCase):
         for number in (1, 2):
             self.assertEqual(self.manifest(uuid_of(number))["files"][0]["md5"], md5.hexdigest())
         after = self.manifest(uuid_of(1))
+        self.assertEqual(after["files"][0].pop("md5_of"), hashlib.sha1(IMAGE).hexdigest())
         del after["files"][0]["md5"]
         self.assertEqual(after, before)
         status = os.stat(self.path(uuid_of(1), "manifest.json"))
