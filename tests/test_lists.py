@@ -153,7 +153,8 @@ class Lengths(ServerCase):
                 for target in ("/datasets", "/datasets?name=a", "/images?channel=*",
                                "/images?channel=a", "/images?channel=b&name=a",
                                "/images?channel=*&limit=3"):
-                    for fields in ("", "Accept-Version: ~2\r\n", "Accept-Encoding: gzip\r\n"):
+                    for fields in ("", "Accept-Version: ~2\r\n", "Accept-Encoding: gzip\r\n",
+                                   "Accept: application/json\r\n"):
                         with self.subTest(target, host=host, count=count, fields=fields):
                             response = self.ask(target, host, fields)
                             self.assertEqual(response.status, 200)
