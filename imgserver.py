@@ -4128,6 +4128,8 @@ class ListReader:
         """The next parts, of about `budget` bytes; fewer where they must be rendered."""
         listing, number, skip = self._listing, self._number, self._offset
         parts = []
+        if not listing.kept:              # what is cut off would be rendered again
+            budget = max(budget, 2 * LIST_PIECE)
         while budget > 0 and len(parts) < PARTS // 2 and number < len(listing):
             fresh = not listing.has(number)
             parts.append(memoryview(listing.piece(number))[skip:skip + budget])
@@ -4378,7 +4380,7 @@ class Connection:
 
     __slots__ = ("transport", "loop", "peer", "state", "deadline", "buffer", "request", "line",
                  "response", "position", "step", "started", "answered", "partial", "scanned",
-                 "unread", "closing", "unlogged", "failure", "sender")
+                 "unread", "closing", "unlogged", "failure")
 
     def __init__(self, sock, peer, loop):
         self.transport, self.loop = Transport(sock), loop
@@ -4398,7 +4400,6 @@ class Connection:
         self.closing = False              # this answer is the last one
         self.unlogged = ()                # answers of which the socket has not taken all
         self.failure = ""                 # why an answer was not sent whole, for the log
-        self.sender = None
 
     # in the event loop: requests
 
@@ -4910,49 +4911,72 @@ class Workers:
     """
 
     def __init__(self):
-        self._jobs = queue.SimpleQueue()
+        self._jobs = queue.SimpleQueue()  # one for each thread that was taken from the idle ones
         self._idle = threading.Semaphore(0)
-        self._threads = 0                 # an estimate: two threads may count at once
-        self._finished = self._seen = 0   # jobs finished, and at the last watch()
+        self._lock = threading.Lock()     # for all that follows
+        self._waiting = collections.deque()       # short jobs above WORKERS
+        self._running = 0                 # short jobs that run
+        self._finished = self._seen = 0   # short jobs finished, and at the last watch()
 
     def submit(self, job, is_short=True):
         """Have a thread call job().  Raises RuntimeError, MemoryError where none can be had."""
-        if self._idle.acquire(blocking=False) or is_short and self._threads >= WORKERS:
-            self._jobs.put(job)
-        else:
-            self._start([job])
+        if is_short:
+            with self._lock:
+                if self._running >= WORKERS:
+                    self._waiting.append(job)
+                    return
+                self._running += 1
+        self._start(job, is_short)
 
-    def _start(self, jobs):
-        start_new_thread(self._run, (jobs,))      # Thread.start() would wait until it runs
-        self._threads += 1
+    def _start(self, job, is_short):
+        if self._idle.acquire(blocking=False):
+            self._jobs.put((job, is_short))
+            return
+        try:                              # Thread.start() would wait until it runs
+            start_new_thread(self._run, ([(job, is_short)],))
+        except (RuntimeError, MemoryError):
+            with self._lock:
+                self._running -= is_short
+            raise
 
     def watch(self):
         """Once a second: where jobs wait and none was finished, a disk hangs under the threads."""
-        if self._finished == self._seen and self._jobs.qsize():
-            for _ in range(min(WORKERS, self._jobs.qsize())):
-                with contextlib.suppress(RuntimeError, MemoryError):
-                    self._start([])
-        self._seen = self._finished
+        with self._lock:
+            jobs = []
+            if self._finished == self._seen:
+                jobs = [self._waiting.popleft() for _ in range(min(WORKERS, len(self._waiting)))]
+            self._running += len(jobs)
+            self._seen = self._finished
+        for job in jobs:
+            try:
+                self._start(job, True)
+            except (RuntimeError, MemoryError):
+                with self._lock:
+                    self._waiting.append(job)
 
     def _run(self, jobs):
-        job = jobs.pop() if jobs else None        # an argument would stay until the thread ends
+        job, is_short = jobs.pop()        # an argument would stay until the thread ends
         while True:
+            job()
+            job = self._next() if is_short else None      # or the connection would stay
             if job is not None:
-                job()
-                job = None                # or the connection would stay until the next one
-                self._finished += 1
-            try:
-                job = self._jobs.get_nowait()     # one above WORKERS: nobody waits for it
                 continue
-            except queue.Empty:
-                self._idle.release()
+            self._idle.release()
             try:
-                job = self._jobs.get(timeout=THREAD_IDLE)
+                job, is_short = self._jobs.get(timeout=THREAD_IDLE)
             except queue.Empty:
                 if self._idle.acquire(blocking=False):
-                    self._threads -= 1
                     return
-                job = self._jobs.get()    # one was put just now, and it counts on us
+                job, is_short = self._jobs.get()  # one was put just now, and it counts on us
+
+    def _next(self):
+        """The short job that follows one that has ended; None where none waits."""
+        with self._lock:
+            self._finished += 1
+            if self._waiting:
+                return self._waiting.popleft()
+            self._running -= 1
+            return None
 
 
 class EventLoop:

@@ -35,7 +35,7 @@ def refused(request):
     raise imgserver.ApiError(422, "Refused", "not this one")
 
 def some(request):
-    return imgserver.json_response({"begin": request.body.read(10).decode()})
+    return imgserver.json_response({"begin": request.body.read(10).decode("latin-1")})
 
 def plain(request):
     return imgserver.json_response({"plain": True})
@@ -289,7 +289,9 @@ class Bodies:
         expect = "Expect: 100-continue\r\n"
         with self.server.connect() as connection:
             connection.send(head("PUT", "/upload", "Content-Length: 5\r\n"
-                                 "Connection: keep-alive\r\n" + expect, "1.0") + b"hello")
+                                 "Connection: keep-alive\r\n" + expect, "1.0"))
+            self.assertFalse(readable(connection.sock, 0.2))
+            connection.send(b"hello")
             self.assertTaken(connection.answer(), b"hello")
             connection.send(head("PUT", "/upload", "Content-Length: 0\r\n" + expect))
             self.assertTaken(connection.answer(), b"")
@@ -398,6 +400,20 @@ class BodiesOverTcp(Bodies, ServerCase):
 
 class BodiesOverUnix(Bodies, ServerCase):
     unix = True
+
+
+class Faults(ServerCase):
+
+    breaks_it = True
+
+    def test_a_fault_of_a_route_is_500_and_the_end_of_the_connection(self):
+        server = self.serve(prelude=ROUTES.replace('"plain": True', '"plain": nothing'))
+        with server.connect() as connection:
+            connection.send(head("DELETE", "/plain") + SECOND)
+            self.assertError(connection.answer(), 500, "InternalError")
+            self.assertEqual(connection.rest(), b"")
+        self.assertEqual(server.get("/ping").status, 200)
+        server.wait_log("error internal error: .*NameError")
 
 
 class Body(unittest.TestCase):

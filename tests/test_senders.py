@@ -1,9 +1,13 @@
 """Files are sent by a few threads: slow clients cost none, and a disk that hangs costs one."""
 
+import _thread
+import functools
 import hashlib
 import os
+import threading
 import time
 import unittest
+from unittest import mock
 
 import imgserver
 from tests.support import ServerCase, uuid_of, wait_for, write_image
@@ -178,6 +182,66 @@ def fails(selector, sock, event, data=None):
     return register(selector, sock, event, data)
 imgserver.selectors.DefaultSelector.register = fails
 """, "cut: no memory")
+
+
+class Workers(unittest.TestCase):
+    """In process: every job is done once, and threads are few and end."""
+
+    def setUp(self):
+        for name, value in (("THREAD_IDLE", 0.005), ("WORKERS", 4)):
+            self.addCleanup(setattr, imgserver, name, getattr(imgserver, name))
+            setattr(imgserver, name, value)
+        self.threads, self.end = _thread._count(), threading.Event()
+        self.workers = imgserver.Workers()
+
+    def tearDown(self):
+        self.end.set()                    # of those that hang
+        wait_for(lambda: _thread._count() <= self.threads, "the end of idle threads")
+
+    def test_each_job_is_done_once_and_few_at_a_time(self):
+        done, running, most = [], [], [0]
+
+        def job(number):
+            running.append(number)
+            most[0] = max(most[0], len(running))
+            time.sleep(number % 7 * 0.001)
+            done.append(number)
+            running.remove(number)
+        for number in range(1000):
+            self.workers.submit(functools.partial(job, number))
+            if number % 50 == 0:
+                time.sleep(0.007)         # about as long as idle threads stay
+        wait_for(lambda: len(done) == 1000, "the end of all")
+        self.assertEqual(sorted(done), list(range(1000)))
+        self.assertLessEqual(most[0], 4)
+
+    def test_long_jobs_do_not_hold_up_short_ones(self):
+        for _ in range(20):
+            self.workers.submit(self.end.wait, False)
+        done = []
+        for number in range(20):
+            self.workers.submit(functools.partial(done.append, number))
+        wait_for(lambda: len(done) == 20, "the short jobs")
+
+    def test_short_jobs_that_hang_are_passed(self):
+        for _ in range(10):
+            self.workers.submit(self.end.wait)
+        done = []
+        self.workers.submit(lambda: done.append(1))
+        self.workers.watch()              # four more are started, which hang too
+        self.assertFalse(done)
+        self.workers.watch()
+        wait_for(lambda: done, "the last job")
+
+    def test_no_thread_for_a_job(self):
+        with mock.patch.object(imgserver, "start_new_thread", side_effect=RuntimeError):
+            for is_short in (True, False) * 5:
+                with self.assertRaises(RuntimeError):
+                    self.workers.submit(self.fail, is_short)
+        done = []
+        for number in range(20):
+            self.workers.submit(functools.partial(done.append, number))
+        wait_for(lambda: len(done) == 20, "all jobs")
 
 
 if __name__ == "__main__":

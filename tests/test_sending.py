@@ -111,6 +111,22 @@ class LongLists(ListCase):
             self.assertEqual(server.log().count("went away"), 1)
             self.assertNotRegex(server.log(), "Traceback| error | warn ")
 
+    def test_the_log_tells_what_was_sent_and_of_which_image(self):
+        data = b"x" * (8 << 20)
+        write_image(self.serve_dir, uuid_of(1), data, name="some-image", version="4.1")
+        file = f"/datasets/{uuid_of(1)}/image.zfs.gz"
+        for server, _ in self.each_transport(prelude="imgserver.LOG_DELAY = 0.01"):
+            for target, title in ((LIST, ""), (file, " some-image 4.1")):
+                line = f'info \\S+ "GET {target} HTTP/1.1" 200 ([0-9]+) [0-9.]+ms{title}'
+                with server.connect() as connection:
+                    size = len(connection.request(target, headers={"Host": "h"}).body)
+                found = server.wait_log(line + "\n")
+                self.assertEqual(int(found[1]), size)
+                connection, length, _ = begin(server, target)
+                reset(connection.sock)
+                found = server.wait_log(line + r" \(the client went away: [A-Za-z ]+\)\n")
+                self.assertLess(int(found[1]), length)
+
     def test_it_is_finished_after_sigterm(self):
         for server, whole in self.each_transport():
             connection, length, body = begin(server, LIST)
