@@ -140,6 +140,11 @@ def not_found(message) -> ApiError:
     return ApiError(404, "ResourceNotFound", message)
 
 
+def operator_only() -> ApiError:
+    """The answer to a client that misses a right (IMGAPI)."""
+    return ApiError(403, "OperatorOnly", "this endpoint may only be called by an operator")
+
+
 def invalid(field, message, code="Invalid") -> ApiError:
     """The answer to a query parameter that is not understood (IMGAPI, InvalidParameter)."""
     return ApiError(422, "InvalidParameter", message, [{"field": field, "code": code}])
@@ -409,6 +414,32 @@ def _socket_mode(value):
     return value
 
 
+def _flag(value):
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+def _networks(value):
+    """A list of addresses, networks and "unix", as ip_network objects and that word."""
+    import ipaddress
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError('must be a list of addresses, networks and "unix"')
+    try:
+        return [item if item == "unix" else ipaddress.ip_network(item) for item in value]
+    except ValueError as error:
+        raise ValueError(f'must be a list of addresses, networks and "unix" ({error})')
+
+
+def is_among(peer, networks) -> bool:
+    """Whether a client is one of `networks`; peer is its address, "" on a Unix socket."""
+    if not peer:
+        return "unix" in networks
+    import ipaddress
+    address = ipaddress.ip_address(peer.partition("%")[0])
+    return any(address in network for network in networks if network != "unix")
+
+
 def _channels(value):
     """The official form: [{name, description, default?}], at most one default."""
     names = []
@@ -475,6 +506,10 @@ SETTINGS = {
     "stall_timeout": (300, _number(0.1, 86400, (int, float))),
     "drain_time": (30, _number(0, 3600, (int, float))),
     "channels": ([], _channels),
+    "publish_from": ([], _networks),
+    "manage_from": ([], _networks),
+    "check_streams": (True, _flag),
+    "max_upload": (0, _number(0, 1 << 60)),
 }
 
 
@@ -505,6 +540,10 @@ class Config:
                 self.warnings.append(f"config: {key!a} is no key of the configuration")
         self.default_channel = next((channel["name"] for channel in self.channels
                                      if channel.get("default")), None)
+        for key in ("publish_from", "manage_from"):
+            if "unix" in getattr(self, key):
+                self.warnings.append(f'config: {key} has "unix": all that can connect to the '
+                                     "socket may do so, with nginx in front all whom it lets in")
         self.listen = parse_listen(self.listen_port)
         self.serve_dir = os.path.abspath(os.path.join(directory, self.serve_dir))
 
@@ -1651,6 +1690,30 @@ class ImageReader:
                 break
         return image
 
+    def read_unactivated(self, uuid) -> Image | None:
+        """The image in .incoming-<uuid>, which may have no file yet; for IMGAPI alone."""
+        place = os.path.join(self.serve_dir, INCOMING)
+        image = self.read(uuid, place, (IMGAPI,))
+        if image is None or not image.problem or image.file is not None:
+            return image
+        try:
+            manifest, status = read_manifest(image.directory)
+            if manifest.get("files"):
+                return image
+            file = {"size": 0, "sha1": "0" * 40, "compression": "none"}
+            manifest, _, reasons = normalise({**manifest, "files": [file]})
+            if not reasons:
+                image.problem = None
+                v2 = complete(manifest, stamp(status.st_mtime))
+                self._keep(image, v2, file)
+                v2.update(state="unactivated", files=[])
+                if "published_at" not in manifest:
+                    del v2["published_at"]
+                image.state, image.imgapi = v2["state"], self._render_v2(v2)
+        except (OSError, BadImage):
+            pass                          # it was whole, or gone, a moment ago
+        return image
+
     def _fill(self, image, manifest, names, mtime, apis):
         """Understand the manifest and check the file.  Raises BadImage."""
         manifest, image.notes, reasons = normalise(manifest)
@@ -1945,11 +2008,30 @@ class Store:
         return image
 
     def unactivated(self, uuid) -> Image:
-        """The whole image that waits in .incoming-<uuid>.  Raises ApiError (404)."""
-        image = self._reader.read(uuid, f"{self.directory}/{INCOMING}", (IMGAPI,))
+        """The image in .incoming-<uuid>, with its file or without.  Raises ApiError (404)."""
+        image = self._reader.read_unactivated(uuid)
         if image is None or image.problem:
             raise not_found(f"image {uuid} not found")
         return image
+
+    def in_any_state(self, uuid) -> Image:
+        """An image, active or not, as it is on disk now.  Raises ApiError (404)."""
+        try:
+            return self.image(uuid, IMGAPI, True)
+        except ApiError:
+            return self.unactivated(uuid)
+
+    def all_images(self) -> list:
+        """All sound images, in any state, in order; for a thread.  Raises OSError."""
+        self.snapshot(IMGAPI, True)
+        images = [image for image in list(self._images.values()) if not image.problem]
+        for name in os.listdir(self.directory):
+            uuid = name[len(INCOMING):]
+            if name.startswith(INCOMING) and is_uuid(uuid) and uuid not in self._images:
+                image = self._reader.read_unactivated(uuid)
+                if image is not None and not image.problem:
+                    images.append(image)
+        return sorted(images, key=lambda image: image.order)
 
     def _load(self, uuid, api) -> Image | None:
         """Read one image again; _lock is held.  Logs the change."""
@@ -2668,6 +2750,11 @@ def choose_channels(config, manifest, default=None):
     return None
 
 
+def new_uuid() -> str:
+    import uuid
+    return str(uuid.uuid4())
+
+
 def file_name(manifest, compression) -> str:
     """A name for the image file: NAME-VERSION.zfs.gz, fit for any URL and any shell."""
     kind = ".zvol" if manifest["type"] == "zvol" else ".zfs"
@@ -3154,6 +3241,42 @@ class Publisher:
         raise BadImage(f"imgadm cannot import it until image {uuid} is on this server, too")
 
 
+# -- users -------------------------------------------------------------------------------
+#
+# Rights over HTTP, each with those before it: to read, to publish images that are not on show
+# yet, to manage those that are.
+
+ANYONE, READ, PUBLISH, MANAGE = range(4)
+PEERS_KEPT = 1024             # addresses of which the right is remembered
+
+
+class Rights:
+    """Who may do what, as the configuration says."""
+
+    def __init__(self, config):
+        self.config = config
+        self.of_address = functools.lru_cache(PEERS_KEPT)(self._of_address)
+
+    @property
+    def publishing(self) -> bool:
+        """Whether anybody may publish over HTTP at all."""
+        return bool(self.config.publish_from or self.config.manage_from)
+
+    def _of_address(self, peer) -> int:
+        """The right of a client by its address; "" is the Unix socket.  Never by a header."""
+        for right, networks in ((MANAGE, self.config.manage_from),
+                                (PUBLISH, self.config.publish_from)):
+            if is_among(peer, networks):
+                return right
+        return READ
+
+    def of(self, request) -> int:
+        """The right of the client that a request came from."""
+        if request.right is None:
+            request.right = self.of_address(request.peer)
+        return request.right
+
+
 # -- HTTP messages -----------------------------------------------------------------------
 #
 # A Request is made of bytes, each of which is one character here (latin-1); a Response is a
@@ -3193,12 +3316,15 @@ class Request:
     keep_alive  whether the client wants to go on with this connection
     length      bytes of its body; None where it is chunked
     body        an object with read(n), as Body has it; None until a thread answers it
+    peer        the address of the client; "" on a Unix socket
+    right       the right of the client, once it was asked for
     may_block   whether answering may take its time: True in a thread, False in the event loop
     route, arguments    the row of the route table that answers it, once it was found
     """
 
     __slots__ = ("line", "method", "target", "is_1_0", "headers", "segments", "query", "host",
-                 "keep_alive", "length", "body", "may_block", "route", "arguments")
+                 "keep_alive", "length", "body", "peer", "right", "may_block", "route",
+                 "arguments")
 
 
 def parse_request(match) -> Request:
@@ -3209,6 +3335,7 @@ def parse_request(match) -> Request:
     """
     request = Request()
     request.may_block, request.body, request.route = False, None, None
+    request.peer, request.right = "", None
     request.line, request.method, request.target, version, block = match.groups()
     if version[0] != "1":
         raise ApiError(505, "HttpVersionNotSupported", "HTTP/1.0 and HTTP/1.1 are spoken here")
@@ -3482,11 +3609,15 @@ def file_response(request, fd, status, etag, fields, md5=None, title="") -> Resp
 # a body (and are THREAD rows), CHUNKED ones also a body of unknown length.
 
 MEMORY, THREAD, BODY, CHUNKED = 0, 1, 3, 7        # THREAD is a bit of BODY, BODY of CHUNKED
-ANYONE = "anyone"                                 # the right to what is open to everybody
-
 CACHE_FILES = b"Cache-Control: public, max-age=86400\r\n"
 CACHE_MANIFESTS = b"Cache-Control: public, max-age=1, stale-if-error=86400\r\n"
 CACHE_NEVER = b"Cache-Control: private, no-cache\r\n"     # holds the Host header of a client
+CACHE_NOTHING = b"Cache-Control: private, no-store\r\n"   # for one user alone
+
+JSON_LIMIT = 1 << 20          # bytes of a JSON body, as of a manifest
+UPLOADS = 32                  # files that are uploaded at once, each with a thread
+SPACE_LEFT = 1 << 30          # bytes of the disk that an upload must leave free
+SPACE_STEP = 64 << 20         # bytes of an upload of unknown length between two looks at the disk
 
 # method (GET includes HEAD), pattern, handler(request, *the uuid and name in the path)
 Route = collections.namedtuple("Route", "method pattern handler flags right")
@@ -3667,15 +3798,20 @@ def file_of(request, image, store) -> Response:
                          lambda: store.content_md5(image, fd), image.title)
 
 
+def check_if_match(headers, etag):
+    """Raise ApiError (412) where If-Match names another version (RFC 9110 §13.1.1)."""
+    if "if-match" in headers and not etag_matches(headers["if-match"], etag):
+        raise ApiError(412, "PreconditionFailed",
+                       f"if-match '{headers['if-match']}' didn't match etag '{etag}'")
+
+
 def manifest_response(request, etag, fields, *parts) -> Response:
     """One manifest, of which `parts` are the bytes: 200 or 304 (RFC 9110 §13.2.2).
 
     Raises ApiError (412) where If-Match names another one.
     """
     headers = request.headers
-    if "if-match" in headers and not etag_matches(headers["if-match"], etag.decode()):
-        raise ApiError(412, "PreconditionFailed",
-                       f"if-match '{headers['if-match']}' didn't match etag '{etag.decode()}'")
+    check_if_match(headers, etag.decode())
     fields = b'%bETag: "%b"\r\n%b%b' % (JSON_TYPE, etag, fields, CORS)
     if "if-none-match" in headers and etag_matches(headers["if-none-match"], etag.decode()):
         return Response(304, fields)
@@ -3710,6 +3846,31 @@ def filtered_response(images, numbers, text_of, fields) -> Response:
     """A list of some images of a snapshot, of which nothing is kept."""
     listing = Listing(images, text_of, numbers=numbers)
     return Response(200, JSON_TYPE + fields + CORS, listing, length=listing.length)
+
+
+def read_all(request) -> bytes:
+    """The whole body of a request, of which the length was checked; for a thread."""
+    return b"".join(iter(lambda: request.body.read(request.length), b""))
+
+
+def read_json(request, kind):
+    """The value of a JSON body; an empty one is {}.  Its Content-Type does not count.
+
+    Raises ApiError: 413 above JSON_LIMIT, 400 where it is no `kind`, or not as Content-MD5 says.
+    """
+    if request.length > JSON_LIMIT:
+        raise ApiError(413, "RequestEntityTooLarge", f"a JSON body of over {JSON_LIMIT} bytes")
+    data = read_all(request)
+    promised = request.headers.get("content-md5")
+    if promised is not None and promised != base64.b64encode(hashlib.md5(data).digest()).decode():
+        raise ApiError(400, "BadDigest", "the body is not as its Content-MD5 says")
+    try:
+        value = parse_json(data or b"{}")
+    except ValueError as error:
+        raise ApiError(400, "InvalidContent", f"Invalid JSON: {error}")
+    if not isinstance(value, kind):
+        raise ApiError(400, "InvalidContent", "Invalid JSON: it must be an object")
+    return value
 
 
 class Dsapi:
@@ -3765,8 +3926,8 @@ class Dsapi:
         """One manifest, also of a disabled image."""
         api = dsapi_of(request.headers)
         before, after, etag = getattr(self.store.image(uuid, api, request.may_block), api)
-        return manifest_response(request, etag, VARY + CACHE_NEVER, before, self.url_base(request.host),
-                                 after)
+        return manifest_response(request, etag, VARY + CACHE_NEVER, before,
+                                 self.url_base(request.host), after)
 
     def file(self, request, uuid, name):
         """The file of an image, by the name that its v1 manifest gives."""
@@ -3779,8 +3940,8 @@ class Dsapi:
 class Imgapi:
     """The API that imgadm uses by default since 2013: its reading half."""
 
-    def __init__(self, config, store):
-        self.config, self.store = config, store
+    def __init__(self, config, store, rights):
+        self.config, self.store, self.rights = config, store, rights
         self.channels = {channel["name"]: channel for channel in config.channels}
 
     def routes(self):
@@ -3848,11 +4009,15 @@ class Imgapi:
         state = single_value(query, "state") or "active"
         if state != "all" and state not in STATES:
             raise invalid("state", f'invalid state: "{state}"')
-        if state not in ("active", "all"):
-            return (), ()         # nobody here is known well enough to be shown those
+        may_see_all = self.rights.of(request) >= PUBLISH
+        if state not in ("active", "all") and not may_see_all:
+            return (), ()
         if not request.may_block:
             raise NeedsThread     # it is rendered to learn its length
-        images = self.store.snapshot(IMGAPI, True).images
+        if state == "active" or not may_see_all:
+            images = self.store.snapshot(IMGAPI, True).images
+        else:
+            images = [image for image in self.store.all_images() if state in ("all", image.state)]
         checks = [lambda image: self.in_channel(image, channel), *image_filters(query, account)]
         marker = single_value(query, "marker")
         if marker is not None:
@@ -3937,6 +4102,326 @@ class Imgapi:
         raise ApiError(401, "UnauthorizedError", "Unauthorized")
 
 
+class ImgapiPublishing:
+    """The writing half of IMGAPI (protocol of sdc-imgapi): only where anybody may publish."""
+
+    def __init__(self, config, store, imgapi, rights):
+        self.config, self.store, self.imgapi, self.rights = config, store, imgapi, rights
+        self.publisher = Publisher(config)
+        self._uploads = threading.BoundedSemaphore(UPLOADS)
+        self._turn = threading.Semaphore(max(1, (os.cpu_count() or 1) - 1))
+
+    def routes(self):
+        return [
+            Route("POST", "images", self.post, CHUNKED, PUBLISH),
+            Route("POST", "images/:uuid", self.post_image, BODY, PUBLISH),
+            Route("DELETE", "images/:uuid", self.delete, BODY, PUBLISH),
+            Route("PUT", "images/:uuid/file", self.put_file, CHUNKED, PUBLISH),
+            Route("PUT", "images/:uuid/icon", self.put_icon, BODY, PUBLISH),
+            Route("DELETE", "images/:uuid/icon", self.delete_icon, BODY, PUBLISH),
+            Route("POST", "images/:uuid/acl", self.post_acl, BODY, MANAGE),
+        ] + [Route("POST", f"images/:uuid/{name}", self.not_available, BODY, PUBLISH)
+             for name in ("jobs", "push", "clone", "file/from-url")]
+
+    # parts of several routes
+
+    def _answer(self, request, uuid, image=None) -> Response:
+        """The image as it is now, in any state."""
+        image = image or self.store.in_any_state(uuid)
+        version = parse_accept_version(request.headers, request.target)
+        before, channels, etag = image.imgapi
+        return Response(200, b'%bETag: "%b"\r\n' % (JSON_TYPE, etag) + CACHE_NOTHING,
+                        b"%b%b\n}" % (before, channels if version == 2 else b""))
+
+    def _find(self, request, uuid, query):
+        """The image to be changed, in any state, where its channel shows it.
+
+        Raises ApiError: 404, 412 where If-Match names another version of it, 403 where it is
+        on show and the client may only publish.
+        """
+        image = self.store.in_any_state(uuid)
+        if not self.imgapi.in_channel(image, self.imgapi.channel_of(query)):
+            raise not_found("image not found")
+        check_if_match(request.headers, image.imgapi[2].decode())
+        return image
+
+    def _need(self, request, right):
+        """Raise ApiError (403) where the client lacks a right."""
+        if self.rights.of(request) < right:
+            raise operator_only()
+
+    def _need_for(self, request, image):
+        """What is on show is for who may manage."""
+        self._need(request, PUBLISH if image.state == "unactivated" else MANAGE)
+
+    def not_available(self, request, *_):
+        """Parts of IMGAPI that need a data centre."""
+        raise ApiError(501, "NotAvailable", f"{request.method} {request.target} is not available "
+                       "on this server")
+
+    # POST
+
+    def post(self, request):
+        """CreateImage; ?action=publish takes a whole image in one request."""
+        query = parse_query(request.query)
+        action = single_value(query, "action")
+        if action == "publish":
+            return self.publish(request, query)
+        if request.length is None:
+            raise ApiError(411, "LengthRequired", "a body needs a Content-Length here")
+        if action == "create-from-vm":
+            raise ApiError(501, "NotAvailable", "custom image creation is not currently available")
+        if action is not None:
+            raise invalid("action", f'"{action}" is not a valid action')
+        fields = read_json(request, dict)
+        account = single_value(query, "account")
+        if account is not None:
+            if fields.setdefault("owner", account) != account:
+                raise invalid("owner", f'"owner", {fields["owner"]}, is not the account')
+        manifest = {"v": 2, "uuid": new_uuid(), "owner": NOBODY, "public": True,
+                    "disabled": False, **validate(fields, CREATE)}
+        self._choose_channels(manifest, query)
+        self.publisher.create(manifest)
+        return self._answer(request, manifest["uuid"])
+
+    def post_image(self, request, uuid):
+        """?action=...: a verb for one image."""
+        query = parse_query(request.query)
+        action = single_value(query, "action")
+        if action is None:
+            raise invalid("action", 'no image "action" was specified', "MissingParameter")
+        if action in ("export", "import-remote", "import-from-datacenter", "change-stor"):
+            return self.not_available(request)
+        verb = self.VERBS.get(action)
+        if verb is None or action == "channel-add" and not self.imgapi.channels:
+            raise invalid("action", f'"{action}" is not a valid action')
+        right, verb = verb
+        self._need(request, right)
+        return verb(self, request, uuid, query)
+
+    def import_image(self, request, uuid, query):
+        """AdminImportImage: an image that keeps its uuid; icon and state are left out."""
+        if "account" in query:
+            raise operator_only()
+        if "source" in query:
+            raise ApiError(501, "NotAvailable", "images of other servers come by `imgserver.py "
+                           "mirror`")
+        manifest = read_json(request, dict)
+        if manifest.get("uuid") != uuid:
+            raise invalid("uuid", f'URL UUID, "{uuid}" and body UUID, "{manifest.get("uuid")}" '
+                                  "do not match")
+        manifest = validate({name: value for name, value in manifest.items()
+                             if name not in ("icon", "state", "error")}, IMPORT)
+        if is_v1(manifest):
+            manifest = upgrade(manifest)
+            del manifest["state"]
+        manifest = {"v": 2, "uuid": uuid, "owner": NOBODY, "public": True, "disabled": False,
+                    **manifest}
+        self._choose_channels(manifest, query)
+        self.publisher.create(manifest)
+        return self._answer(request, uuid)
+
+    def _choose_channels(self, manifest, query):
+        """Channels of a new image: its own, or that of the query, or the default one."""
+        if not self.imgapi.channels:
+            manifest.pop("channels", None)
+        choose_channels(self.config, manifest, single_value(query, "channel"))
+
+    def activate(self, request, uuid, query):
+        self._find(request, uuid, query)
+        self.publisher.activate(uuid)
+        return self._answer(request, uuid)
+
+    def enable(self, request, uuid, query):
+        self._find(request, uuid, query)
+        self.publisher.enable(uuid)
+        return self._answer(request, uuid)
+
+    def disable(self, request, uuid, query):
+        self._find(request, uuid, query)
+        self.publisher.disable(uuid)
+        return self._answer(request, uuid)
+
+    def update(self, request, uuid, query):
+        """UpdateImage: null removes a field."""
+        self._find(request, uuid, query)
+        if request.length == 0:
+            raise ApiError(422, "InvalidParameter", "missing request body",
+                           [{"field": "body", "code": "MissingParameter"}])
+        self.publisher.update(uuid, read_json(request, dict))
+        return self._answer(request, uuid)
+
+    def channel_add(self, request, uuid, query):
+        image = self._find(request, uuid, query)
+        name = read_json(request, dict).get("channel")
+        if not isinstance(name, str) or name not in self.imgapi.channels:
+            raise ApiError(422, "ValidationFailed", f"unknown channel: {name}",
+                           [{"field": "channel", "code": "Invalid"}])
+        if name not in image.channels:
+            self.publisher.update(uuid, {"channels": [*image.channels, name]})
+        return self._answer(request, uuid)
+
+    VERBS = {
+        "import": (PUBLISH, import_image), "activate": (PUBLISH, activate),
+        "enable": (MANAGE, enable), "disable": (MANAGE, disable), "update": (MANAGE, update),
+        "channel-add": (MANAGE, channel_add),
+    }
+
+    def post_acl(self, request, uuid):
+        """?action=add (the default) or remove, with a list of account UUIDs."""
+        query = parse_query(request.query)
+        image = self._find(request, uuid, query)
+        accounts = read_json(request, object)
+        if not isinstance(accounts, list):
+            raise invalid("acl", 'invalid image "acl" (not an array)')
+        for number, account in enumerate(accounts):
+            if not isinstance(account, str) or not is_uuid(account):
+                raise invalid("acl", f'invalid image "acl" (item {number} is not a UUID): '
+                                     f"{account}")
+        action = single_value(query, "action") or "add"
+        if action == "add":
+            acl = list(dict.fromkeys((*image.acl, *accounts)))
+        elif action == "remove":
+            acl = [account for account in image.acl if account not in accounts]
+        else:
+            raise invalid("action", f'"{action}" is not a valid action')
+        self.publisher.update(uuid, {"acl": acl or None})
+        return self._answer(request, uuid)
+
+    # files
+
+    def put_file(self, request, uuid):
+        """AddImageFile: straight to disk, examined on the way; the Content-Type is ignored."""
+        query = parse_query(request.query)
+        compression = single_value(query, "compression")
+        if compression is None:
+            raise invalid("compression", 'missing "compression"', "Missing")
+        if compression not in COMPRESSIONS:
+            raise invalid("compression", f'invalid compression "{compression}" (must be one of '
+                                         "gzip, bzip2, xz, none)")
+        if single_value(query, "storage") not in (None, "local", "manta"):
+            raise invalid("storage", "invalid storage: must be local")
+        if "source" in query:
+            return self.not_available(request)
+        image = self._find(request, uuid, query)
+        if image.state != "unactivated":
+            raise ApiError(422, "ImageFilesImmutable",
+                           f"cannot modify files on activated image {uuid}")
+        expected = {"compression": compression, "size": request.length,
+                    "sha1": single_value(query, "sha1"),
+                    "dataset_guid": single_value(query, "dataset_guid")}
+        with self._upload(request) as read:
+            self.publisher.add_file(uuid, read, expected, self.config.check_streams, self._turn)
+        return self._answer(request, uuid)
+
+    @contextlib.contextmanager
+    def _upload(self, request):
+        """Gives the read(n) of a file that is uploaded; refusals come before its first byte.
+
+        Raises ApiError where it is too large, or too many are on their way.
+        """
+        limit = self.config.max_upload
+        too_large = ApiError(400, "Upload", f"image file size exceeds max_upload, {limit} bytes")
+        if limit and (request.length or 0) > limit:
+            raise too_large
+        self._check_space(request.length or 0)
+        if not self._uploads.acquire(blocking=False):
+            raise ApiError(503, "ServiceUnavailableError", f"{UPLOADS} uploads are on their way",
+                           fields=b"Retry-After: 10\r\n")
+        unchecked = 0
+
+        def read(size):
+            nonlocal unchecked
+            data = request.body.read(size)
+            unchecked += len(data)
+            if limit and request.body.received > limit:
+                raise too_large
+            if request.length is None and unchecked > SPACE_STEP:
+                unchecked = 0
+                self._check_space(0)
+            return data
+
+        try:
+            yield read
+        finally:
+            self._uploads.release()
+
+    def _check_space(self, size):
+        """Raise ApiError (503) where `size` bytes more would leave too little of the disk."""
+        status = os.statvfs(self.config.serve_dir)
+        if status.f_bavail * status.f_frsize - size < SPACE_LEFT:
+            raise ApiError(503, "StorageIsDown", "the disk has no room for it")
+
+    def publish(self, request, query):
+        """?action=publish&name=...&version=...: create, upload and activate in one request.
+
+        The other parameters are fields of the manifest, as import takes them.
+        """
+        fields = {}
+        for name in query:
+            if name not in ("action", "channel", "uuid", "compression", "sha1"):
+                try:
+                    field, value = parse_field(f"{name}={single_value(query, name) or ''}")
+                except ValueError as error:
+                    raise invalid(name, str(error))
+                fields[field] = value
+        uuid = single_value(query, "uuid") or new_uuid()
+        if not is_uuid(uuid):
+            raise invalid("uuid", f'invalid "uuid": not a UUID: "{uuid}"')
+        manifest = validate(new_manifest(self.config, uuid, fields), IMPORT)
+        self._choose_channels(manifest, query)
+        manifest["files"] = [{"compression": single_value(query, "compression"),
+                              "sha1": single_value(query, "sha1"), "size": request.length}]
+        with self._upload(request) as read:
+            self.publisher.import_image(manifest, read, True, self.config.check_streams,
+                                        self._turn)
+        return self._answer(request, uuid)
+
+    def put_icon(self, request, uuid):
+        """AddImageIcon, in place of the one before."""
+        query = parse_query(request.query)
+        self._need_for(request, self._find(request, uuid, query))
+        if (request.length or 0) > ICON_LIMIT:
+            raise ApiError(400, "Upload", f"icon size {request.length} (from Content-Length) "
+                           f"exceeds the maximum allowed size, {ICON_LIMIT >> 10} KiB")
+        data = read_all(request)
+        sha1, wanted = hashlib.sha1(data).hexdigest(), single_value(query, "sha1")
+        if wanted is not None and wanted.lower() != sha1:
+            raise ApiError(400, "Upload", f'"sha1" hash, {wanted}, does not match the uploaded '
+                           f"icon file sha1 hash, {sha1}")
+        self.publisher.add_icon(uuid, request.headers.get("content-type", ""), data)
+        return self._answer(request, uuid)
+
+    def delete_icon(self, request, uuid):
+        self._need_for(request, self._find(request, uuid, parse_query(request.query)))
+        self.publisher.remove_icon(uuid)
+        return self._answer(request, uuid)
+
+    # DELETE
+
+    def delete(self, request, uuid):
+        """DeleteImage: out of its channel, and altogether where that was the last one."""
+        query = parse_query(request.query)
+        image = self._find(request, uuid, query)
+        self._need_for(request, image)
+        account = single_value(query, "account")
+        if account is not None and account != image.owner:
+            raise ApiError(422, "NotImageOwner",
+                           f"account {account} is not the owner of image {uuid}")
+        force = single_value(query, "force_all_channels")
+        if force not in (None, "true", "false"):
+            raise invalid("force_all_channels", f'invalid "force_all_channels": "{force}"')
+        channel = self.imgapi.channel_of(query)
+        others = [name for name in image.channels if name != channel]
+        if image.state == "unactivated":
+            self.publisher.discard(uuid)
+        elif channel is not None and others and force != "true":
+            self.publisher.update(uuid, {"channels": others})
+        else:
+            self.publisher.delete(uuid)
+        return Response(204, CACHE_NOTHING)
+
+
 class Site:
     """The table of routes over one store, and the routes that belong to no API.
 
@@ -3945,10 +4430,14 @@ class Site:
 
     def __init__(self, config, store, log, routes=()):
         self.config, self.store, self.log = config, store, log
+        self.rights = Rights(config)
+        imgapi = Imgapi(config, store, self.rights)
+        if self.rights.publishing:
+            routes = [*routes, *ImgapiPublishing(config, store, imgapi, self.rights).routes()]
         self.table = {}                   # pattern: {method: Route}
         for route in (Route("GET", "", self.root, THREAD, ANYONE),
                       Route("GET", "ping", self.ping, MEMORY, ANYONE),
-                      *Dsapi(config, store).routes(), *Imgapi(config, store).routes(), *routes):
+                      *Dsapi(config, store).routes(), *imgapi.routes(), *routes):
             self.table.setdefault(route.pattern, {})[route.method] = route
 
     def answer(self, request) -> Response:
@@ -3996,6 +4485,8 @@ class Site:
             raise not_found(f"{request.target} does not exist")
         if route is None:
             route = self._other_method(request, rows)
+        if route.right > ANYONE:
+            self._authorise(request, route)
         request.route = route
         return route
 
@@ -4008,8 +4499,25 @@ class Site:
             return Route("OPTIONS", "", self.options, MEMORY, ANYONE)
         if request.method not in METHODS:
             raise ApiError(501, "NotImplemented", "the method is not known here")
-        raise ApiError(405, "MethodNotAllowedError", f"{request.method} is not allowed",
+        hint = ("" if self.rights.publishing else ": publishing over HTTP is off, until "
+                "publish_from or manage_from of the configuration says who may")
+        raise ApiError(405, "MethodNotAllowedError", f"{request.method} is not allowed{hint}",
                        fields=header_line("Allow", allow))
+
+    def _authorise(self, request, route):
+        """Refuse a client without the right for a route, and web pages of other sites.
+
+        A page may make a browser ask anything, with the address and login of its user; but a
+        browser tells where the page is from (Origin, Fetch Metadata).  Raises ApiError (403).
+        """
+        headers = request.headers
+        origin = headers.get("origin")
+        if request.method != "GET" and (
+                headers.get("sec-fetch-site") == "cross-site" or origin is not None
+                and origin.partition("://")[2].lower() != request.host.lower()):
+            raise ApiError(403, "OperatorOnly", "pages of other sites may change nothing here")
+        if self.rights.of(request) < route.right:
+            raise operator_only()
 
     @staticmethod
     def _check_body(request, route):
@@ -4470,6 +4978,7 @@ class Connection:
         self.buffer = self.buffer[end:]
         self.partial = False
         self.request = request = parse_request(match)
+        request.peer = self.peer
         if request.host is None:
             request.host = self.loop.own_host(self.transport.sock)
         if not request.keep_alive or self.loop.draining:
@@ -5440,6 +5949,8 @@ def run_serve(config, _):
     config.check_serve_dir()
     raise_file_limit(config, log)
     loop = start(config, log)
+    if loop.site.rights.publishing and not os.access(config.serve_dir, os.W_OK | os.X_OK):
+        log.warn("publishing over HTTP needs write access to serve_dir, which is missing")
 
     def end(number, frame):
         loop.stop(at_once=loop.draining)
@@ -5573,11 +6084,6 @@ class Progress:
         if self.shown and select.select([], [2], [], 0)[1]:
             sys.stderr.write("\r\033[K")
             sys.stderr.flush()
-
-
-def new_uuid() -> str:
-    import uuid
-    return str(uuid.uuid4())
 
 
 def checked_uuid(text) -> str:
