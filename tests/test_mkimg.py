@@ -517,8 +517,8 @@ status=$?
 [ "$STEP" != "$name $number after" ] || kill -s "$SIGNAL" -- "$TO$pid"
 exit $status
 """
-COMMANDS = ("curl", "vmadm", "imgadm", "zfs", "ssh", "json", "uname", "mkdir", "mkfifo", "date", "tail",
-            "gzip", "rm", "od", "tr", "sed")
+COMMANDS = ("curl", "vmadm", "imgadm", "zfs", "ssh", "json", "uname", "mkdir", "mkfifo", "date",
+            "tail", "gzip", "rm", "od", "tr", "sed")
 SIGNALS = ("INT", "TERM", "HUP", "PIPE")
 THOROUGH = os.environ.get("IMGSERVER_CHECK") == "1"
 
