@@ -5,21 +5,22 @@ real nginx.
 """
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
 import os
+import random
 import re
 import signal
-import socket
 import subprocess
 import threading
 import unittest
 
 import imgserver
 from tests import streams
-from tests.support import (PATIENCE, SETTLED, Server, ServerCase, ask, check_only, command,
-                           log_of, need, uuid_of, wait_for, write_image, write_v2)
+from tests.support import (PATIENCE, ROOT, ServerCase, ask, check_only, command, log_of, need,
+                           uuid_of, wait_for, write_image, write_v2)
 from tests.test_nginx import NginxCase
 
 U, V, W = uuid_of(1), uuid_of(2), uuid_of(3)
@@ -713,6 +714,623 @@ class Channels(PublishingCase):
     def test_delete_out_of_all(self):
         self.assertEqual(self.put("DELETE", f"/images/{U}?force_all_channels=true").status, 204)
         self.assertNotIn(U, self.names())
+
+
+# -- on sockets ----------------------------------------------------------------------------
+
+def head(method, target, length=None, host="images.example.com", **fields):
+    """The head of a request; length None: its body is chunked."""
+    fields = {"Host": host, **fields}
+    fields.update({"Transfer_Encoding": "chunked"} if length is None
+                  else {"Content_Length": length})
+    lines = [f"{name.replace('_', '-')}: {value}" for name, value in fields.items()]
+    return "\r\n".join([f"{method} {target} HTTP/1.1", *lines, "", ""]).encode()
+
+
+def chunked(data, size=100_000):
+    """`data` in the chunked coding."""
+    return b"".join(b"%x\r\n%b\r\n" % (len(data[at:at + size]), data[at:at + size])
+                    for at in range(0, len(data), size)) + b"0\r\n\r\n"
+
+
+class Rejected(Exception):
+    """imgadm would print this and exit 1."""
+
+
+class ImgadmPublish:
+    """`imgadm publish -m M -f F URL` of imgadm 3.9.5, as it goes over the wire."""
+
+    def __init__(self, connect, fields=()):
+        self.connect, self.fields, self.asked = connect, dict(fields), []
+
+    def ask(self, method, target, body, md5=True, length=None):
+        """One request on a connection of its own; the answer's JSON, {} where it is empty."""
+        self.asked.append(f"{method} {target}")
+        fields = {"accept_version": "*", "x_request_id": GONE, "accept": "application/json",
+                  "content_type": "application/json", "user_agent": "imgadm/3.9.5 (node/20)",
+                  "date": "Thu, 26 Nov 2026 01:00:00 GMT", "Connection": "close", **self.fields}
+        if md5 and body:
+            fields["content_md5"] = md5_of(body)
+        with self.connect() as connection:
+            sender = threading.Thread(target=self.send, args=(connection, head(
+                method, target, len(body) if length is None else length, **fields) + body))
+            sender.start()
+            answer = connection.answer(method)
+            sender.join(PATIENCE)
+            if answer is None:
+                raise Rejected("socket hang up")
+            assert connection.rest() == b""
+        value = answer.json() if answer.body else {}
+        if answer.status >= 400:
+            raise Rejected(f"{value['code']}: {value['message']}")
+        return value
+
+    @staticmethod
+    def send(connection, data):
+        try:
+            connection.send(data)
+        except OSError:
+            pass                          # an answer has come before; it is read
+
+    def publish(self, manifest, data, last="activate"):
+        """Raises Rejected.  last: the step after which imgadm is interrupted."""
+        uuid, file = manifest["uuid"], manifest["files"][0]
+        image = self.ask("POST", f"/images/{uuid}?action=import", dump(manifest))
+        assert (image["uuid"], image["state"]) == (uuid, "unactivated"), image
+        assert (image["name"], image["version"]) == (manifest["name"], manifest["version"])
+        if last == "import":
+            return
+        try:
+            query = f"compression={file['compression']}&sha1={file['sha1']}"
+            found = self.ask("PUT", f"/images/{uuid}/file?{query}", data, False, file["size"])
+            for key in ("sha1", "size"):
+                if found["files"][0][key] != file[key]:
+                    raise Rejected(f"UploadError: {key} expected to be {file[key]}")
+            if last == "file":
+                return
+            self.ask("POST", f"/images/{uuid}?action=activate", b"{}")
+        except Rejected:
+            self.ask("DELETE", "/images/" + uuid, b"")
+            raise
+
+
+class Clients:
+    """What the clients do, over any way to the server: self.connect(), self.serve_dir."""
+
+    fields = ()                           # that every request needs, such as credentials
+    host = "images.example.com"
+
+    def imgadm(self):
+        return ImgadmPublish(self.connect, self.fields)
+
+    def stored(self):
+        return sorted(os.listdir(self.serve_dir))
+
+    def assertActive(self, uuid, data):
+        with self.connect() as connection:
+            answer = connection.request(f"/images/{uuid}")
+            self.assertEqual((answer.status, answer.json()["state"]), (200, "active"))
+            self.assertEqual(connection.request(f"/images/{uuid}/file").body, data)
+            self.assertIn(uuid, [image["uuid"] for image in connection.request("/images").json()])
+        result = subprocess.run(command("--dir", self.serve_dir, "check", "-q", uuid),
+                                capture_output=True, timeout=PATIENCE)
+        self.assertEqual((result.returncode, result.stdout), (0, b""))
+
+    def test_imgadm_publish(self):
+        self.imgadm().publish(manifest_of(GONE), DATA)
+        self.assertActive(GONE, DATA)
+        with self.assertRaisesRegex(Rejected, "ImageUuidAlreadyExists"):
+            self.imgadm().publish(manifest_of(GONE), DATA)
+        self.assertActive(GONE, DATA)
+
+    def test_imgadm_rolls_back(self):
+        for data in (b"x" * len(DATA), DATA[:-1] + b"x"):
+            imgadm = self.imgadm()
+            with self.assertRaisesRegex(Rejected, "^Upload: image refused: "):
+                imgadm.publish(manifest_of(GONE), data)
+            self.assertEqual(imgadm.asked[-1], f"DELETE /images/{GONE}")
+            self.assertNotIn(GONE, "".join(self.stored()))
+        self.imgadm().publish(manifest_of(GONE), DATA)
+        self.assertActive(GONE, DATA)
+
+    def test_imgadm_publishes_over_what_it_left(self):
+        other = streams.pack(streams.stream(payload=b"first"))
+        first = manifest_of(GONE, name="first", files=[
+            {"size": len(other), "compression": "gzip", "sha1": hashlib.sha1(other).hexdigest()}])
+        for last in ("import", "file"):
+            self.imgadm().publish(first, other, last)
+            self.assertIn(".incoming-" + GONE, self.stored())
+        self.imgadm().publish(manifest_of(GONE), DATA)
+        self.assertActive(GONE, DATA)
+        self.assertEqual([name for name in self.stored() if GONE in name], [GONE])
+
+    def test_a_refusal_is_read_while_the_client_sends(self):
+        data = streams.pack(streams.stream(payload=b"x" * (8 << 20)), "none")
+        manifest = manifest_of(GONE, files=[{"size": len(data), "compression": "none",
+                                             "sha1": "0" * 40}])
+        with self.assertRaisesRegex(Rejected, "its sha1 is"):
+            self.imgadm().publish(manifest, data)
+        for target, code in ((f"/images/{uuid_of(8)}/file?compression=none", "ResourceNotFound"),
+                             (f"/images/{uuid_of(8)}/file", "InvalidParameter")):
+            with self.assertRaisesRegex(Rejected, code):
+                self.imgadm().ask("PUT", target, data)
+
+    def test_another_upload_holds_it(self):
+        self.imgadm().publish(manifest_of(GONE), DATA, "import")
+        with self.connect() as connection:
+            connection.send(head("PUT", f"/images/{GONE}/file?compression=gzip", len(DATA),
+                                 **dict(self.fields)) + DATA[:100])
+            wait_for(lambda: any(name.startswith(".file") for name in os.listdir(
+                os.path.join(self.serve_dir, ".incoming-" + GONE))), "the upload")
+            for step, code in (
+                    (lambda: self.imgadm().publish(manifest_of(GONE), DATA),
+                     "ImageUuidAlreadyExists"),
+                    (lambda: self.imgadm().ask("PUT", f"/images/{GONE}/file?compression=gzip",
+                                               DATA, False), "ImageUuidAlreadyExists"),
+                    (lambda: self.imgadm().ask("POST", f"/images/{GONE}?action=activate", b"{}"),
+                     "NoActivationNoFile")):
+                with self.assertRaisesRegex(Rejected, code):
+                    step()
+            connection.send(DATA[100:])
+            self.assertEqual(connection.answer().json()["files"][0]["sha1"], SHA1)
+        self.imgadm().ask("POST", f"/images/{GONE}?action=activate", b"{}")
+        self.assertActive(GONE, DATA)
+
+    def test_a_client_that_goes_leaves_what_was_there(self):
+        self.imgadm().publish(manifest_of(GONE), DATA, "file")
+        path = os.path.join(self.serve_dir, ".incoming-" + GONE)
+        before = sorted(os.listdir(path))
+        for beginning in (head("PUT", f"/images/{GONE}/file?compression=gzip", len(DATA),
+                               **dict(self.fields)) + DATA[:100],
+                          head("PUT", f"/images/{GONE}/file?compression=gzip",
+                               **dict(self.fields)) + b"20\r\n" + DATA[:32] + b"\r\n"):
+            with self.connect() as connection:
+                connection.send(beginning)
+                wait_for(lambda: sorted(os.listdir(path)) != before, "the upload")
+            wait_for(lambda: sorted(os.listdir(path)) == before, "its end")
+        self.imgadm().ask("POST", f"/images/{GONE}?action=activate", b"{}")
+        self.assertActive(GONE, DATA)
+
+    def test_chunked(self):
+        self.imgadm().publish(manifest_of(GONE), DATA, "import")
+        with self.connect() as connection:
+            connection.send(head("PUT", f"/images/{GONE}/file?compression=gzip",
+                                 **dict(self.fields)) + chunked(DATA, 50))
+            self.assertEqual(connection.answer().json()["files"][0]["sha1"], SHA1)
+            connection.send(head("POST", "/images?action=publish&name=a&version=1",
+                                 **dict(self.fields)) + chunked(DATA))
+            image = connection.answer().json()
+        self.assertActive(image["uuid"], DATA)
+
+    def on_one(self, connection, method, target, body=b"", status=200, **fields):
+        """A request on a connection that goes on; the answer's JSON."""
+        connection.send(head(method, target, len(body), **dict(self.fields), **fields) + body)
+        answer = connection.answer(method)
+        self.assertEqual(answer.status, status, answer)
+        self.assertNotEqual(answer.headers.get("connection"), "close", f"{method} {target}")
+        return answer.json() if answer.body else None
+
+    def test_imgapi_cli(self):
+        """sdc-imgapi-cli: node's keep-alive agent, all on one connection."""
+        with self.connect() as connection:
+            def ask(method, target, body=b"", **fields):
+                return self.on_one(connection, method, target, body, **fields)
+            uuid = ask("POST", "/images", dump(manifest_of(GONE, uuid=None, files=None)),
+                       Accept_Version="~2")["uuid"]
+            ask("PUT", f"/images/{uuid}/file?compression=gzip&sha1={SHA1}&storage=local", DATA,
+                Content_Type="application/octet-stream")
+            ask("PUT", f"/images/{uuid}/icon", b"icon", Content_Type="image/png")
+            self.assertEqual(ask("POST", f"/images/{uuid}?action=activate", b"{}")["state"],
+                             "active")
+            ask("POST", f"/images/{uuid}?action=update", b'{"description": "x"}')
+            ask("POST", f"/images/{uuid}?action=disable", b"{}")
+            ask("POST", f"/images/{uuid}?action=enable")
+            ask("POST", f"/images/{uuid}/acl?action=add", dump([ACCOUNT]))
+            ask("POST", f"/images/{uuid}/acl?action=remove", dump([ACCOUNT]))
+            ask("DELETE", f"/images/{uuid}/icon")
+            self.assertActive(uuid, DATA)
+            ask("DELETE", f"/images/{uuid}", status=204)
+            ask("GET", f"/images/{uuid}", status=404)
+
+    def test_tritonadm(self):
+        """tritonadm image import: state in the manifest, no sha1, octet-stream."""
+        manifest = manifest_of(GONE, state="active", owner=NOBODY, disabled=False, public=True,
+                               type="zvol", os="linux", published_at="2026-01-01T00:00:00Z",
+                               tags={"a:b": "c"}, files=[], requirements={
+                                   "brand": "bhyve", "bootrom": "uefi", "ssh_key": True})
+        data = streams.pack(streams.stream(kind=streams.ZVOL))
+        with self.connect() as connection:
+            for method, target, body in (
+                    ("POST", f"/images/{GONE}?action=import", dump(manifest)),
+                    ("PUT", f"/images/{GONE}/file?compression=gzip", data),
+                    ("POST", f"/images/{GONE}?action=activate", b"")):
+                image = self.on_one(connection, method, target, body)
+                self.assertLessEqual(set(SHOWN), set(image))
+        self.assertEqual(image["state"], "active")
+        self.assertEqual(image["published_at"], "2026-01-01T00:00:00Z")
+
+    def test_100_continue(self):
+        target = f"/images/{GONE}/file?compression=gzip"
+        fields = {"Expect": "100-continue", **dict(self.fields)}
+        self.imgadm().publish(manifest_of(GONE), DATA, "import")
+        with self.connect() as connection:
+            connection.send(head("PUT", target, len(DATA), **fields))
+            wait_for(lambda: connection.recv(25) == b"HTTP/1.1 100 Continue\r\n\r\n", "100")
+            connection.send(DATA)
+            self.assertEqual(connection.answer().status, 200)
+
+
+class OverTcp(Clients, ServerCase):
+
+    unix = False
+    config = HERE
+    prelude = ""
+
+    def setUp(self):
+        super().setUp()
+        self.server = self.serve(config=self.config, unix=self.unix, prelude=self.prelude)
+
+    def connect(self):
+        return self.server.connect()
+
+
+class OverUnix(OverTcp):
+
+    unix = True
+
+
+class NginxPublishing(Clients, NginxCase):
+    """The snippet as it stands, with a file of passwords."""
+
+    config = {"manage_from": ["unix"]}
+    fields = (("Authorization", "Basic " + base64.b64encode(b"joe:secret").decode()),)
+
+    def start_nginx(self, listener):
+        path = os.path.join(self.directory, "users")
+        with open(path, "w") as file:
+            file.write("joe:{PLAIN}secret\n")
+        self.changes = (("/etc/nginx/imgserver.users", path), *self.changes)
+        super().start_nginx(listener)
+
+    def assertRefused(self, answer, status):
+        self.assertEqual(answer.status, status, answer)
+        self.assertEqual(os.listdir(self.serve_dir), [U])
+
+    def test_without_a_password_nothing_is_written(self):
+        wrong = "Basic " + base64.b64encode(b"joe:wrong").decode()
+        for method, target in (("POST", f"/images/{U}?action=disable"), ("PUT", "/images"),
+                               ("DELETE", f"/images/{U}"), ("PATCH", f"/images/{U}"),
+                               ("POST", f"http://127.0.0.1/images/{U}?action=disable")):
+            for fields in ({}, {"Authorization": wrong}, {"X-Real-IP": "127.0.0.1"}):
+                with self.subTest(f"{method} {target} {fields}"), self.connect() as connection:
+                    self.assertRefused(connection.request(target, method, {
+                        "Content-Length": "0", **fields}), 401)
+        with self.connect() as connection:
+            for method in ("GET", "HEAD", "OPTIONS"):
+                self.assertIn(connection.request(f"/images/{U}", method).status, (200, 204))
+
+    def test_the_password_is_for_nginx_alone(self):
+        self.imgadm().publish(manifest_of(GONE), DATA)
+        with self.connect() as connection:
+            self.assertEqual(connection.request(f"/images/{GONE}", headers={
+                "Authorization": "Basic eHg6eHg="}).status, 200)
+
+    @check_only("1 GiB through nginx")
+    def test_a_large_upload(self):
+        size = 1 << 30
+        begin = streams.begin(streams.FILE_SYSTEM, streams.GUID, 0, "<")
+        piece = streams.write(bytes(1 << 20), "<", 7)
+        count = size // len(piece) + 1
+        end = streams.end(streams.GUID, "<")
+        length = len(begin) + count * len(piece) + len(end)
+        with self.connect() as connection:
+            connection.send(head("POST", "/images?action=publish&name=a&version=1", length,
+                                 **dict(self.fields)) + begin)
+            for _ in range(count):
+                connection.send(piece)
+            connection.send(end)
+            image = connection.answer().json()
+        self.assertEqual((image["state"], image["files"][0]["size"]), ("active", length))
+        self.assertLess(self.server.memory("VmHWM"), 150 << 20)
+
+
+class NginxBuffering(NginxPublishing):
+    """With request buffering nginx takes the whole body first."""
+
+    changes = (("proxy_request_buffering off;", ""), )
+    test_another_upload_holds_it = test_a_client_that_goes_leaves_what_was_there = None
+    test_a_large_upload = None
+
+
+class Uploads(ServerCase):
+    """Their number, their end by a signal, and the log."""
+
+    seconds = 4
+
+    def begin(self, server, uuid, length=len(DATA), **fields):
+        """A connection on which an upload has begun."""
+        ImgadmPublish(server.connect).publish(manifest_of(uuid), DATA, "import")
+        connection = server.connect()
+        self.addCleanup(connection.close)
+        connection.send(head("PUT", f"/images/{uuid}/file?compression=gzip", length, **fields)
+                        + DATA[:100])
+        wait_for(lambda: self.is_partial(uuid), "the upload")
+        return connection
+
+    def is_partial(self, uuid):
+        return any(name.startswith(".file") for name in os.listdir(
+            os.path.join(self.serve_dir, ".incoming-" + uuid)))
+
+    def test_no_more_than_so_many(self):
+        server = self.serve(config=HERE, prelude="imgserver.UPLOADS = 3")
+        open_ones = [self.begin(server, uuid_of(number)) for number in (1, 2, 3)]
+        ImgadmPublish(server.connect).publish(manifest_of(GONE), DATA, "import")
+        for target in (f"/images/{GONE}/file?compression=gzip",
+                       "/images?action=publish&name=a&version=1"):
+            with server.connect() as connection:
+                connection.send(head("POST" if "publish" in target else "PUT", target, len(DATA),
+                                     Expect="100-continue"))
+                answer = connection.answer()          # no 100 Continue before it
+                self.assertError(answer, 503, "ServiceUnavailableError")
+                self.assertEqual(answer.headers["retry-after"], "10")
+        open_ones[0].send(DATA[100:])
+        self.assertEqual(open_ones[0].answer().status, 200)
+        open_ones[1].close()
+        wait_for(lambda: not self.is_partial(uuid_of(2)), "its end")
+        self.assertEqual(sorted(os.listdir(self.serve_dir)), sorted(
+            ".incoming-" + uuid for uuid in (uuid_of(1), uuid_of(2), uuid_of(3), GONE)))
+        for uuid in (GONE, uuid_of(5)):
+            ImgadmPublish(server.connect).publish(manifest_of(uuid), DATA)
+
+    def test_a_client_that_goes_is_one_line(self):
+        server = self.serve(config=HERE)
+        for fields in ({}, {"Connection": "close"}):
+            before = len(server.log())
+            self.begin(server, U, **fields).close()
+            line = rf'info 127.0.0.1 "PUT /images/{U}/file\?compression=gzip HTTP/1.1" 499 0 .*'
+            wait_for(lambda: re.search(line + r"went away.*100 bytes came", server.log()[before:]),
+                     "the line")
+            self.assertEqual(server.log()[before:].count("PUT"), 1)
+        self.assertFalse(self.is_partial(U))
+
+    def test_a_client_that_stalls(self):
+        server = self.serve(config={**HERE, "stall_timeout": 0.3})
+        connection = self.begin(server, U)
+        self.assertError(connection.answer(), 408, "RequestTimeout")
+        self.assertFalse(self.is_partial(U))
+
+    def test_an_upload_is_waited_for_after_sigterm(self):
+        server = self.serve(config=HERE)
+        connection = self.begin(server, U)
+        server.send_signal(signal.SIGTERM)
+        server.wait_log("finishing 1 answers")
+        connection.send(DATA[100:])
+        self.assertEqual(connection.answer().json()["files"][0]["sha1"], SHA1)
+        self.assertEqual(server.process.wait(PATIENCE), 0)
+
+    def test_an_upload_is_cut_after_drain_time(self):
+        server = self.serve(config={**HERE, "drain_time": 0.3})
+        self.begin(server, U)
+        self.assertEqual(server.stop(), 0)
+        self.assertEqual(os.listdir(os.path.join(self.serve_dir, ".incoming-" + U)),
+                         ["manifest.json"])
+        again = self.serve(config=HERE)
+        ImgadmPublish(again.connect).publish(manifest_of(U), DATA)
+
+    def test_an_image_that_is_deleted_meanwhile(self):
+        server = self.serve(config=HERE)
+        connection = self.begin(server, U)
+        self.assertEqual(server.get(f"/images/{U}", {"Content-Length": 0}, "DELETE").status, 204)
+        ImgadmPublish(server.connect).publish(manifest_of(U, name="second"), DATA, "import")
+        connection.send(DATA[100:])
+        self.assertError(connection.answer(), 404, "ResourceNotFound")
+        self.assertEqual(server.get(f"/images/{U}").json()["files"], [])
+        self.assertEqual(os.listdir(os.path.join(self.serve_dir, ".incoming-" + U)),
+                         ["manifest.json"])
+
+    def test_malformed_chunks_store_nothing(self):
+        server = self.serve(config=HERE)
+        ImgadmPublish(server.connect).publish(manifest_of(U), DATA, "file")
+        target = f"/images/{U}/file?compression=gzip"
+        for body in (b"x\r\n", b"5\r\nhello!\r\n0\r\n\r\n", b"5;a\r\nhello\r\n0\r\n\r\n",
+                     chunked(DATA)[:-5] + b"0\r\nX: y\r\n\r\n", b"5\nhello\n0\n\n"):
+            with server.connect() as connection:
+                connection.send(head("PUT", target) + body)
+                self.assertError(connection.answer(), 400)
+                self.assertEqual(connection.rest(), b"")
+        with server.connect() as connection:
+            connection.send(head("PUT", target, 5, Transfer_Encoding="chunked",
+                                 Content_Length="5")[:-2]
+                            + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(DATA))
+            self.assertError(connection.answer(), 400)
+        self.assertEqual(server.get(f"/images/{U}/file").body, DATA)
+
+    def test_check_names_leftovers(self):
+        server = self.serve(config=HERE)
+        ImgadmPublish(server.connect).publish(manifest_of(U), DATA, "import")
+        ImgadmPublish(server.connect).publish(manifest_of(V), DATA, "file")
+        old = imgserver.time.time() - imgserver.STALE - 60
+        for uuid in (U, V):
+            path = os.path.join(self.serve_dir, ".incoming-" + uuid)
+            for name in (*os.listdir(path), "."):
+                os.utime(os.path.join(path, name), (old, old))
+        for words, left in (((), [U, V]), (("--clean",), [V])):
+            lines = subprocess.run(command("--dir", self.serve_dir, "check", *words),
+                                   capture_output=True, timeout=PATIENCE).stdout.decode()
+            self.assertIn(f".incoming-{U}: was never finished", lines)
+            self.assertIn(f".incoming-{V}: waits to be activated; last change 24 hours", lines)
+            self.assertEqual(sorted(os.listdir(self.serve_dir)),
+                             [".incoming-" + uuid for uuid in left])
+
+
+class TwoServers(ServerCase):
+    """Over one directory, with clients of both."""
+
+    seconds = 4
+
+    def setUp(self):
+        super().setUp()
+        self.servers = [self.serve(config=HERE), self.serve(config=HERE, unix=True)]
+
+    def test_each_sees_what_is_done_through_the_other(self):
+        for one, other in (self.servers, self.servers[::-1]):
+            for server in self.servers:   # both have read the directory
+                self.assertEqual(server.get("/images").json(), [])
+            uploader = ImgadmPublish(one.connect)
+            uploader.publish(manifest_of(U), DATA, "import")
+            ImgadmPublish(other.connect).ask("PUT", f"/images/{U}/file?compression=gzip", DATA)
+            uploader.ask("POST", f"/images/{U}?action=activate", b"{}")
+            for server in self.servers:
+                self.assertEqual([image["uuid"] for image in server.get("/images").json()], [U])
+            uploader.ask("POST", f"/images/{U}?action=update", b'{"description": "new"}')
+            self.assertEqual(other.get(f"/images/{U}").json()["description"], "new")
+            wait_for(lambda: other.get("/images").json()[0]["description"] == "new", "the change")
+            ImgadmPublish(other.connect).ask("DELETE", f"/images/{U}", b"")
+            for server in self.servers:
+                self.assertEqual(server.get("/images").json(), [])
+                self.assertEqual(server.get(f"/images/{U}").status, 404)
+
+    def test_the_same_image_through_both_at_once(self):
+        done, rejected = [], []
+
+        def publish(number):
+            for _ in range(8):
+                data = streams.pack(streams.stream(payload=b"%d" % number))
+                file = {"size": len(data), "compression": "gzip",
+                        "sha1": hashlib.sha1(data).hexdigest()}
+                imgadm = ImgadmPublish(self.servers[number % 2].connect)
+                try:
+                    imgadm.publish(manifest_of(U, files=[file]), data)
+                    done.append(number)
+                    imgadm.ask("DELETE", f"/images/{U}", b"")
+                except Rejected as error:
+                    rejected.append(str(error))
+        threads = [threading.Thread(target=publish, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE * 2)
+        self.assertTrue(done)
+        codes = {error.partition(":")[0] for error in rejected}
+        self.assertLessEqual(codes, {"ImageUuidAlreadyExists", "ResourceNotFound", "Upload",
+                                     "NoActivationNoFile", "ImageAlreadyActivated",
+                                     "ImageFilesImmutable"}, rejected)
+        ImgadmPublish(self.servers[0].connect).publish(manifest_of(V), DATA)
+        for server in self.servers:
+            self.assertIn(V, [image["uuid"] for image in server.get("/images").json()])
+        status = subprocess.run(command("--dir", self.serve_dir, "check", "-q"),
+                                capture_output=True, timeout=PATIENCE)
+        self.assertEqual(status.returncode, 0, status.stdout)
+
+
+class Curl(ServerCase):
+    """The commands of the README as they stand, with real curl and a `zfs` of ours."""
+
+    def setUp(self):
+        super().setUp()
+        need("curl")
+        self.server = self.serve(config=HERE)
+        with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+            section = re.search(r"### Over HTTP\n(.*?)\n### ", file.read(), re.DOTALL)[1]
+        text = "\n".join(line[4:] for line in section.split("\n") if line.startswith("    "))
+        self.commands = [each for each in text.replace("\\\n", "").split("\n")
+                         if "curl " in each]
+        for name, data in (("stream", streams.stream()), ("web.zfs.gz", DATA),
+                           ("web.json", dump(manifest_of(U)))):
+            with open(os.path.join(self.directory, name), "wb") as file:
+                file.write(data)
+
+    def run_command(self, text):
+        host = "127.0.0.1:%d" % self.server.address[1]
+        text = text.replace("HOST:8080", host).replace("UUID", U)
+        text = text.replace("zfs send zones/VM@image", "cat stream")
+        result = subprocess.run(["sh", "-c", "curl() { command curl -q --noproxy '*' \"$@\"; }\n"
+                                 + text], cwd=self.directory, capture_output=True,
+                                timeout=PATIENCE)
+        self.assertEqual((result.returncode, result.stderr), (0, b""))
+        return json.loads(result.stdout) if result.stdout else None
+
+    def test_the_commands_of_the_readme(self):
+        piped, sized, *steps = self.commands
+        for each in (piped, sized):
+            image = self.run_command(each)
+            self.assertEqual((image["state"], image["name"], image["version"]),
+                             ("active", "web", "1.2.0"))
+        self.assertEqual(len(steps), 3)
+        self.assertEqual([self.run_command(each)["state"] for each in steps],
+                         ["unactivated", "unactivated", "active"])
+        self.assertEqual(self.server.get(f"/images/{U}/file").status, 200)
+        self.assertEqual(len(self.server.get("/images").json()), 3)
+
+    def test_nothing_is_left_of_a_stream_that_was_cut(self):
+        os.truncate(os.path.join(self.directory, "stream"), 500)
+        error = self.run_command(self.commands[0])
+        self.assertEqual(error["code"], "Upload")
+        self.assertEqual(os.listdir(self.serve_dir), [])
+
+
+@check_only("random")
+class Killed(ServerCase):
+    """kill -9 and a full disk at any moment: nothing half is shown, and publishing goes on."""
+
+    seconds = 60
+
+    def sound(self, server, wanted):
+        for image in server.get("/images").json():
+            data = server.get(f"/images/{image['uuid']}/file").body
+            self.assertEqual(hashlib.sha1(data).hexdigest(), image["files"][0]["sha1"])
+        self.assertLessEqual(set(wanted),
+                             {image["uuid"] for image in server.get("/images").json()})
+
+    def test_kill_9(self):
+        rng = random.Random()
+        data = streams.pack(streams.stream(payload=streams.noise(2 << 20)), "none")
+        manifest = manifest_of(U, files=[{"size": len(data), "compression": "none",
+                                          "sha1": hashlib.sha1(data).hexdigest()}])
+        shown = []
+        for number in range(40):
+            uuid = uuid_of(10 + number // 4)
+            server = self.serve(config=HERE)
+            killer = threading.Timer(rng.uniform(0, 0.06), server.process.kill)
+            killer.start()
+            try:
+                ImgadmPublish(server.connect).publish({**manifest, "uuid": uuid}, data)
+                shown.append(uuid)
+            except Rejected as error:
+                if "ImageUuidAlreadyExists" in str(error):
+                    shown.append(uuid)
+            except (OSError, AssertionError):
+                pass                      # cut inside an answer
+            killer.join()
+            server.process.wait()
+            again = self.serve(config=HERE)
+            self.sound(again, shown)
+            fresh = uuid_of(100 + number)
+            ImgadmPublish(again.connect).publish({**manifest, "uuid": fresh}, data)
+            if uuid not in shown:
+                with contextlib.suppress(Rejected):
+                    ImgadmPublish(again.connect).publish({**manifest, "uuid": uuid}, data)
+                self.sound(again, [uuid])
+                shown.append(uuid)
+            ImgadmPublish(again.connect).ask("DELETE", f"/images/{fresh}", b"")
+            self.assertEqual(again.stop(), 0)
+
+    def test_a_full_disk(self):
+        data = streams.pack(streams.stream(payload=streams.noise(2 << 20)), "none")
+        manifest = manifest_of(U, files=[{"size": len(data), "compression": "none",
+                                          "sha1": hashlib.sha1(data).hexdigest()}])
+        server = self.serve(config=HERE, wrapper=("sh", "-c", "ulimit -f 1024; exec \"$@\"",
+                                                  "sh"))
+        ImgadmPublish(server.connect).publish(manifest_of(V), DATA)
+        for _ in range(3):
+            with self.assertRaisesRegex(Rejected, "StorageIsDown: the image cannot be stored"):
+                ImgadmPublish(server.connect).publish(manifest, data)
+            self.assertEqual(os.listdir(self.serve_dir), [V])
+            self.sound(server, [V])
+        with self.assertRaisesRegex(Rejected, "StorageIsDown"):
+            ImgadmPublish(server.connect).ask(
+                "POST", "/images?action=publish&name=a&version=1", data)
+        self.assertEqual(os.listdir(self.serve_dir), [V])
 
 
 if __name__ == "__main__":
