@@ -57,11 +57,6 @@ def package(*streams, order="<", properties=b"\1" * 96):
     return head + b"".join(streams) + end(0, order)
 
 
-def is_whole(data):
-    """Whether a stream ends as the ones that are made here do."""
-    return len(data) > RECORD and data[-RECORD:][:4] in (b"\5\0\0\0", b"\0\0\0\5")
-
-
 PACKERS = {
     "gzip": lambda data: gzip.compress(data, mtime=0),          # the same bytes each time
     "bzip2": bz2.compress, "xz": lzma.compress,

@@ -5,13 +5,8 @@ state of the VM and of the snapshots in files; ssh runs its command in a shell h
 the real import-image takes the image.
 """
 
-import base64
-import bz2
-import gzip
-import http.server
 import itertools
 import json
-import lzma
 import os
 import pty
 import random
@@ -21,14 +16,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import termios
-import threading
 import time
 import unittest
 
 from tests import streams
-from tests.support import (IMGSERVER, PATIENCE, ROOT, ServerCase, default_signals, need, uuid_of,
-                           wait_for)
+from tests.support import (IMGSERVER, PATIENCE, ROOT, Server, ServerCase, default_signals, need,
+                           uuid_of, wait_for, write_v2)
 
 MKIMG = os.path.join(ROOT, "mkimg")
 SHELLS = {"dash": ["dash"], "ksh93": ["ksh93"], "bash": ["bash"], "busybox": ["busybox", "sh"]}
@@ -653,85 +648,43 @@ class TestSignals(MkimgCase):
                     self.end(process, number)
 
 
-class Receiver(http.server.BaseHTTPRequestHandler):
-    """The writing half of IMGAPI, as far as mkimg asks for it."""
-
-    def log_message(self, *_):
-        pass
-
-    def body(self):
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        data = b""
-        while True:
-            size = int(self.rfile.readline(), 16)
-            data += self.rfile.read(size + 2)[:size]
-            if size == 0:
-                return data
-
-    def answer(self):
-        place, data = self.server, self.body()
-        place.asked.append((self.command, self.path, self.headers.get("Authorization")))
-        uuid = self.path.split("/")[2].partition("?")[0]
-        image = place.images.get(uuid)
-        if place.wanted and self.headers.get("Authorization") != place.wanted:
-            return 401, "no such user"
-        if self.path.endswith("?action=import"):
-            manifest = json.loads(data)
-            if manifest["name"] == "refused":
-                return 422, "name is refused"
-            place.images[uuid] = {"state": "unactivated", "manifest": manifest}
-        elif image is None:
-            return 404, "no such image"
-        elif self.command == "PUT":
-            plain = {"gzip": gzip.decompress, "bzip2": bz2.decompress, "xz": lzma.decompress,
-                     "none": bytes}[self.path.partition("?compression=")[2]](data)
-            if not streams.is_whole(plain):
-                return 422, "the stream is cut short"
-            image["file"] = plain
-        elif self.path.endswith("?action=activate"):
-            if "file" not in image or place.broken:
-                return 422, "image has no file"
-            image["state"] = "active"
-        elif self.command == "DELETE" and image["state"] == "unactivated":
-            del place.images[uuid]
-        else:
-            return 405, "no"
-        return 200, "well"
-
-    def do_POST(self):
-        try:
-            status, message = self.answer()
-        except (EOFError, ValueError, OSError, lzma.LZMAError) as error:
-            status, message = 400, str(error)
-        data = json.dumps({"code": "X", "message": message}).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    do_PUT = do_DELETE = do_POST
-    protocol_version = "HTTP/1.1"
+# Until a user has logged in, who comes from the address has no right.
+LOGIN = """
+import base64
+WANTED = "Basic " + base64.b64encode({!r}).decode()
+imgserver.Rights.of = lambda self, request: (
+    imgserver.MANAGE if request.headers.get("authorization") == WANTED else imgserver.READ)
+"""
+NO_ACTIVATION = """
+def activate(self, uuid):
+    raise imgserver.ApiError(422, "NoActivationNoFile", "no")
+imgserver.Publisher.activate = activate
+"""
 
 
 class HttpCase(MkimgCase):
-    """mkimg, real curl, and a small server in place of the real one."""
+    """mkimg, real curl, and the real server."""
 
     def setUp(self):
         super().setUp()
         need("curl")
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
-        self.server.images, self.server.asked = {}, []
-        self.server.wanted, self.server.broken = None, False
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-        self.addCleanup(self.server.server_close)
-        self.addCleanup(self.server.shutdown)
+        self.start_server()
         with open(os.path.join(self.bin, "curl"), "w") as file:
             file.write(NOTE + 'exec /usr/bin/curl "$@"\n')
         os.chmod(os.path.join(self.bin, "curl"), 0o755)
 
+    def start_server(self, prelude=""):
+        home = tempfile.mkdtemp(prefix="imgserver-test-")
+        self.addCleanup(shutil.rmtree, home, ignore_errors=True)
+        self.server = Server(home, self.serve_dir, {"manage_from": ["127.0.0.1"]},
+                             prelude=prelude)
+        self.addCleanup(self.end_server, self.server)
+
+    def end_server(self, server):
+        ServerCase.end(self, server)
+
     def host(self, user=""):
-        return f"http://{user}127.0.0.1:{self.server.server_port}"
+        return f"http://{user}127.0.0.1:{self.server.address[1]}"
 
     def environment(self):
         return {**super().environment(), "IMGSERVER": self.host(),
@@ -742,15 +695,18 @@ class HttpCase(MkimgCase):
         self.assertEqual(status, 0, errors)
         uuid, line = output.splitlines()[-2:]
         self.assertEqual(line, f"imgadm import {uuid}")
-        image = self.server.images.pop(uuid)
-        self.assertEqual((self.server.images, image["state"]), ({}, "active"))
-        self.assertEqual(image["manifest"]["uuid"], uuid)
-        return image["manifest"]
+        self.assertEqual(os.listdir(self.serve_dir), [uuid])
+        image = self.server.get(f"/images/{uuid}").json()
+        self.assertEqual((image["state"], image["uuid"]), ("active", uuid))
+        with open(os.path.join(self.serve_dir, uuid, "manifest.json"), "rb") as file:
+            manifest = json.load(file)
+        shutil.rmtree(os.path.join(self.serve_dir, uuid))
+        return manifest
 
     def assertNothing(self, result, pattern, status=1):
         self.assertEqual((result[0], result[1]), (status, ""), result[2])
         self.assertRegex(result[2], pattern)
-        self.assertEqual(self.server.images, {})
+        self.assertEqual(os.listdir(self.serve_dir), [])
 
 
 class TestHttp(HttpCase):
@@ -764,11 +720,12 @@ class TestHttp(HttpCase):
                 text = "it's\ta \"\\\" & $(touch hacked)\n\u00e9 /\n\n"
                 manifest = self.published(
                     VM, "web", "1.10", text, "homepage=http://x/'$(touch hacked)", "public=false",
-                    "eula=007", 'tags={"a": "b"}', "requirements={}", shell=shell)
-                del manifest["uuid"]
+                    "urn=007", 'tags={"a": "b"}', "requirements={}", shell=shell)
+                for name in ("uuid", "owner", "disabled", "published_at", "files"):
+                    del manifest[name]    # the server's
                 self.assertEqual(manifest, {
                     "v": 2, "name": "web", "version": "1.10", "description": text,
-                    "type": "zone-dataset", "os": "smartos", "eula": "007", "public": False,
+                    "type": "zone-dataset", "os": "smartos", "urn": "007", "public": False,
                     "homepage": "http://x/'$(touch hacked)", "tags": {"a": "b"},
                     "requirements": {}})
                 self.assertEqual(self.take("state"), "running\n")
@@ -788,16 +745,22 @@ class TestHttp(HttpCase):
 
     def test_incremental(self):
         self.put("origin", f"zones/{IMAGE}@{VM}\n")
-        self.assertEqual(self.published("-i", VM, *WORDS)["origin"], IMAGE)
+        self.assertNothing(self.mkimg("-i", VM, *WORDS), f'origin image "{IMAGE}" does not exist')
+        write_v2(self.serve_dir, IMAGE, streams.stream(guid=5), "image.zfs", "none")
+        self.put("stream", streams.stream(guid=6, from_guid=5))
+        status, output, errors = self.mkimg("-i", VM, *WORDS)
+        self.assertEqual(status, 0, errors)
+        image = self.server.get("/images/" + output.split()[-1]).json()
+        self.assertEqual((image["origin"], image["state"]), (IMAGE, "active"))
 
     def test_each_step_may_fail(self):
-        self.assertNothing(self.mkimg(VM, "refused", "1", "x"),
-                           "answers 422: name is refused\n.* does not take the image")
+        self.assertNothing(self.mkimg(VM, *WORDS, "homepage=x"),
+                           "answers 422: invalid image data: homepage\n.* does not take the image")
         self.assertEqual({words[0] for words in self.asked("vmadm")}, {"get"})
         for name, pattern in (("fail-vmadm-stop", "cannot stop VM"),
                               ("fail-zfs-snapshot", "cannot snapshot"),
                               ("fail-zfs-send", "zfs send has failed"),
-                              ("half", "answers 422: the stream is cut short(?s:.)*zfs send has"),
+                              ("half", "answers 400: image refused: (?s:.)*zfs send has"),
                               ("late", "zfs send has failed")):
             with self.subTest(name=name):
                 self.put(name)
@@ -805,15 +768,15 @@ class TestHttp(HttpCase):
                 self.assertNothing(self.mkimg(VM, *WORDS), pattern)
                 self.assertEqual(self.take("state"), "running\n")
                 os.unlink(os.path.join(self.stand, name))
-        self.server.broken = True
+        self.start_server(NO_ACTIVATION)
         self.assertNothing(self.mkimg(VM, *WORDS), "activating image .* has failed")
         self.assertNothing(self.mkimg(VM, *WORDS, IMGSERVER="http://127.0.0.1:1"),
                            "does not take the image")
 
     def test_passwords(self):
         secret = 'p"a\\ss $word\''
-        self.server.wanted = "Basic " + base64.b64encode(f"joe:{secret}".encode()).decode()
-        self.assertNothing(self.mkimg(VM, *WORDS), "answers 401: no such user")
+        self.start_server(LOGIN.format(f"joe:{secret}".encode()))
+        self.assertNothing(self.mkimg(VM, *WORDS), "answers 403: this endpoint may only be")
         terminal, ours = pty.openpty()
         try:
             process = self.start(VM, *WORDS, IMGSERVER=self.host("joe@"), stdin=ours)
@@ -825,7 +788,7 @@ class TestHttp(HttpCase):
         finally:
             os.close(terminal)
             os.close(ours)
-        self.server.images.clear()
+        shutil.rmtree(os.path.join(self.serve_dir, output.split()[-1]))
         self.assertNotIn("ss $word", self.take("log") + output + errors)
         self.assertNothing(self.mkimg(VM, *WORDS, IMGSERVER=self.host("joe@")), "no terminal")
 
@@ -833,7 +796,7 @@ class TestHttp(HttpCase):
         path = os.path.join(self.stand, 'net"rc')
         self.put('net"rc', "machine 127.0.0.1 login joe password secret\n")
         os.chmod(path, 0o644)
-        self.server.wanted = "Basic " + base64.b64encode(b"joe:secret").decode()
+        self.start_server(LOGIN.format(b"joe:secret"))
         self.assertNothing(self.mkimg(VM, *WORDS, NETRC=path), "its owner alone may read", 2)
         self.assertNothing(self.mkimg(VM, *WORDS, NETRC=path + "x"), "NETRC is", 2)
         os.chmod(path, 0o600)
@@ -851,13 +814,5 @@ class TestHttpSignals(HttpCase, TestSignals):
     """The same, over HTTP."""
 
     transport = "curl"
-
-    def images_there(self):
-        for image in self.server.images.values():
-            self.assertEqual(image["state"], "active")
-        return list(self.server.images)
-
-    def remove(self, uuid):
-        del self.server.images[uuid]
 
     test_a_second_signal_ends_the_wait_for_the_server = None
