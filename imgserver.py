@@ -3624,6 +3624,7 @@ CACHE_NEVER = b"Cache-Control: private, no-cache\r\n"     # holds the Host heade
 CACHE_NOTHING = b"Cache-Control: private, no-store\r\n"   # for one user alone
 
 JSON_LIMIT = 1 << 20          # bytes of a JSON body, as of a manifest
+JSON_DEPTH = 100              # lists and objects in each other there; to write 400 would fail
 UPLOADS = 32                  # files that are uploaded at once, each with a thread
 SPACE_LEFT = 1 << 30          # bytes of the disk that an upload must leave free
 SPACE_STEP = 64 << 20         # bytes of an upload between two checks of the space that is left
@@ -3864,6 +3865,16 @@ def read_all(request) -> bytes:
     return b"".join(iter(lambda: request.body.read(request.length), b""))
 
 
+def depth_of(value) -> int:
+    """How deep lists and objects are nested in a JSON value."""
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        level = [child for item in level if isinstance(item, (dict, list))
+                 for child in (item.values() if isinstance(item, dict) else item)]
+    return depth
+
+
 def read_json(request, kind):
     """The value of a JSON body; an empty one is {}.  Its Content-Type does not count.
 
@@ -3877,6 +3888,8 @@ def read_json(request, kind):
         raise ApiError(400, "BadDigest", "the body is not as its Content-MD5 says")
     try:
         value = parse_json(data or b"{}")
+        if depth_of(value) > JSON_DEPTH:
+            raise ValueError("nested too deep")
     except ValueError as error:
         raise ApiError(400, "InvalidContent", f"Invalid JSON: {error}")
     if not isinstance(value, kind):

@@ -97,6 +97,8 @@ MALFORMED = {                             # JSON bodies: status, code
     "NaN": (b'{"image_size": NaN}', 400, "InvalidContent"),
     "half a pair": (b'{"name": "\\ud800"}', 400, "InvalidContent"),
     "nested": (b'{"tags": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400, "InvalidContent"),
+    **{f"nested {depth}": (b'{"v": 2, "x": ' + b"[" * depth + b"]" * depth + b"}", 400,
+                           "InvalidContent") for depth in (101, 300, 400, 490, 700, 950)},
     "2 MiB": (b'{"name": "' + b"x" * (2 << 20) + b'"}', 413, "RequestEntityTooLarge"),
 }
 
