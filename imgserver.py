@@ -2996,11 +2996,8 @@ class Publisher:
         uuid = manifest["uuid"]
         self.refuse_existing(uuid)
         manifest = validate(manifest, IMPORT)
-        origin = manifest.get("origin")
-        if origin and not any(os.path.exists(os.path.join(self._path(origin, prefix), MANIFEST))
-                              for prefix in ("", INCOMING)):
-            raise ApiError(422, "OriginDoesNotExist",
-                           f'origin image "{origin}" does not exist on this server')
+        if manifest.get("origin"):
+            self._check_chain(uuid, manifest["origin"])
         with storing("the image cannot be stored"):
             image = self._make_directory(uuid)
         try:
@@ -3014,6 +3011,27 @@ class Publisher:
             raise
         finally:
             os.close(image.fd)
+
+    def _check_chain(self, uuid, origin):
+        """Raise ApiError (422) where a new image's origin is not here, or builds on that image:
+        in a cycle, an image that waits for its origin would no longer be shown.
+        """
+        seen, link = {None}, origin
+        while link not in seen:
+            seen.add(link)
+            for prefix in ("", INCOMING):
+                with contextlib.suppress(OSError, BadImage, RecursionError):
+                    link = read_manifest(self._path(link, prefix))[0].get("origin") or None
+                    break
+            else:
+                if link == origin:
+                    raise ApiError(422, "OriginDoesNotExist",
+                                   f'origin image "{origin}" does not exist on this server')
+                break
+            link = link if isinstance(link, str) else None
+        if uuid in seen:
+            raise ApiError(422, "OriginDoesNotExist",
+                           f'origin image "{origin}" builds on image "{uuid}" itself')
 
     def _make_directory(self, uuid) -> LockedImage:
         """A new staging directory, locked; a leftover goes.  Raises ApiError and OSError."""
@@ -3627,7 +3645,7 @@ JSON_LIMIT = 1 << 20          # bytes of a JSON body, as of a manifest
 JSON_DEPTH = 100              # lists and objects in each other there; to write 400 would fail
 UPLOADS = 32                  # files that are uploaded at once, each with a thread
 SPACE_LEFT = 1 << 30          # bytes of the disk that an upload must leave free
-SPACE_STEP = 64 << 20         # bytes of an upload between two checks of the space that is left
+SPACE_STEP = 16 << 20         # bytes of an upload between two checks; of all UPLOADS, < SPACE_LEFT
 
 _ADDRESS = re.compile(r"[0-9.]+(:|$)|\[")       # a host that is no name
 

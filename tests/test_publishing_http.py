@@ -215,6 +215,21 @@ class Refusals(PublishingCase):
                  "ValidationFailed", [("name", "Invalid"), ("type", "Invalid")])):
             self.expect(case, self.put("POST", target, body), status, code, fields=fields)
 
+    def test_import_of_an_origin_that_would_hide_what_builds_on_it(self):
+        self.fill(uuid_of(5), DATA)
+        for uuid, origin in ((U, GONE), (uuid_of(5), U), (W, W)):
+            place = os.path.join(self.serve_dir, uuid if uuid == U else ".incoming-" + uuid)
+            with open(os.path.join(place, "manifest.json")) as file:
+                manifest = json.load(file)
+            with open(os.path.join(place, "manifest.json"), "w") as file:
+                json.dump({**manifest, "origin": origin}, file)
+        self.before = self.names()
+        for uuid, origin in ((GONE, U), (GONE, uuid_of(5)), (V, V), (W, W)):
+            self.expect((uuid, origin), self.put(
+                "POST", f"/images/{uuid}?action=import", manifest_of(uuid, origin=origin)), 422,
+                "OriginDoesNotExist", "builds on image" if uuid != V else "")
+        self.assertEqual([image["uuid"] for image in self.put("GET", "/images").json()], [U])
+
     def test_file(self):
         missing, wrong = [("compression", "Missing")], [("compression", "Invalid")]
         for case, target, status, code, fields in (
