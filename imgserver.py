@@ -1952,7 +1952,7 @@ class Store:
     for, by one thread at a time.  in_background(job) runs a job in another thread.
     """
 
-    def __init__(self, config, log, in_background):
+    def __init__(self, config, log, in_background=lambda job: start_new_thread(job, ())):
         self.directory = config.serve_dir
         self.place = os.path.join(config.serve_dir, "")
         self.log = log
@@ -2874,7 +2874,7 @@ class Publisher:
         def changed(manifest):
             if is_v1(manifest) and V2_ALONE & changes.keys():
                 manifest = upgrade(manifest)
-                manifest.pop("state")
+                manifest.pop("state", None)
             manifest = {**manifest, **changes}
             manifest = {key: value for key, value in manifest.items()
                         if value is not None or key not in changes}
@@ -4231,7 +4231,7 @@ class ImgapiPublishing:
                              if name not in ("icon", "state", "error")}, IMPORT)
         if is_v1(manifest):
             manifest = upgrade(manifest)
-            del manifest["state"]
+            manifest.pop("state", None)
         manifest = {"v": 2, "uuid": uuid, "owner": NOBODY, "public": True, "disabled": False,
                     **manifest}
         self._choose_channels(manifest, query)
@@ -4516,8 +4516,9 @@ class Site:
             return Route("OPTIONS", "", self.options, MEMORY, ANYONE)
         if request.method not in METHODS:
             raise ApiError(501, "NotImplemented", "the method is not known here")
-        hint = ("" if self.rights.publishing else ": publishing over HTTP is off, until "
-                "publish_from or manage_from of the configuration says who may")
+        hint = ("" if self.rights.publishing or request.segments[0] != "images" else
+                ": publishing over HTTP is off, until publish_from or manage_from of the "
+                "configuration says who may")
         raise ApiError(405, "MethodNotAllowedError", f"{request.method} is not allowed{hint}",
                        fields=header_line("Allow", allow))
 
