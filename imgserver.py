@@ -3291,6 +3291,7 @@ User = collections.namedtuple("User", "name rights salt hash")
 
 
 def hash_password(password: bytes, salt: bytes) -> bytes:
+    """scrypt of a password without NUL: its HMAC would ignore one at the end (RFC 2104)."""
     return hashlib.scrypt(password, salt=salt, **SCRYPT)
 
 
@@ -3330,7 +3331,7 @@ def write_users(path, users, serve_dir):
 class Users:
     """The users of a file, read again when it changes, and passwords checked lately.
 
-    One password is checked at a time, in a thread that may wait; the event loop only
+    One password is checked at a time, while the thread of a request waits; the event loop only
     remembers.  The same pair is not checked twice, and an unknown user takes as long as a
     wrong password.
     """
@@ -3342,6 +3343,7 @@ class Users:
         self._lock = threading.Lock()     # for _waiting, and for reading the file
         self._waiting = []                # addresses of clients whose passwords wait
         self._checking = threading.Lock()
+        self._jobs = None                 # for _hash
         key = stat_key_at(path)
         # stat_key of the file, its users, and {hash of a pair: (until (monotonic), User or None)}
         self._state = key, read_users(path), {}
@@ -3361,7 +3363,7 @@ class Users:
         except ValueError:
             pair = b""
         user, name = None, pair.partition(b":")[0].decode("ascii", "replace")
-        if b":" in pair:
+        if b":" in pair and b"\0" not in pair:
             digest = hashlib.blake2b(pair, key=self._key).digest()
             until, user = checked.get(digest, (-math.inf, None))
             if until <= time.monotonic():
@@ -3404,8 +3406,8 @@ class Users:
                 until, known = checked.get(digest, (-math.inf, None))
                 if until > now:           # another request with this pair was faster
                     return known
-                found = hash_password(pair.partition(b":")[2],
-                                      user.salt if user else bytes(SALT_SIZE))
+                found = self._hash(pair.partition(b":")[2],
+                                   user.salt if user else bytes(SALT_SIZE))
                 if user is None or not hmac.compare_digest(found, user.hash):
                     user = None
                 for old in [old for old, (until, _) in checked.items() if until <= now]:
@@ -3415,6 +3417,32 @@ class Users:
         finally:
             with self._lock:
                 self._waiting.remove(request.peer)
+
+
+    def _hash(self, password, salt) -> bytes:
+        """hash_password, in one thread for all: malloc may keep its 16 MiB for each thread.
+
+        Raises RuntimeError and MemoryError; _checking is held.
+        """
+        if self._jobs is None:
+            jobs = queue.SimpleQueue()
+            start_new_thread(self._run, (jobs,))
+            self._jobs = jobs
+        reply = queue.SimpleQueue()
+        self._jobs.put((password, salt, reply))
+        found = reply.get()
+        if found is None:
+            raise MemoryError("a password cannot be checked")
+        return found
+
+    @staticmethod
+    def _run(jobs):
+        while True:
+            password, salt, reply = jobs.get()
+            try:
+                reply.put(hash_password(password, salt))
+            except Exception:
+                reply.put(None)
 
 
 class Rights:
@@ -6752,8 +6780,8 @@ def ask_password(name, signals) -> bytes:
             more = source.read(CHUNK)
             password += more or b"\n"
         password = password.partition(b"\n")[0].removesuffix(b"\r")
-    if not 1 <= len(password) <= PASSWORD_LIMIT:
-        raise UserError(f"a password has 1 to {PASSWORD_LIMIT} bytes, not {len(password)}")
+    if not 1 <= len(password) <= PASSWORD_LIMIT or b"\0" in password:
+        raise UserError(f"a password has 1 to {PASSWORD_LIMIT} bytes, and no NUL")
     return password
 
 
