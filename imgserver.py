@@ -3295,6 +3295,21 @@ def hash_password(password: bytes, salt: bytes) -> bytes:
     return hashlib.scrypt(password, salt=salt, **SCRYPT)
 
 
+def parse_basic(header):
+    """(name, password as bytes) of an Authorization header; None, None of another scheme.
+
+    The password is None where it is none (RFC 7617 §2).
+    """
+    scheme, _, text = header.partition(" ")
+    if scheme.lower() != "basic":
+        return None, None
+    try:
+        name, colon, password = base64.b64decode(text.strip(" "), validate=True).partition(b":")
+    except ValueError:
+        return "", None
+    return name.decode("ascii", "replace"), password if colon and b"\0" not in password else None
+
+
 def read_users(path) -> dict:
     """The users of a file: name: User.  Raises UserError, which shows no hash."""
     if not hasattr(hashlib, "scrypt"):
@@ -3339,13 +3354,13 @@ class Users:
     def __init__(self, path, log):
         """Raises UserError where the file cannot be used."""
         self.path, self.log = path, log
-        self._key = os.urandom(32)        # of the hashes of pairs in memory
+        self._key = os.urandom(32)        # of the hashes in memory
         self._lock = threading.Lock()     # for _waiting, and for reading the file
         self._waiting = []                # addresses of clients whose passwords wait
         self._checking = threading.Lock()
         self._jobs = None                 # for _hash
         key = stat_key_at(path)
-        # stat_key of the file, its users, and {hash of a pair: (until (monotonic), User or None)}
+        # stat_key of the file, its users, {hash of a header: (until (monotonic), User or None)}
         self._state = key, read_users(path), {}
 
     def user_of(self, request) -> User | None:
@@ -3354,27 +3369,23 @@ class Users:
         A wrong password is a line in the log.  Raises NeedsThread, and ApiError (503) where
         too many passwords wait to be checked.
         """
-        scheme, _, text = request.headers["authorization"].partition(" ")
-        if scheme.lower() != "basic":
-            return None
+        header = request.headers["authorization"]
         users, checked = self._current(request.may_block)
-        try:
-            pair = base64.b64decode(text.strip(" "), validate=True)
-        except ValueError:
-            pair = b""
-        user, name = None, pair.partition(b":")[0].decode("ascii", "replace")
-        if b":" in pair and b"\0" not in pair:
-            digest = hashlib.blake2b(pair, key=self._key).digest()
-            until, user = checked.get(digest, (-math.inf, None))
-            if until <= time.monotonic():
-                user = self._check(request, pair, digest, users.get(name), checked)
-        if user is None:                  # a name that is unknown may be a password
-            self.log.warn(f"{client_name(request.peer, request.headers)} gave a wrong password"
-                          + (f" for user {name}" if name in users else " or user"))
+        digest = hashlib.blake2b(header.encode("latin-1"), key=self._key).digest()
+        until, user = checked.get(digest, (-math.inf, None))
+        if user is None or until <= time.monotonic():
+            name, password = parse_basic(header)
+            if name is None:
+                return None
+            if password is not None and until <= time.monotonic():
+                user = self._check(request, users.get(name), password, digest, checked)
+            if user is None:              # a name that is unknown may be a password
+                self.log.warn(f"{client_name(request.peer, request.headers)} gave a wrong "
+                              f"password {f'for user {name}' if name in users else 'or user'}")
         return user
 
     def _current(self, may_block):
-        """(users, pairs checked) of the file as it is now.  Raises NeedsThread."""
+        """(users, headers checked) of the file as it is now.  Raises NeedsThread."""
         key = stat_key_at(self.path)
         if key != self._state[0]:
             if not may_block:
@@ -3389,8 +3400,8 @@ class Users:
                     self._state = key, users, {}
         return self._state[1:]
 
-    def _check(self, request, pair, digest, user, checked):
-        """Check a pair of name and password, once: the User, or None.  Raises as user_of."""
+    def _check(self, request, user, password, digest, checked):
+        """`user`, if that is the password, else None; checked once.  Raises as user_of."""
         with self._lock:
             if len(self._waiting) >= CHECKS_WAITING or request.peer and \
                     self._waiting.count(request.peer) >= CHECKS_OF_ONE:
@@ -3404,10 +3415,9 @@ class Users:
             with self._checking:
                 now = time.monotonic()
                 until, known = checked.get(digest, (-math.inf, None))
-                if until > now:           # another request with this pair was faster
+                if until > now:           # another request with the same was faster
                     return known
-                found = self._hash(pair.partition(b":")[2],
-                                   user.salt if user else bytes(SALT_SIZE))
+                found = self._hash(password, user.salt if user else bytes(SALT_SIZE))
                 if user is None or not hmac.compare_digest(found, user.hash):
                     user = None
                 for old in [old for old, (until, _) in checked.items() if until <= now]:
@@ -3417,7 +3427,6 @@ class Users:
         finally:
             with self._lock:
                 self._waiting.remove(request.peer)
-
 
     def _hash(self, password, salt) -> bytes:
         """hash_password, in one thread for all: malloc may keep its 16 MiB for each thread.
