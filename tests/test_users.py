@@ -273,6 +273,18 @@ class Credentials(SiteCase):
             self.assertError(self.post(**basic(name)), 403, "OperatorOnly")
         self.assertEqual(self.post(**basic("mona")).status, 200)
 
+    def test_lists_by_state_are_for_who_may_publish(self):
+        write_v2(self.serve_dir, uuid_of(20), disabled=True)
+        for target in ("/images?state=all", "/images?state=disabled", "/images?state=unactivated"):
+            uuids = [{image["uuid"] for image in self.ask(target, user=user).json()}
+                     for user in (None, "rita", "paul")]
+            self.assertEqual(uuids[0], uuids[1])
+            self.assertTrue(uuids[2] - uuids[1], target)
+            self.assertNotIn(WAITING, uuids[0])
+            for user in (None, "paul"):
+                self.assertEqual(self.ask(target, user=user).headers["cache-control"],
+                                 "private, no-store")
+
     def test_the_scheme_has_no_case(self):
         header = basic("mona")["Authorization"].replace("Basic", "bASIC")
         self.assertEqual(self.post(Authorization=header).status, 200)
