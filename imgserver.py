@@ -4686,6 +4686,7 @@ class ImgapiPublishing:
         if wanted is not None and wanted.lower() != sha1:
             raise ApiError(400, "Upload", f'"sha1" hash, {wanted}, does not match the uploaded '
                            f"icon file sha1 hash, {sha1}")
+        self._need_for(request, self._find(request, uuid, query))     # the body took its time
         self.publisher.add_icon(uuid, request.headers.get("content-type", ""), data)
         return self._answer(request, uuid)
 
@@ -4710,7 +4711,7 @@ class ImgapiPublishing:
             raise invalid("force_all_channels", f'invalid "force_all_channels": "{force}"')
         channel = self.imgapi.channel_of(query)
         others = [name for name in image.channels if name != channel]
-        if image.state == "unactivated":
+        if image.place.endswith(INCOMING):
             self.publisher.discard(uuid)
         elif channel is not None and others and force != "true":
             self.publisher.update(uuid, {"channels": others})
@@ -4853,9 +4854,12 @@ class Site:
             images = self.store.snapshot(IMGAPI, True).images
         except OSError:                   # the first request meets it, too
             return
-        hidden = [image for image in images if self.config.read == "users" or not image.public]
+        hidden = {image.uuid for image in images
+                  if self.config.read == "users" or not image.public}
+        cut_off = sum(image.origin in hidden and image.uuid not in hidden for image in images)
         self.log.info(f'read is "{self.config.read}": {len(hidden)} of {len(images)} images are '
-                      "hidden from strangers")
+                      "hidden from strangers" + (f", who cannot import {cut_off} that build on "
+                                                 "them" if cut_off else ""))
 
     def options(self, request, allow):
         """The methods of a path; scripts of other sites may read, and no more (CORS)."""

@@ -220,7 +220,8 @@ class Start(ServerCase):
     def test_it_says_how_many_images_are_hidden(self):
         write_images(self.serve_dir)
         server = self.serve(config={"read": "public"})
-        server.wait_log(r'read is "public": 2 of 4 images are hidden')
+        server.wait_log(r'read is "public": 2 of 4 images are hidden from strangers, '
+                        "who cannot import 1 that")
         server = self.serve(config={"read": "users", "users": user_file(self.directory)})
         server.wait_log(r'read is "users": 4 of 4 images are hidden')
 
@@ -335,6 +336,20 @@ class Credentials(SiteCase):
         site = self.site(users=self.path, manage_from=["unix"])
         self.assertEqual(ask(site, self.TARGET, "POST").status, 200)
         self.assertEqual(ask(site, self.TARGET, "POST", **basic("rita", b"no")).status, 200)
+
+
+class Staging(SiteCase):
+    """An image whose manifest says that it is unactivated is not in staging."""
+
+    def test_it_is_for_who_may_manage(self):
+        uuid = uuid_of(20)
+        write_v2(self.serve_dir, uuid, state="unactivated")
+        for method, target in (("POST", f"/images/{uuid}?action=activate"),
+                               ("DELETE", f"/images/{uuid}/icon"), ("DELETE", f"/images/{uuid}")):
+            self.assertError(self.ask(target, method, "paul"), 403, "OperatorOnly")
+            self.assertEqual(self.ask(target, method, "mona").status,
+                             {"POST": 200}.get(method, 404 if "icon" in target else 204))
+        self.assertFalse(os.path.exists(os.path.join(self.serve_dir, uuid)))
 
 
 class Checking(SiteCase):
