@@ -4550,6 +4550,8 @@ class Site:
         self.rights = Rights(config)
         imgapi = Imgapi(config, store, self.rights)
         if self.rights.publishing:
+            if not os.access(config.serve_dir, os.W_OK | os.X_OK):
+                log.warn("nothing can be published over HTTP: serve_dir cannot be written")
             routes = [*routes, *ImgapiPublishing(config, store, imgapi, self.rights).routes()]
         self.table = {}                   # pattern: {method: Route}
         for route in (Route("GET", "", self.root, THREAD, ANYONE),
