@@ -4431,6 +4431,8 @@ class ImgapiPublishing:
 
         Raises ApiError where it is too large, or too many are on their way, and ClientGone.
         """
+        if "content-range" in request.headers:        # curl -C -; RFC 9110 §14.4
+            raise bad_request("an upload cannot be resumed: it must be the whole file")
         limit = self.config.max_upload
         too_large = ApiError(400, "Upload", f"image file size exceeds max_upload, {limit} bytes")
         if limit and (request.length or 0) > limit:

@@ -267,6 +267,13 @@ class Refusals(PublishingCase):
                          ["manifest.json"])
         self.assertEqual(self.put("GET", f"/images/{V}/file").body, DATA)
 
+    def test_a_part_of_a_file(self):
+        for target in (f"/images/{W}/file?compression=gzip",
+                       "/images?action=publish&name=a&version=1"):
+            answer = self.put("POST" if "publish" in target else "PUT", target, DATA,
+                              Content_Range=f"bytes 5-{len(DATA) + 4}/{len(DATA) + 5}")
+            self.expect(target, answer, 400, "BadRequestError", "cannot be resumed")
+
     def test_file_of_no_stream_where_streams_are_not_checked(self):
         self.www = self.site(check_streams=False, **RIGHTS)
         answer = self.put("PUT", f"/images/{W}/file?compression=none", b"x" * 5000)
@@ -444,12 +451,14 @@ class Right(PublishingCase):
                     code = answer.json()["code"] if answer.status >= 400 else None
                     self.assertEqual(code == "OperatorOnly", refused is no, answer)
 
-    @unittest.skipIf(os.geteuid() == 0, "root may write anything")
     def test_a_directory_that_cannot_be_written_is_said_at_once(self):
+        os.chmod(self.directory, 0o755)
         os.chmod(self.serve_dir, 0o555)
         self.addCleanup(os.chmod, self.serve_dir, 0o755)
-        self.assertIn("cannot be written", log_of(self.site(**RIGHTS)))
-        self.assertNotIn("cannot be written", log_of(self.site()))
+        for config, said in ((HERE, True), ({}, False)):
+            server = self.serve(config=config, prelude="import os, resource, ipaddress\nif os.getuid() == 0: "
+                                "os.setgroups([]); os.setgid(65534); os.setuid(65534)")
+            self.assertEqual("serve_dir cannot be written" in server.log(), said)
 
     def test_networks_and_the_socket(self):
         for networks, peers, others in (
