@@ -4704,6 +4704,8 @@ class ImgapiPublishing:
 
         Raises ApiError where it is too large, or too many are on their way, and ClientGone.
         """
+        if "content-range" in request.headers:        # curl -C -; RFC 9110 §14.4
+            raise bad_request("an upload cannot be resumed: it must be the whole file")
         limit = self.config.max_upload
         too_large = ApiError(400, "Upload", f"image file size exceeds max_upload, {limit} bytes")
         if limit and (request.length or 0) > limit:
@@ -4824,6 +4826,8 @@ class Site:
         self.rights = Rights(config, log)
         imgapi = Imgapi(config, store, self.rights)
         if self.rights.publishing:
+            if not os.access(config.serve_dir, os.W_OK | os.X_OK):
+                log.warn("nothing can be published over HTTP: serve_dir cannot be written")
             routes = [*routes, *ImgapiPublishing(config, store, imgapi, self.rights).routes()]
         self.table = {}                   # pattern: {method: Route}
         for route in (Route("GET", "", self.root, THREAD, ANYONE),
