@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import gzip
 import json
 import os
 import pty
@@ -525,17 +526,22 @@ class Hidden(SiteCase):
         answer = self.ask(f"/images/{PRIVATE}")
         self.assertEqual(answer.headers["cache-control"], "private, no-store")
 
-    def test_lists_of_users_and_strangers_have_their_own_tags(self):
-        ours = self.ask("/images", user="rita")
-        theirs = self.ask("/images")
-        self.assertNotEqual(ours.headers["etag"], theirs.headers["etag"])
-        answer = self.ask("/images", If_None_Match=ours.headers["etag"])
-        self.assertEqual(answer.status, 200)
-        for encoding in ("gzip", "identity"):
-            for user, count in (("rita", 4), (None, 2), ("rita", 4)):
-                answer = self.ask("/images", user=user, Accept_Encoding=encoding)
-                if encoding == "identity":
-                    self.assertEqual(len(answer.json()), count)
+    def test_lists_of_users_and_strangers_are_kept_apart(self):
+        for target, accept in (("/images", "*/*"), ("/datasets", "*/*"),
+                               ("/datasets", "application/json")):
+            tags = {}
+            for encoding in ("identity", "gzip", "identity"):
+                for user, count in (("rita", 4), (None, 2), ("rita", 4)):
+                    with self.subTest(target, accept=accept, encoding=encoding, user=user):
+                        answer = self.ask(target, user=user, Accept=accept,
+                                          Accept_Encoding=encoding)
+                        body = answer.body if encoding == "identity" else gzip.decompress(
+                            answer.body)
+                        self.assertEqual(len(json.loads(body)), count)
+                        tags[user] = answer.headers["etag"]
+            self.assertNotEqual(tags["rita"], tags[None])
+            answer = self.ask(target, Accept=accept, If_None_Match=tags["rita"])
+            self.assertEqual(answer.status, 200)
 
     def test_an_address_sees_them_but_no_script_of_another_site(self):
         site = self.site(read="public", publish_from=["unix"])
