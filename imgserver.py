@@ -5215,7 +5215,9 @@ class Connection:
         loop.unwatch(self.transport.sock)
         self.state, self.deadline = WORKING, math.inf
         try:
-            loop.workers.submit(self._answer_in_thread, self.request.length == 0)
+            # Lists wait for each other, and nobody else for them.
+            workers = loop.list_workers if len(self.request.segments) == 1 else loop.workers
+            workers.submit(self._answer_in_thread, self.request.length == 0)
         except (RuntimeError, MemoryError):       # can't start new thread
             self.state = READING
             loop.watch(self.transport.sock, selectors.EVENT_READ, self.readable)
@@ -5520,6 +5522,7 @@ OVERFLOW = 256                # connections above the limit that are told 503 be
 SPARE_FILES = 64              # file descriptors kept for images, directories and the log
 THREAD_IDLE = 10.0            # seconds until a thread without work ends
 WORKERS = 24                  # threads for short jobs: more only wait for the interpreter's lock
+LIST_WORKERS = 4              # threads for lists, of which one is computed at a time
 MANY_EVENTS = 32              # ready sockets after which the time of a turn is checked
 TURN_TIME = 0.02              # seconds of a turn after which answers go out and others get theirs
 GIVEN_BACK = 64               # connections taken back from threads in one turn, some 3 ms
@@ -5535,14 +5538,15 @@ NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)       # a machine wi
 class Workers:
     """Threads for jobs that may block: started when none is idle, ended when idle for long.
 
-    Of short jobs at most WORKERS run at once, unless a disk hangs: then watch() adds some.
+    Of short jobs at most `limit` run at once, unless a disk hangs: then watch() adds some.
     """
 
-    def __init__(self):
+    def __init__(self, limit=None):
+        self._limit = limit or WORKERS
         self._jobs = queue.SimpleQueue()  # one for each thread that was taken from the idle ones
         self._idle = threading.Semaphore(0)
         self._lock = threading.Lock()     # for all that follows
-        self._waiting = collections.deque()       # short jobs above WORKERS
+        self._waiting = collections.deque()       # short jobs above the limit
         self._running = 0                 # short jobs that run
         self._finished = self._seen = 0   # short jobs finished, and at the last watch()
 
@@ -5550,7 +5554,7 @@ class Workers:
         """Have a thread call job().  Raises RuntimeError, MemoryError where none can be had."""
         if is_short:
             with self._lock:
-                if self._running >= WORKERS:
+                if self._running >= self._limit:
                     self._waiting.append(job)
                     return
                 self._running += 1
@@ -5572,7 +5576,8 @@ class Workers:
         with self._lock:
             jobs = []
             if self._finished == self._seen:
-                jobs = [self._waiting.popleft() for _ in range(min(WORKERS, len(self._waiting)))]
+                jobs = [self._waiting.popleft()
+                        for _ in range(min(self._limit, len(self._waiting)))]
             self._running += len(jobs)
             self._seen = self._finished
         for job in jobs:
@@ -5619,7 +5624,7 @@ class EventLoop:
 
     def __init__(self, config, log):
         self.config, self.log = config, log
-        self.workers = Workers()
+        self.workers, self.list_workers = Workers(), Workers(LIST_WORKERS)
         self.site = Site(config, Store(config, log, self.workers.submit), log)
         self.servers = []
         self.draining = False
@@ -5748,6 +5753,7 @@ class EventLoop:
             except Exception:
                 self.fault(connection)
         self.workers.watch()
+        self.list_workers.watch()
         for sender in self._senders:
             sender.watch(now, sum(each.threads for each in self._senders) < SENDER_THREADS)
         if self._accept_again is not None and now >= self._accept_again and not self.draining:
