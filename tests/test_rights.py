@@ -24,13 +24,16 @@ class Writing(ServerCase):
         super().setUp()
         self.writing = self.site(publish_from=[PUBLISHER], manage_from=[MANAGER])
 
-    def send(self, method, target, data=b"", peer=MANAGER, content_type="application/json"):
-        """(status, code or None) of the answer."""
+    def send(self, method, target, data=b"", peer=MANAGER, content_type="application/json",
+             listed=False):
+        """(status, code or None) of the answer; the number of images where it is a list."""
         request = parse(f"{method} {target} HTTP/1.1\r\nHost: h\r\nContent-Length: {len(data)}\r\n"
                         f"Content-Type: {content_type}\r\n\r\n".encode())
         request.may_block, request.peer, request.body = True, peer, Body(data)
         answer = self.writing.answer(request)
         answer.close()
+        if listed:
+            return len(json.loads(b"".join(map(answer.body.render, range(len(answer.body))))))
         return answer.status, json.loads(answer.body or b"{}").get("code")
 
     def test_a_state_of_the_author_gives_no_rights(self):
@@ -81,6 +84,20 @@ class Writing(ServerCase):
         for _ in range(40):
             self.assertEqual(self.send("HEAD", f"/images/{U}/icon")[0], 200)
         self.assertEqual(sizes, [4])
+
+    def test_all_tags_of_a_query_are_one_look_at_each_manifest(self):
+        for number in range(1, 4):
+            write_v2(self.serve_dir, uuid_of(number), tags={"role": "web"})
+        fields, seen = imgserver.Image.fields, []
+
+        def counted(image):
+            seen.append(image.uuid)
+            return fields(image)
+        imgserver.Image.fields = counted
+        self.addCleanup(setattr, imgserver.Image, "fields", fields)
+        query = "&".join(["tag.role=web"] * 98)
+        self.assertEqual(self.send("GET", f"/images?{query}", listed=True), 3)
+        self.assertEqual(len(seen), 3)
 
     def test_the_md5_of_what_is_not_active_is_taken_once(self):
         write_v2(self.serve_dir, U, owner=NOBODY)
