@@ -157,6 +157,7 @@ LOG_DELAY = 0.2               # seconds a line may wait for others, so that a bu
 LOG_LIMIT = 1 << 20           # bytes of log held while nobody reads it; then lines are dropped
 TRACEBACK_LIMIT = 4000        # characters of a traceback in one log line, the last ones
 LOG_TARGET_LIMIT = 1000       # characters of a client's text in one log line
+AGENT_LIMIT = 200             # characters of a User-Agent there; imgadm's has some 90
 
 LEVELS = {"trace": 10, "debug": 20, "info": 30, "warn": 40, "error": 50, "fatal": 60}
 INFO, WARN = LEVELS["info"], LEVELS["warn"]
@@ -186,11 +187,15 @@ class Log:
     Lines are gathered and written together, at once from warn upwards.  A reader of
     stderr that has stopped reading costs lines, never a request: what is written to a
     pipe is only what fits it.
+
+    form    "text", or "json": an object a line, with the keys of bunyan, as Triton's logs
     """
 
-    def __init__(self, level="info", fd=2):
+    def __init__(self, level="info", fd=2, form="text"):
         self.level = LEVELS[level]
         self.fd = fd
+        self._record = None if form == "text" else {
+            "v": 0, "name": "imgserver", "hostname": socket.gethostname(), "pid": os.getpid()}
         self._lines = []
         self._held = b""
         self._lost = 0
@@ -206,19 +211,47 @@ class Log:
         """Write `text`, which must be printable, when `level` is to be logged."""
         if LEVELS[level] >= self.level:
             self.tick(int(time.time()))
-            self.add(f"{level} {text}")
+            self.add(level, text)
             if LEVELS[level] >= WARN:
                 self.flush(wait=True)
 
-    def add(self, text):
-        """Have a line wait for the next flush, with the time of the last tick before it."""
-        self._lines.append(self._stamp + text)
+    def add(self, level, text, facts=None):
+        """Queue a line, with the time of the last tick; facts: further keys of the JSON form."""
+        self._lines.append(f"{self._stamp} {level} {text}" if self._record is None
+                           else self._as_json(level, text, facts or {}))
+
+    def _as_json(self, level, text, facts) -> str:
+        return json.dumps({**self._record, "level": LEVELS[level], "time": self._stamp,
+                           "msg": text, **facts}, separators=(",", ":"))
+
+    def request(self, client, user, line, agent, status, size, seconds, title, failure):
+        """Queue the line of a request.
+
+        client, user    who: an address, and a name or None
+        line, agent     the request line and the User-Agent as they came
+        size, seconds   bytes of the body that went, and the time taken
+        title, failure  further facts about the answer, "" where there are none
+        """
+        if len(line) > LOG_TARGET_LIMIT or not _is_plain(line):
+            line = printable(line)
+        if len(agent) > AGENT_LIMIT or not _is_plain(agent):
+            agent = printable(agent, AGENT_LIMIT)
+        if self._record is None:
+            self.add("info", f'{client} "{line}" {status} {size} {seconds * 1000:.1f}ms '
+                             f"{user or '-'} \"{agent}\"{title and ' ' + title}{failure}")
+            return
+        method, _, target = line.partition(" ")
+        self.add("info", f"{line} {status}{failure}", {
+            "req": {"method": method, "url": target.rpartition(" ")[0] or target,
+                    "headers": {"user-agent": agent}, "remoteAddress": client},
+            "res": {"statusCode": status, "bytes": size},
+            "latency": round(seconds * 1000, 1), "user": user, "image": title or None})
 
     def tick(self, now):
         """It is `now`, in whole seconds since 1970."""
         if now != self._second:
             self._second = now
-            self._stamp = stamp(now) + " "
+            self._stamp = stamp(now)
 
     def info(self, text):
         self.line("info", text)
@@ -232,7 +265,7 @@ class Log:
     def exception(self, what):
         """A fault of our own: the traceback, on one line."""
         self.line("error", what + ": " + printable(traceback.format_exc()[-TRACEBACK_LIMIT:],
-                                                          TRACEBACK_LIMIT))
+                                                   TRACEBACK_LIMIT))
 
     @property
     def pending(self) -> bool:
@@ -250,7 +283,10 @@ class Log:
             del self._lines[:len(lines)]  # not all: a thread may add one just now
             data = self._held + "\n".join(lines + [""]).encode("ascii", "backslashreplace")
             if self._lost:
-                data = f"\n({self._lost} bytes of log lost: nobody read them)\n".encode() + data
+                text = f"({self._lost} bytes of log lost: nobody read them)"
+                if self._record is not None:
+                    text = self._as_json("warn", text, {})
+                data = f"\n{text}\n".encode() + data
             try:
                 while data and self._poll.poll(0):
                     data = data[os.write(self.fd, data[:self._piece]):]
@@ -400,6 +436,12 @@ def _loglevel(value):
     return value
 
 
+def _logformat(value):
+    if value not in ("text", "json"):
+        raise ValueError('must be "text" or "json"')
+    return value
+
+
 def _number(low, high, kinds=(int,)):
     def check(value):
         if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
@@ -495,6 +537,7 @@ SETTINGS = {
     "prefix": ("http://", _prefix),
     "suffix": ("", _suffix),
     "loglevel": ("info", _loglevel),
+    "logformat": ("text", _logformat),
     "serve_dir": (".", _directory),
     "image-creator": ("internal", _text),
     "image-creator-uuid": ("", _uuid_or_empty),
@@ -3317,13 +3360,14 @@ class Request:
     length      bytes of its body; None where it is chunked
     body        an object with read(n), as Body has it; None until a thread answers it
     peer        the address of the client; "" on a Unix socket
+    user        the name of the client's user; None for nobody, or until its right was asked for
     right       the right of the client, once it was asked for
     may_block   whether answering may take its time: True in a thread, False in the event loop
     route, arguments    the row of the route table that answers it, once it was found
     """
 
     __slots__ = ("line", "method", "target", "is_1_0", "headers", "segments", "query", "host",
-                 "keep_alive", "length", "body", "peer", "right", "may_block", "route",
+                 "keep_alive", "length", "body", "peer", "user", "right", "may_block", "route",
                  "arguments")
 
 
@@ -3335,7 +3379,7 @@ def parse_request(match) -> Request:
     """
     request = Request()
     request.may_block, request.body, request.route = False, None, None
-    request.peer, request.right = "", None
+    request.peer, request.user, request.right = "", None, None
     request.line, request.method, request.target, version, block = match.groups()
     if version[0] != "1":
         raise ApiError(505, "HttpVersionNotSupported", "HTTP/1.0 and HTTP/1.1 are spoken here")
@@ -5045,8 +5089,7 @@ class Connection:
             if response.file is None:
                 transport.queue(response.body, size)
         self.answered += 1
-        self.unlogged += ((end, self.line, response.status, size, self.started,
-                           response.title, self.peer or self._proxied()),)
+        self._to_log(end, response.status, size, response.title)
         return not self.closing
 
     def flush(self):
@@ -5144,8 +5187,7 @@ class Connection:
         if self.request.body is not None:
             self.buffer = self.request.body.rest
         if response is None:              # nobody is there to be answered
-            self.unlogged += ((math.inf, self.line, GONE, 0, self.started, "",
-                               self.peer or self._proxied()),)
+            self._to_log(math.inf, GONE, 0, "")
             self._log_answers()
             self.close()
             return
@@ -5263,8 +5305,16 @@ class Connection:
         address = headers.get("x-real-ip") or headers.get("x-forwarded-for", "").split(",")[-1]
         return printable(address.strip(), ADDRESS_LIMIT) or "unix"
 
+    def _to_log(self, end, status, size, title):
+        """Remember an answer for the log; `end` is the number of the byte behind it."""
+        request = self.request
+        user, agent = (None, "") if request is None else (
+            request.user, request.headers.get("user-agent", ""))
+        self.unlogged += ((end, self.line, status, size, self.started, title,
+                           self.peer or self._proxied(), user, agent),)
+
     def _log_answers(self):
-        """A line for each answer: client, request, status, bytes of the body, time, image.
+        """A line for each answer: client, request, status, bytes, time, user, agent, image.
 
         It is written when the answer has gone, or has failed: then with the bytes that went.
         """
@@ -5272,14 +5322,11 @@ class Connection:
         if log.level > INFO:
             return
         now, sent = time.monotonic(), self.transport.sent
-        for end, line, status, size, started, title, client in unlogged:
+        for end, line, status, size, started, title, client, user, agent in unlogged:
             failure = ""
             if end > sent:
                 failure, size = self.failure, max(0, size - end + sent)
-            if len(line) > LOG_TARGET_LIMIT or not _is_plain(line):
-                line = printable(line)
-            log.add(f'info {client} "{line}" {status} {size} {(now - started) * 1000:.1f}ms'
-                    f"{title and ' ' + title}{failure}")
+            log.request(client, user, line, agent, status, size, now - started, title, failure)
 
 
 class Sender:
@@ -5943,7 +5990,7 @@ def raise_file_limit(config, log):
 
 def run_serve(config, _):
     """Serve until SIGTERM or SIGINT; a second one ends it at once."""
-    log = Log(config.loglevel)
+    log = Log(config.loglevel, form=config.logformat)
     for warning in config.warnings:
         log.warn(warning)
     config.check_serve_dir()

@@ -485,7 +485,7 @@ class LogOfThreads(unittest.TestCase):
 
         def add(thread):
             for number in range(20000):
-                self.log.add(f"{thread} {number}")
+                self.log.add("info", f"{thread} {number}")
         threads = [threading.Thread(target=add, args=(number,)) for number in range(4)]
         for thread in threads:
             thread.start()
@@ -493,7 +493,7 @@ class LogOfThreads(unittest.TestCase):
             self.log.flush()
         self.log.flush()
         self.assertEqual(sorted(self.lines()), sorted(
-            f"{thread} {number}" for thread in range(4) for number in range(20000)))
+            f" info {thread} {number}" for thread in range(4) for number in range(20000)))
 
 
 class Clock(ServerCase):
