@@ -132,6 +132,10 @@ class UserError(Exception):
         self.exit_status = exit_status
 
 
+class AddressInUse(UserError):
+    """Somebody listens there already; the server itself, perhaps."""
+
+
 def bad_request(message) -> ApiError:
     return ApiError(400, "BadRequestError", message)
 
@@ -2956,14 +2960,8 @@ class Publisher:
     def delete(self, uuid, force=False):
         """Remove an image in any state; `force`: even where other images build on it."""
         with self._locked(uuid, ("", INCOMING), LOCK_PATIENCE) as image:
-            others = [] if force else self.dependents(uuid)
-            if others:
-                more = len(others) - DEPENDENTS_NAMED
-                raise ApiError(
-                    422, "ImageHasDependentImages",
-                    f'image "{uuid}" has {len(others)} dependent incremental image(s): '
-                    + ", ".join(others[:DEPENDENTS_NAMED])
-                    + (f", and {more} more..." if more > 0 else ""))
+            if not force:
+                self.check_dependents(uuid, self.dependents(uuid))
             with storing(f"image {uuid} cannot be removed"):
                 aside = self._set_aside(image.path, uuid)
         self._remove(aside, uuid)
@@ -2977,17 +2975,38 @@ class Publisher:
                 raise not_found(f"no image {uuid} waits to be activated")
         self._remove(aside, uuid)
 
+    @staticmethod
+    def check_dependents(uuid, others):
+        """Raise ApiError (422) where an image has dependents."""
+        if others:
+            more = len(others) - DEPENDENTS_NAMED
+            raise ApiError(
+                422, "ImageHasDependentImages",
+                f'image "{uuid}" has {len(others)} dependent incremental image(s): '
+                + ", ".join(others[:DEPENDENTS_NAMED])
+                + (f", and {more} more..." if more > 0 else ""))
+
+    def manifest(self, uuid) -> dict:
+        """The manifest of an image in any state, as stored.  Raises ApiError."""
+        with self._locked(uuid, ("", INCOMING), LOCK_PATIENCE) as image:
+            return image.manifest()
+
     def dependents(self, uuid) -> list:
         """The uuids of all images, in any state, that build on this one."""
-        found = []
+        return self.all_dependents().get(uuid, [])
+
+    def all_dependents(self) -> dict:
+        """uuid: the uuids of all images, in any state, that build on it; if there are any."""
+        found = {}
         with storing("the images cannot be read"):
             names = os.listdir(self.serve_dir)
         for name in sorted(names):
             other = name[len(INCOMING):] if name.startswith(INCOMING) else name
             if is_uuid(other):
                 try:
-                    if read_manifest(os.path.join(self.serve_dir, name))[0].get("origin") == uuid:
-                        found.append(other)
+                    manifest, _ = read_manifest(os.path.join(self.serve_dir, name))
+                    if isinstance(manifest.get("origin"), str):
+                        found.setdefault(manifest["origin"], []).append(other)
                 except (OSError, BadImage, RecursionError):
                     pass                  # no client could import it
         return found
@@ -5914,7 +5933,7 @@ class UnixImageServer(ImageServer):
                 return                    # the last one has ended well: nothing to remove
             except (BlockingIOError, socket.timeout):
                 pass                      # a listener that does not accept: its queue is full
-            raise UserError(f"another server listens on {path}")
+            raise AddressInUse(f"another server listens on {path}")
 
     def describe(self):
         return self.server_address
@@ -5940,6 +5959,13 @@ class UnixImageServer(ImageServer):
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE)     # end a command
 PIPE_WRITE = 512              # bytes that a writable pipe takes at once (POSIX, _POSIX_PIPE_BUF)
 PROGRESS_EVERY = 0.25         # seconds between two figures on a terminal
+COLUMN_LIMIT = 36             # characters of a column of `list`: a uuid
+LIST_COLUMNS = ("UUID", "NAME", "VERSION", "OS", "TYPE", "SIZE", "STATE", "PUBLISHED", "ORIGIN",
+                "CHANNELS")
+LIST_FILTERS = ("uuid", "name", "version", "os", "type", "state", "origin", "channels", "owner",
+                "public", "billing_tag")
+EXAMPLE = "f669428c-a939-11e2-a485-b790efc0f0c1"      # a uuid for --help
+NO_SHA1 = "0" * 40            # in the place of one that the manifest does not have
 
 
 def start(config, log) -> EventLoop:
@@ -5964,9 +5990,10 @@ def start(config, log) -> EventLoop:
             if isinstance(error, PermissionError) and not is_path and address[1] < 1024:
                 reason = (f"{reason}; a port below 1024 needs the privilege net_privaddr, or "
                           "choose --listen 8080")
-            transient = error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
-            raise UserError(f"cannot listen on {config.listen_port}: {reason}",
-                            1 if transient else EXIT_CONFIG)
+            refusal = f"cannot listen on {config.listen_port}: {reason}"
+            if error.errno == errno.EADDRINUSE:
+                raise AddressInUse(refusal)
+            raise UserError(refusal, 1 if error.errno == errno.EADDRNOTAVAIL else EXIT_CONFIG)
     return loop
 
 
@@ -5988,8 +6015,8 @@ def raise_file_limit(config, log):
         log.warn(f"{soft} files may be open: max_connections is {config.max_connections}")
 
 
-def run_serve(config, _):
-    """Serve until SIGTERM or SIGINT; a second one ends it at once."""
+def prepare(config) -> EventLoop:
+    """All that a start does before it serves.  Raises UserError as start() does."""
     log = Log(config.loglevel, form=config.logformat)
     for warning in config.warnings:
         log.warn(warning)
@@ -5998,6 +6025,13 @@ def run_serve(config, _):
     loop = start(config, log)
     if loop.site.rights.publishing and not os.access(config.serve_dir, os.W_OK | os.X_OK):
         log.warn("publishing over HTTP needs write access to serve_dir, which is missing")
+    return loop
+
+
+def run_serve(config, _):
+    """Serve until SIGTERM or SIGINT; a second one ends it at once."""
+    loop = prepare(config)
+    log = loop.log
 
     def end(number, frame):
         loop.stop(at_once=loop.draining)
@@ -6156,8 +6190,18 @@ def read_given_manifest(path, signals) -> dict:
     return {key: value for key, value in manifest.items() if key not in ("state", "icon")}
 
 
+def check_texts(texts):
+    """Raise UserError for bytes of the command line that no manifest can have."""
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError(f"{text!a} is not UTF-8")
+
+
 def given_fields(texts) -> dict:
     """The fields of FIELD=VALUE words.  Raises UserError."""
+    check_texts(texts)
     try:
         return dict(map(parse_field, texts))
     except ValueError as error:
@@ -6167,11 +6211,7 @@ def given_fields(texts) -> dict:
 def manifest_to_import(config, options) -> dict:
     """The manifest that the options of `import` ask for.  Raises UserError."""
     texts = options.words
-    for text in texts:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise UserError(f"{text!a} is not UTF-8")
+    check_texts(texts)
     if options.uuid and not is_uuid(options.uuid):
         raise UserError(f"{options.uuid!a} is not a UUID in lower case")
     given = {key: value for key, value in (("os", options.os), ("type", options.type),
@@ -6266,6 +6306,15 @@ def run_import_image(config, options):
         raise UserError("-a and -d take one UUID, behind all options", 2)
     options.uuid = words[0]
     return options.step(config, options)
+
+
+def label(config, uuid) -> str:
+    """uuid, name and version of an image in any state, as far as its manifest tells."""
+    for prefix in ("", INCOMING):
+        with contextlib.suppress(OSError, BadImage, LookupError, RecursionError):
+            manifest, _ = read_manifest(os.path.join(config.serve_dir, prefix + uuid))
+            return printable(f"{uuid} {manifest['name']} {manifest['version']}")
+    return printable(uuid)
 
 
 class Check:
@@ -6369,30 +6418,19 @@ class Check:
             raise BadImage(problem)
         self.publisher.check_origin(image.origin, stream)
 
-    def label(self, uuid) -> str:
-        """uuid, name and version of an image, as far as its manifest tells."""
-        try:
-            manifest, _ = read_manifest(os.path.join(self.config.serve_dir, uuid))
-            texts = [uuid, str(manifest["name"]), str(manifest["version"])]
-        except (OSError, BadImage, LookupError, RecursionError):
-            texts = [uuid]
-        return printable(" ".join(texts))
-
     def leftovers(self):
         """Say which images are not active; with --clean remove the stale ones."""
         for uuid, problem, age in list(incoming(self.config, self.reader)):
-            text = (f"was never finished, or is still coming ({problem})" if problem else
-                    "waits to be activated")
+            text = incoming_text(uuid, problem, age)
             removed = self.options.clean and problem is not None and age > STALE
             if removed:
                 try:
                     self.publisher.discard(uuid)
-                    text = "was never finished: removed"
+                    text = f"{INCOMING}{uuid}: was never finished: removed"
                 except ApiError as error:
-                    text = f"was never finished: {error.message}"
+                    text = f"{INCOMING}{uuid}: was never finished: {error.message}"
             if removed or not self.options.quiet:
-                self.signals.say(f"{INCOMING}{uuid}: {printable(text)}; "
-                                 f"last change {age / 3600:.0f} hours ago")
+                self.signals.say(text)
 
     def clean(self):
         """Remove the remains of commands that were killed: set aside, or half written."""
@@ -6463,6 +6501,14 @@ def incoming(config, reader):
         yield uuid, problem, time.time() - max(times)
 
 
+def incoming_text(uuid, problem, age) -> str:
+    """A sentence about an image that is not active, from what `incoming` yields."""
+    text = "waits to be activated" if problem is None else (
+        f"was never finished ({problem}): `check --clean` removes it" if age > STALE else
+        f"was never finished, or is still coming ({problem})")
+    return f"{INCOMING}{uuid}: {printable(text)}; last change {age / 3600:.0f} hours ago"
+
+
 def run_check(config, options):
     """Compare every image with its manifest, and say which are not as that promises."""
     config.check_serve_dir()
@@ -6479,7 +6525,7 @@ def run_check(config, options):
             check.image(uuid)
         except (BadImage, ApiError) as error:
             bad += 1
-            say(f"{check.label(uuid)}: {printable(str(error))}")
+            say(f"{label(config, uuid)}: {printable(str(error))}")
     if options.clean:
         check.clean()
     if not options.uuid:
@@ -6490,8 +6536,252 @@ def run_check(config, options):
     return 1 if bad else 0
 
 
+class Unhashed:
+    """In the place of a Hasher: a list needs no sha1, and so reads no image files."""
+
+    @staticmethod
+    def hashes(path, key):
+        return NO_SHA1, bytes(16)
+
+
+class Inventory:
+    """All images of serve_dir as they are now, for the commands: image files are not read.
+
+    images      the sound ones, in any state, in the order of publishing
+    left_out    name of a directory: why the image there is not shown
+    """
+
+    def __init__(self, config, apis=()):
+        config.check_serve_dir()
+        self.config, self.reader = config, ImageReader(config, Unhashed())
+        found, self.left_out = {}, {}
+        for name in sorted(os.listdir(config.serve_dir), reverse=True):   # .incoming-* come last
+            uuid = name[len(INCOMING):]
+            if name.startswith(INCOMING) and is_uuid(uuid) and uuid not in found:
+                image = self.reader.read_unactivated(uuid)
+                if image is not None and not image.problem:
+                    found[uuid] = image
+            elif len(name) == len(NOBODY):
+                image = is_uuid(name) and self.reader.read(
+                    name, os.path.join(config.serve_dir, ""), apis)
+                reason = image.problem if image else passed_over(config.serve_dir, name)
+                if reason is None and is_uuid(name) and not image \
+                        and os.path.isdir(os.path.join(config.serve_dir, name)):
+                    reason = f"there is no {MANIFEST}"
+                if reason:
+                    self.left_out[name] = reason
+                elif image:
+                    found[name] = image
+        for uuid in endless({uuid: image.origin for uuid, image in found.items()}):
+            del found[uuid]
+            self.left_out[uuid] = "its origins form a cycle"
+        self.by_uuid = found
+        self.images = sorted(found.values(), key=lambda image: image.order)
+
+    def problems(self):
+        """Yield a sentence for each: what is not shown, not importable, waiting, or stale."""
+        for name in sorted(self.left_out):
+            yield f"{label(self.config, name)} is left out: {printable(self.left_out[name])}"
+        for image in self.images:
+            for text in (*image.notes, *self._problems_of(image)):
+                yield f"{image.uuid} {image.title}: {printable(text)}"
+        for uuid, problem, age in incoming(self.config, self.reader):
+            yield incoming_text(uuid, problem, age)
+        for name in sorted(os.listdir(self.config.serve_dir)):
+            if name.startswith(DISCARDED):
+                yield f"{printable(name)}: is being removed, or else `check --clean` removes it"
+
+    def _problems_of(self, image):
+        """Yield why imgadm does not see a sound image, or does not find its origin."""
+        if image.state not in ("active", "disabled") and not image.place.endswith(INCOMING):
+            yield f"waits to be activated: its manifest has the state {image.state}"
+        channels = [channel["name"] for channel in self.config.channels]
+        if channels and set(channels).isdisjoint(image.channels):
+            yield "it is in no channel of the configuration: nobody sees it over IMGAPI"
+        origin = self.by_uuid.get(image.origin)
+        if image.origin is None:
+            return
+        if origin is None:
+            mirror = f": imgserver.py mirror URL {image.origin}"
+            yield (f"imgadm cannot import it until image {image.origin} is on this server, too"
+                   + (mirror if image.origin not in self.left_out else ""))
+        elif origin.state == "unactivated" != image.state:
+            yield f"imgadm cannot import it until image {image.origin} is activated"
+        elif channels and set(image.channels).isdisjoint(origin.channels):
+            yield no_common_channel(origin.uuid)
+
+
+def endless(origins) -> list:
+    """The uuids whose chain of origins never ends, of {uuid: origin or None}."""
+    result, finite = [], set()
+    for uuid in origins:
+        chain, link = set(), uuid
+        while link in origins and link not in chain and link not in finite:
+            chain.add(link)
+            link = origins[link]
+        if link in chain or link in result:
+            result.append(uuid)
+        else:
+            finite |= chain
+    return result
+
+
+def list_filters(texts):
+    """Functions of an Image for the FIELD=VALUE words of `list`.  Raises UserError."""
+    query, filters = {}, []
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not sign or name not in LIST_FILTERS and not name.startswith("tag."):
+            raise UserError(f"{text!a} is not FIELD=VALUE with one of "
+                            + ", ".join(LIST_FILTERS) + ", tag.KEY", 2)
+        query.setdefault(name, []).append(value)
+        if name in ("uuid", "state", "origin"):
+            filters.append(lambda image, name=name, value=value:
+                           (getattr(image, name) or "") == value)
+        elif name == "channels":
+            filters.append(lambda image, value=value: value in image.channels)
+    return filters + image_filters(query, None)
+
+
+def list_row(image, config) -> list:
+    """The columns of an image in `list`."""
+    published = image.order[0].partition(".")[0] + "Z"
+    row = [image.uuid, image.name, image.version, image.os, image.type, str(image.size),
+           image.state, "-" if image.state == "unactivated" else published, image.origin or "-"]
+    return row + ([printable(",".join(image.channels)) or "-"] if config.channels else [])
+
+
+def list_text(images, config, options) -> str:
+    """The images of `list` as a table, as lines for `cut`, or as JSON."""
+    if options.json:
+        values = []
+        for image in images:
+            values.append(image.fields())
+            for file in values[-1]["files"]:
+                if file["sha1"] == NO_SHA1:
+                    del file["sha1"]
+            if config.channels:
+                values[-1]["channels"] = list(image.channels)
+        return render_json(values)
+    rows = [list_row(image, config) for image in images]
+    if options.parsable:
+        return "\n".join(map("\t".join, rows))
+    rows = [LIST_COLUMNS[:9 + bool(config.channels)]] + [
+        [text if len(text) <= COLUMN_LIMIT else text[:COLUMN_LIMIT - 3] + "..." for text in row]
+        for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join(" ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def run_list(config, options):
+    """List the images in any state, and below what is wrong with them."""
+    if options.problems and (options.words or options.json or options.parsable):
+        raise UserError("--problems goes with nothing else", 2)
+    filters = list_filters(options.words)
+    inventory = Inventory(config, (IMGAPI,) if options.json or any(
+        text.startswith("tag.") for text in options.words) else ())
+    images = [image for image in inventory.images if all(check(image) for check in filters)]
+    problems = [] if filters or options.json or options.parsable else list(inventory.problems())
+    parts = [] if options.problems else [list_text(images, config, options)]
+    text = "\n\n".join(filter(None, parts + ["\n".join(problems)]))
+    if text:
+        options.signals.say(text)
+    return 1 if options.problems and problems else 0
+
+
+def change_images(config, options, uuids, change, done):
+    """Call change(uuid) for each image, and say `done` of it."""
+    for uuid in uuids:
+        options.signals.check()
+        text = label(config, uuid)
+        change(uuid)
+        options.signals.say(f"{done} image {text}")
+    return 0
+
+
+def run_state(config, options):
+    """Enable or disable images: all of them are checked before the first is changed."""
+    publisher = Publisher(config)
+    uuids = list(dict.fromkeys(map(checked_uuid, options.uuid)))
+    for uuid in uuids:
+        publisher.manifest(uuid)
+    verb, done = ((publisher.enable, "Enabled") if options.enable else
+                  (publisher.disable, "Disabled"))
+    return change_images(config, options, uuids, verb, done)
+
+
+def run_update(config, options):
+    """Set or remove fields of one image."""
+    uuid = checked_uuid(options.uuid)
+    Publisher(config).update(uuid, given_fields(options.words))
+    options.signals.say(f"Updated image {label(config, uuid)}")
+    return 0
+
+
+def run_delete(config, options):
+    """Delete images: all of them are checked before the first is deleted."""
+    publisher = Publisher(config)
+    uuids = list(dict.fromkeys(map(checked_uuid, options.uuid)))
+    origins = {}
+    others = {} if options.force else publisher.all_dependents()
+    for uuid in uuids:
+        if not any(os.path.isdir(os.path.join(config.serve_dir, prefix + uuid))
+                   for prefix in ("", INCOMING)):
+            raise not_found(f"image {uuid} not found")
+        publisher.check_dependents(uuid, [other for other in others.get(uuid, ())
+                                          if other not in uuids])
+        origins.update(dict.fromkeys(others.get(uuid, ()), uuid))
+
+    def depth(uuid):                      # of a chain of origins; a cycle is cut at its length
+        count = 0
+        while uuid in origins and count < len(origins):
+            uuid, count = origins[uuid], count + 1
+        return count
+    uuids.sort(key=depth, reverse=True)   # an image before the one that it builds on
+    return change_images(config, options, uuids,
+                         lambda uuid: publisher.delete(uuid, options.force), "Deleted")
+
+
+def run_prune(config, options):
+    """Delete all but the newest images of each name, and those that others build on."""
+    publisher, groups, kept = Publisher(config), {}, set()
+    images = [image for image in Inventory(config).images if image.state != "unactivated"
+              and options.name in (None, image.name)]
+    if options.name is not None and not images:
+        raise UserError(f"there is no image {options.name!a}")
+    for image in reversed(images):        # the newest first
+        for channel in image.channels if config.channels and image.channels else (None,):
+            group = groups.setdefault((image.name, channel), [])
+            if len(group) < options.keep:             # so that N that can be imported stay
+                kept.add(image.uuid)
+                group += [image] if image.state == "active" else []
+    others = publisher.all_dependents()
+    doomed = [image.uuid for image in images
+              if image.uuid not in kept and image.uuid not in others]
+    return change_images(config, options, doomed,
+                         (lambda uuid: None) if options.dry_run else publisher.delete,
+                         "Would delete" if options.dry_run else "Deleted")
+
+
+def check_config(config, options):
+    """Say whether a server would start with this configuration, as `nginx -t` does.
+
+    The same sentences and statuses; but an address in use is none of its mistakes.
+    """
+    try:
+        for server in prepare(config).servers:
+            server.server_close()
+        note = ""
+    except AddressInUse as error:
+        note = f" ({error}: the server that runs, perhaps)"
+    options.signals.say("the configuration is right" + printable(note))
+    return 0
+
+
 def run_config(config, options):
     """Write a creator's and a vendor's UUID into config.json, unless it has them."""
+    if options.check:
+        return check_config(config, options)
     path = os.path.abspath(options.config or default_config())
     values = {}
     if os.path.exists(path):
@@ -6641,6 +6931,48 @@ def add_import_options(sub):
     sub.add_argument("-q", "--quiet", action="store_true", help="no progress on a terminal")
 
 
+def at_least_one(text) -> int:
+    """The N of --keep.  Raises ValueError, which the parser reports."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+def add_managing_commands(command):
+    """The commands that list and change images; command() adds one."""
+    sub = command("list", run_list, "list the images, and below what is wrong with them",
+                  "list name=~web state=disabled")
+    sub.add_argument("words", nargs="*", metavar="FIELD=VALUE",
+                     help="only those that have it: name=web, name=~part, type=!zvol, "
+                          "tag.role=db; fields: " + ", ".join(LIST_FILTERS))
+    sub.add_argument("-j", "--json", action="store_true", help="their manifests, as JSON")
+    sub.add_argument("-p", dest="parsable", action="store_true",
+                     help="the columns alone, whole and with a tab between them, for cut -f")
+    sub.add_argument("--problems", action="store_true",
+                     help="only what is wrong; exit status 1 where there is anything")
+    for name, run, text in (
+            ("enable", run_state, "let disabled images be listed and imported again"),
+            ("disable", run_state, "take images off the lists; running downloads go on"),
+            ("delete", run_delete, "delete images; running downloads go on")):
+        sub = command(name, run, text, f"{name} {EXAMPLE}", True)
+        sub.set_defaults(enable=name == "enable")
+        sub.add_argument("uuid", nargs="+", metavar="UUID")
+    sub.add_argument("--force", action="store_true",
+                     help="even where other images build on them")
+    sub = command("update", run_update, "change fields of the manifest of an image",
+                  f"update {EXAMPLE} 'description=Web server' homepage=", True)
+    sub.add_argument("uuid", metavar="UUID")
+    sub.add_argument("words", nargs="+", metavar="FIELD=VALUE",
+                     help="as for import; FIELD= removes it")
+    sub = command("prune", run_prune, "delete all but the newest images of each name (and "
+                  "channel), and those that others build on", "prune --keep 3 -n", True)
+    sub.add_argument("--keep", type=at_least_one, required=True, metavar="N",
+                     help="how many of each name stay, 1 or more")
+    sub.add_argument("--name", help="only the images of this name")
+    sub.add_argument("-n", dest="dry_run", action="store_true",
+                     help="delete nothing, but print what would be")
+
+
 def option_parser() -> argparse.ArgumentParser:
     """The command line; `run` of what it parses is the command's function."""
     shared = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
@@ -6658,12 +6990,16 @@ def option_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", title="commands",
                                      parser_class=CommandParser)
 
-    def command(name, run, text, writes=False):
-        sub = commands.add_parser(name, parents=[shared], help=text, description=text)
+    def command(name, run, text, example, writes=False):
+        sub = commands.add_parser(
+            name, parents=[shared], help=text, description=text[0].upper() + text[1:] + ".",
+            epilog="example:\n  imgserver.py " + example,
+            formatter_class=argparse.RawDescriptionHelpFormatter)
         sub.set_defaults(run=run, writes=writes)
         return sub
 
-    serve = command("serve", run_serve, "serve the images (the default)")
+    serve = command("serve", run_serve, "serve the images (the default)",
+                    "serve --listen 8080 --dir /images")
     for each in (parser, serve):
         each.add_argument("--listen", metavar="PORT|ADDRESS:PORT|/PATH", default=argparse.SUPPRESS,
                           help="where to listen: TCP, or a Unix socket; port 0 takes any "
@@ -6671,11 +7007,15 @@ def option_parser() -> argparse.ArgumentParser:
         each.add_argument("--loglevel", metavar="LEVEL", default=argparse.SUPPRESS,
                           help="least level to log: " + ", ".join(LEVELS)
                                + " (default: loglevel of the configuration, info)")
-    sub = command("import", run_import, "publish an image, read from standard input", True)
+    sub = command("import", run_import, "publish an image, read from standard input",
+                  "import web 1.2.0 'Web server' < web.zfs.gz", True)
     add_import_options(sub)
     # For the script import-image alone, which passes everything on: without help, not listed.
     sub = commands.add_parser("import-image", parents=[shared], prog="import-image",
-                              description="Publish an image, read from standard input.")
+                              formatter_class=argparse.RawDescriptionHelpFormatter,
+                              description="Publish an image, read from standard input.",
+                              epilog="example:\n  import-image --dir /images web 1.2.0 "
+                                     "'Web server' < web.zfs.gz")
     sub.set_defaults(run=run_import_image, writes=True)
     add_import_options(sub)
     sub.usage += ("\n       %(prog)s [--dir DIR] [--config FILE] -a UUID | -d UUID"
@@ -6687,11 +7027,13 @@ def option_parser() -> argparse.ArgumentParser:
     sub.add_argument("-p", action="store_true",
                      help="print the Python that is used: $PYTHON, or the newest in "
                           "/opt/local/bin, or python3")
-    command("activate", run_activate, "put an unactivated image on show", True).add_argument(
-        "uuid", metavar="UUID")
+    command("activate", run_activate, "put an unactivated image on show",
+            f"activate {EXAMPLE}", True).add_argument("uuid", metavar="UUID")
     command("discard", run_discard, "throw an image away that is not active",
-            True).add_argument("uuid", metavar="UUID")
-    sub = command("check", run_check, "read every image again, and compare with its manifest")
+            f"discard {EXAMPLE}", True).add_argument("uuid", metavar="UUID")
+    add_managing_commands(command)
+    sub = command("check", run_check, "read every image again, and compare with its manifest",
+                  "check --fast -q")
     sub.add_argument("uuid", nargs="*", metavar="UUID", help="only these images")
     sub.add_argument("--fast", action="store_true",
                      help="compare manifests, sizes, first bytes and origins only")
@@ -6701,8 +7043,12 @@ def option_parser() -> argparse.ArgumentParser:
                      help="remove images that were never finished, a day after their last change")
     sub.add_argument("-q", "--quiet", action="store_true",
                      help="print nothing when all is well, and no progress")
-    command("config", run_config, "write creator and vendor UUIDs into config.json, once")
-    sub = command("smf", run_smf, "print the SMF manifest for this directory and Python")
+    sub = command("config", run_config, "write creator and vendor UUIDs into config.json, once",
+                  "config --check")
+    sub.add_argument("--check", action="store_true",
+                     help="write nothing, but say whether the server would start")
+    sub = command("smf", run_smf, "print the SMF manifest for this directory and Python",
+                  "smf --user imgserver --group imgserver > image-server.smf.xml")
     sub.add_argument("--directory", help="where imgserver.py is installed (default: here)")
     sub.add_argument("--python", help="the interpreter (default: this one)")
     sub.add_argument("--user", help="who runs it (default: you)")
