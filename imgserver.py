@@ -2921,7 +2921,6 @@ class Publisher:
         def changed(manifest):
             if is_v1(manifest) and V2_ALONE & changes.keys():
                 manifest = upgrade(manifest)
-                manifest.pop("state")
             manifest = {**manifest, **changes}
             manifest = {key: value for key, value in manifest.items()
                         if value is not None or key not in changes}
