@@ -314,7 +314,6 @@ def ask(site, request, method="GET", **headers):
     body = response.body
     if isinstance(body, imgserver.Listing):
         body = b"".join(map(body.render, range(len(body))))
-    body = bytes(body)
     if response.file is not None:
         body = os.pread(response.file, response.length, response.offset)
         response.close()
@@ -323,7 +322,7 @@ def ask(site, request, method="GET", **headers):
         name, _, value = line.partition(": ")
         assert name.lower() not in fields, f"{name} is sent twice"
         fields[name.lower()] = value
-    return Answer(response.status, fields, body, response.fields)
+    return Answer(response.status, fields, bytes(body), response.fields)
 
 
 def log_of(site):
@@ -369,7 +368,7 @@ class Server:
                 [*wrapper, *command(*arguments, prelude=prelude, python=python)], stderr=log,
                 stdin=subprocess.DEVNULL, env={**os.environ, **(environment or {})})
         try:
-            match = self.wait_log(r"imgserver \S+ serves .* on ([^\s\"]+)")
+            match = self.wait_log(r"imgserver \S+ serves .* on ([^\s,\"]+)")
         except AssertionError:
             self.kill()
             raise AssertionError(f"the server did not start: {self.log()}")
