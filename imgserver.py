@@ -2800,7 +2800,8 @@ def choose_channels(config, manifest, default=None):
     for name in manifest["channels"]:
         if name not in names:
             raise ApiError(422, "ValidationFailed",
-                           f"there is no channel {name!a} in the configuration",
+                           f"there is no channel {name!a} in the configuration, but "
+                           + ", ".join(names),
                            [{"field": "channels", "code": "Invalid"}])
     origin = manifest.get("origin") and ImageReader(config).read(
         manifest["origin"], os.path.join(config.serve_dir, ""), ())
@@ -6949,9 +6950,9 @@ def add_import_options(sub):
 
 
 def at_least_one(text) -> int:
-    """The N of --keep.  Raises ValueError, which the parser reports."""
-    if int(text) < 1:
-        raise ValueError(text)
+    """The N of --keep.  Raises ArgumentTypeError, which the parser reports."""
+    if not re.fullmatch("0*[1-9][0-9]{0,8}", text):
+        raise argparse.ArgumentTypeError(f"must be a number from 1 on, not {text!a}")
     return int(text)
 
 
@@ -7119,7 +7120,8 @@ def main(arguments=None) -> int:
     except (UserError, ApiError) as error:
         message, status = str(error), getattr(error, "exit_status", 1)
         if getattr(error, "errors", None) and all("message" in each for each in error.errors):
-            message = "; ".join(each["message"] for each in error.errors)
+            message = "; ".join(each["message"] if each["field"] in each["message"] else
+                                f"{each['field']}: {each['message']}" for each in error.errors)
         cause = error.__cause__
         if isinstance(cause, OSError) and os.path.isabs(cause.filename or ""):
             message += f" ({cause.filename})"
@@ -7131,7 +7133,8 @@ def main(arguments=None) -> int:
         message = str(error.strerror or error)
     options.signals.finish(published=False)
     with contextlib.suppress(OSError, AttributeError):    # nobody to tell; the status does
-        sys.stderr.write(f"imgserver: {message}\n")
+        if status != 128 + signal.SIGPIPE or options.writes:      # not after `list | head`
+            sys.stderr.write(f"imgserver: {message}\n")
     if status > 128:                      # a signal: no line that nobody reads delays the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return status
