@@ -6335,6 +6335,15 @@ def label(config, uuid) -> str:
     return printable(uuid)
 
 
+@contextlib.contextmanager
+def about(file):
+    """Make of each OSError and BadImage in the block a BadImage that begins with its name."""
+    try:
+        yield
+    except (OSError, BadImage) as error:
+        raise BadImage(f"{file}: {getattr(error, 'strerror', error)}")
+
+
 class Check:
     """Compares the images of serve_dir with their manifests; one run of `check`."""
 
@@ -6366,10 +6375,8 @@ class Check:
             self._check_head(image)
         else:
             found = found or self._scan(image)
-            try:
+            with about(image.file):
                 self._compare(found, image)
-            except BadImage as error:
-                raise BadImage(f"{image.file}: {error}")
             if self.options.record:
                 record_facts(directory, found)
         if image.origin and not os.path.exists(
@@ -6384,17 +6391,13 @@ class Check:
         """Read all of an image's file.  Raises BadImage, and UserError after a signal."""
         found, progress = FileScan(), Progress(f"{image.uuid} {image.file}", self.options.quiet)
         try:
-            fd, _ = open_regular(os.path.join(image.directory, image.file))
-            with open(fd, "rb", buffering=0) as file:
+            with about(image.file), open(open_regular(os.path.join(
+                    image.directory, image.file))[0], "rb", buffering=0) as file:
                 for chunk in iter(lambda: file.read(CHUNK), b""):
                     self.signals.check()
                     found.feed(chunk)
                     progress.add(len(chunk))
-            found.finish()
-        except OSError as error:
-            raise BadImage(f"{image.file}: {error.strerror}")
-        except BadImage as error:
-            raise BadImage(f"{image.file}: {error}")
+                found.finish()
         finally:
             progress.clear()
         return found
@@ -6410,13 +6413,10 @@ class Check:
     def _check_head(self, image):
         """The same by the first bytes of the file alone.  Raises BadImage."""
         path = os.path.join(image.directory, image.file)
-        try:
-            fd, _ = open_regular(path)
-            with open(fd, "rb", buffering=0) as file:
+        with about(image.file):
+            with open(open_regular(path)[0], "rb", buffering=0) as file:
                 compression = compression_of(file.read(MAGIC_LENGTH), image.file)
             stream = read_stream(path, compression)
-        except (OSError, BadImage) as error:
-            raise BadImage(f"{image.file}: {getattr(error, 'strerror', error)}")
         self._check_facts([], compression, stream, image, whole=False)
 
     def _check_facts(self, pairs, compression, stream, image, whole=True):
@@ -6466,13 +6466,19 @@ class Check:
                             os.unlink(entry.path)
 
 
+def stored_file(directory):
+    """(manifest, files[0]) of an image as stored; files[0] is None where there is none."""
+    with contextlib.suppress(OSError, BadImage, LookupError, TypeError):
+        manifest, _ = read_manifest(directory)
+        if isinstance(manifest["files"][0], dict):
+            return manifest, manifest["files"][0]
+    return {}, None
+
+
 def lacks_facts(directory) -> bool:
     """Whether a manifest does not say the size or the sha1 of its file."""
-    try:
-        file = read_manifest(directory)[0]["files"][0]
-        return not (file.get("size") and file.get("sha1"))
-    except (OSError, BadImage, LookupError, TypeError, AttributeError):
-        return False
+    file = stored_file(directory)[1]
+    return file is not None and not (file.get("size") and file.get("sha1"))
 
 
 def record_facts(directory, found):
@@ -6481,15 +6487,11 @@ def record_facts(directory, found):
     By rename; its mtime stays, which may be shown as published_at.  Not where the manifest
     has become another since the file was read.  Raises ApiError where it cannot be written.
     """
-    try:
-        manifest, _ = read_manifest(directory)
-        file = manifest["files"][0]
-        facts = {"size": found.size, **found.hashes()}
-        facts["md5_of"] = facts["sha1"]
-        if any(str(file.get(key) or facts[key]).lower() != str(facts[key])
-               for key in ("size", "sha1")):
-            return
-    except (OSError, BadImage, LookupError, TypeError, AttributeError):
+    manifest, file = stored_file(directory)
+    facts = {"size": found.size, **found.hashes()}
+    facts["md5_of"] = facts["sha1"]
+    if file is None or any(str(file.get(key) or facts[key]).lower() != str(facts[key])
+                           for key in ("size", "sha1")):
         return
     kept = {key: file[key] for key in ("size", "sha1") if file.get(key)}
     if {**file, **facts, **kept} != file:

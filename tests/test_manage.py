@@ -218,7 +218,7 @@ class TestProblems(ManageCase):
                 rf"{uuid_of(6)} test 2.0.0 is left out: its origins form a cycle",
                 rf"{uuid_of(7)} test 2.0.0 is left out: its origins form a cycle",
                 rf"F{X[1:]} web 2.0.0 is left out: .*lower case",
-                rf"{uuid_of(8)} test 2.0.0: homepage 'no URL' must be"), strict=False):
+                rf"{uuid_of(8)} test 2.0.0: homepage 'no URL' must be")):
             self.assertRegex(line, "^" + pattern)
         self.assertEqual(len(self.problems()), 8)
         self.assertEqual(self.listed(), [uuid_of(8)])
@@ -255,7 +255,7 @@ class TestProblems(ManageCase):
                 f".incoming-{U}: waits to be activated; last change 48 hours ago",
                 f".incoming-{V}: was never finished, or is still coming .*1 hours ago",
                 f".incoming-{W}: was never finished .*`check --clean` removes it; last change 48",
-                f".discarded-{U}: .*`check --clean` removes it"), strict=False):
+                f".discarded-{U}: .*`check --clean` removes it")):
             self.assertRegex(line, "^" + pattern)
         self.assertEqual(len(self.problems()), 5)
 
