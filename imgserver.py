@@ -6599,7 +6599,7 @@ class Inventory:
         self.images = sorted(found.values(), key=lambda image: image.order)
 
     def problems(self):
-        """Yield a sentence for each: what is not shown, not importable, waiting, or stale."""
+        """Yield a sentence for each image that is left out, not importable, waiting or stale."""
         for name in sorted(self.left_out):
             yield f"{label(self.config, name)} is left out: {printable(self.left_out[name])}"
         for image in self.images:
@@ -6694,7 +6694,7 @@ def list_text(images, config, options) -> str:
 
 
 def run_list(config, options):
-    """List the images in any state, and below what is wrong with them."""
+    """List the images in any state, and their problems below."""
     if options.problems and (options.words or options.json or options.parsable):
         raise UserError("--problems goes with nothing else", 2)
     filters = list_filters(options.words)
@@ -6960,7 +6960,7 @@ def at_least_one(text) -> int:
 
 def add_managing_commands(command):
     """The commands that list and change images; command() adds one."""
-    sub = command("list", run_list, "list the images, and below what is wrong with them",
+    sub = command("list", run_list, "list the images, and their problems below",
                   "list name=~web state=disabled")
     sub.add_argument("words", nargs="*", metavar="FIELD=VALUE",
                      help="only those that have it: name=web, name=~part, type=!zvol, "
@@ -6969,7 +6969,7 @@ def add_managing_commands(command):
     sub.add_argument("-p", dest="parsable", action="store_true",
                      help="the columns alone, whole and with a tab between them, for cut -f")
     sub.add_argument("--problems", action="store_true",
-                     help="only what is wrong; exit status 1 where there is anything")
+                     help="only the problems; exit status 1 where there are any")
     for name, run, text in (
             ("enable", run_state, "let disabled images be listed and imported again"),
             ("disable", run_state, "take images off the lists; running downloads go on"),
@@ -6990,7 +6990,7 @@ def add_managing_commands(command):
                      help="how many of each name stay, 1 or more")
     sub.add_argument("--name", help="only the images of this name")
     sub.add_argument("-n", dest="dry_run", action="store_true",
-                     help="delete nothing, but print what would be")
+                     help="delete none, but name those that would go")
 
 
 def option_parser() -> argparse.ArgumentParser:
