@@ -6961,7 +6961,7 @@ def at_least_one(text) -> int:
 def add_managing_commands(command):
     """The commands that list and change images; command() adds one."""
     sub = command("list", run_list, "list the images, and their problems below",
-                  "list name=~web state=disabled")
+                  example="list name=~web state=disabled")
     sub.add_argument("words", nargs="*", metavar="FIELD=VALUE",
                      help="only those that have it: name=web, name=~part, type=!zvol, "
                           "tag.role=db; fields: " + ", ".join(LIST_FILTERS))
@@ -6974,18 +6974,18 @@ def add_managing_commands(command):
             ("enable", run_state, "let disabled images be listed and imported again"),
             ("disable", run_state, "take images off the lists; running downloads go on"),
             ("delete", run_delete, "delete images; running downloads go on")):
-        sub = command(name, run, text, f"{name} {EXAMPLE}", True)
+        sub = command(name, run, text, True, f"{name} {EXAMPLE}")
         sub.set_defaults(enable=name == "enable")
         sub.add_argument("uuid", nargs="+", metavar="UUID")
     sub.add_argument("--force", action="store_true",
                      help="even where other images build on them")
     sub = command("update", run_update, "change fields of the manifest of an image",
-                  f"update {EXAMPLE} 'description=Web server' homepage=", True)
+                  True, f"update {EXAMPLE} 'description=Web server' homepage=")
     sub.add_argument("uuid", metavar="UUID")
     sub.add_argument("words", nargs="+", metavar="FIELD=VALUE",
                      help="as for import; FIELD= removes it")
-    sub = command("prune", run_prune, "delete all but the newest images of each name (and "
-                  "channel), and those that others build on", "prune --keep 3 -n", True)
+    sub = command("prune", run_prune, "delete old images: all but the newest of each "
+                  "name (and channel), if no other builds on them", True, "prune --keep 3 -n")
     sub.add_argument("--keep", type=at_least_one, required=True, metavar="N",
                      help="how many of each name stay, 1 or more")
     sub.add_argument("--name", help="only the images of this name")
@@ -7010,16 +7010,16 @@ def option_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", title="commands",
                                      parser_class=CommandParser)
 
-    def command(name, run, text, example, writes=False):
+    def command(name, run, text, writes=False, example=""):
         sub = commands.add_parser(
             name, parents=[shared], help=text, description=text[0].upper() + text[1:] + ".",
-            epilog="example:\n  imgserver.py " + example,
+            epilog=example and "example:\n  imgserver.py " + example,
             formatter_class=argparse.RawDescriptionHelpFormatter)
         sub.set_defaults(run=run, writes=writes)
         return sub
 
     serve = command("serve", run_serve, "serve the images (the default)",
-                    "serve --listen 8080 --dir /images")
+                    example="serve --listen 8080 --dir /images")
     for each in (parser, serve):
         each.add_argument("--listen", metavar="PORT|ADDRESS:PORT|/PATH", default=argparse.SUPPRESS,
                           help="where to listen: TCP, or a Unix socket; port 0 takes any "
@@ -7028,7 +7028,7 @@ def option_parser() -> argparse.ArgumentParser:
                           help="least level to log: " + ", ".join(LEVELS)
                                + " (default: loglevel of the configuration, info)")
     sub = command("import", run_import, "publish an image, read from standard input",
-                  "import web 1.2.0 'Web server' < web.zfs.gz", True)
+                  True, "import web 1.2.0 'Web server' < web.zfs.gz")
     add_import_options(sub)
     # For the script import-image alone, which passes everything on: without help, not listed.
     sub = commands.add_parser("import-image", parents=[shared], prog="import-image",
@@ -7048,12 +7048,12 @@ def option_parser() -> argparse.ArgumentParser:
                      help="print the Python that is used: $PYTHON, or the newest in "
                           "/opt/local/bin, or python3")
     command("activate", run_activate, "put an unactivated image on show",
-            f"activate {EXAMPLE}", True).add_argument("uuid", metavar="UUID")
+            True, f"activate {EXAMPLE}").add_argument("uuid", metavar="UUID")
     command("discard", run_discard, "throw an image away that is not active",
-            f"discard {EXAMPLE}", True).add_argument("uuid", metavar="UUID")
+            True, f"discard {EXAMPLE}").add_argument("uuid", metavar="UUID")
     add_managing_commands(command)
     sub = command("check", run_check, "read every image again, and compare with its manifest",
-                  "check --fast -q")
+                  example="check --fast -q")
     sub.add_argument("uuid", nargs="*", metavar="UUID", help="only these images")
     sub.add_argument("--fast", action="store_true",
                      help="compare manifests, sizes, first bytes and origins only")
@@ -7064,11 +7064,11 @@ def option_parser() -> argparse.ArgumentParser:
     sub.add_argument("-q", "--quiet", action="store_true",
                      help="print nothing when all is well, and no progress")
     sub = command("config", run_config, "write creator and vendor UUIDs into config.json, once",
-                  "config --check")
+                  example="config --check")
     sub.add_argument("--check", action="store_true",
                      help="write nothing, but say whether the server would start")
     sub = command("smf", run_smf, "print the SMF manifest for this directory and Python",
-                  "smf --user imgserver --group imgserver > image-server.smf.xml")
+                  example="smf --user imgserver --group imgserver > image-server.smf.xml")
     sub.add_argument("--directory", help="where imgserver.py is installed (default: here)")
     sub.add_argument("--python", help="the interpreter (default: this one)")
     sub.add_argument("--user", help="who runs it (default: you)")
