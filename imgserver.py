@@ -6765,7 +6765,7 @@ def run_delete(config, options):
 
 
 def run_prune(config, options):
-    """Delete all but the newest images of each name, and those that others build on."""
+    """Delete all but the newest images of each name and channel, if no other builds on them."""
     publisher, groups, kept = Publisher(config), {}, set()
     images = [image for image in Inventory(config).images if image.state != "unactivated"
               and options.name in (None, image.name)]
