@@ -319,7 +319,7 @@ class Logs(ServerCase):
         server = self.serve(prelude=PROMPT_LOG)
         agent = f"imgadm/3.9.5 (node/0.10.48; OpenSSL/1.0.1h) {U}"
         for headers, shown in (({"User-Agent": agent}, agent), ({}, ""),
-                               ({"User-Agent": 'a" 200 \x1b[1m'}, r'a\" 200 \x1b[1m'),
+                               ({"User-Agent": 'a" 200 \xe9'}, r'a\" 200 \xe9'),
                                ({"User-Agent": "z" * 3000}, "z" * 200 + "...")):
             with self.subTest(shown[:50]):
                 before = server.log().count("\n")
