@@ -134,6 +134,10 @@ class UserError(Exception):
         self.exit_status = exit_status
 
 
+class AddressInUse(UserError):
+    """Somebody listens there already; the server itself, perhaps."""
+
+
 def bad_request(message) -> ApiError:
     return ApiError(400, "BadRequestError", message)
 
@@ -159,6 +163,7 @@ LOG_DELAY = 0.2               # seconds a line may wait for others, so that a bu
 LOG_LIMIT = 1 << 20           # bytes of log held while nobody reads it; then lines are dropped
 TRACEBACK_LIMIT = 4000        # characters of a traceback in one log line, the last ones
 LOG_TARGET_LIMIT = 1000       # characters of a client's text in one log line
+AGENT_LIMIT = 200             # characters of a User-Agent there; imgadm's has some 90
 
 LEVELS = {"trace": 10, "debug": 20, "info": 30, "warn": 40, "error": 50, "fatal": 60}
 INFO, WARN = LEVELS["info"], LEVELS["warn"]
@@ -197,11 +202,15 @@ class Log:
     Lines are gathered and written together, at once from warn upwards.  A reader of
     stderr that has stopped reading costs lines, never a request: what is written to a
     pipe is only what fits it.
+
+    form    "text", or "json": an object a line, with the keys of bunyan, as Triton's logs
     """
 
-    def __init__(self, level="info", fd=2):
+    def __init__(self, level="info", fd=2, form="text"):
         self.level = LEVELS[level]
         self.fd = fd
+        self._record = None if form == "text" else {
+            "v": 0, "name": "imgserver", "hostname": socket.gethostname(), "pid": os.getpid()}
         self._lines = []
         self._held = b""
         self._lost = 0
@@ -217,19 +226,47 @@ class Log:
         """Write `text`, which must be printable, when `level` is to be logged."""
         if LEVELS[level] >= self.level:
             self.tick(int(time.time()))
-            self.add(f"{level} {text}")
+            self.add(level, text)
             if LEVELS[level] >= WARN:
                 self.flush(wait=True)
 
-    def add(self, text):
-        """Have a line wait for the next flush, with the time of the last tick before it."""
-        self._lines.append(self._stamp + text)
+    def add(self, level, text, facts=None):
+        """Queue a line, with the time of the last tick; facts: further keys of the JSON form."""
+        self._lines.append(f"{self._stamp} {level} {text}" if self._record is None
+                           else self._as_json(level, text, facts or {}))
+
+    def _as_json(self, level, text, facts) -> str:
+        return json.dumps({**self._record, "level": LEVELS[level], "time": self._stamp,
+                           "msg": text, **facts}, separators=(",", ":"))
+
+    def request(self, client, user, line, agent, status, size, seconds, title, failure):
+        """Queue the line of a request.
+
+        client, user    who: an address, and a name or None
+        line, agent     the request line and the User-Agent as they came
+        size, seconds   bytes of the body that went, and the time taken
+        title, failure  further facts about the answer, "" where there are none
+        """
+        if len(line) > LOG_TARGET_LIMIT or not _is_plain(line):
+            line = printable(line)
+        if len(agent) > AGENT_LIMIT or not _is_plain(agent):
+            agent = printable(agent, AGENT_LIMIT)
+        if self._record is None:
+            self.add("info", f'{client} "{line}" {status} {size} {seconds * 1000:.1f}ms '
+                             f"{user or '-'} \"{agent}\"{title and ' ' + title}{failure}")
+            return
+        method, _, target = line.partition(" ")
+        self.add("info", f"{line} {status}{failure}", {
+            "req": {"method": method, "url": target.rpartition(" ")[0] or target,
+                    "headers": {"user-agent": agent}, "remoteAddress": client},
+            "res": {"statusCode": status, "bytes": size},
+            "latency": round(seconds * 1000, 1), "user": user, "image": title or None})
 
     def tick(self, now):
         """It is `now`, in whole seconds since 1970."""
         if now != self._second:
             self._second = now
-            self._stamp = stamp(now) + " "
+            self._stamp = stamp(now)
 
     def info(self, text):
         self.line("info", text)
@@ -243,7 +280,7 @@ class Log:
     def exception(self, what):
         """A fault of our own: the traceback, on one line."""
         self.line("error", what + ": " + printable(traceback.format_exc()[-TRACEBACK_LIMIT:],
-                                                          TRACEBACK_LIMIT))
+                                                   TRACEBACK_LIMIT))
 
     @property
     def pending(self) -> bool:
@@ -261,7 +298,10 @@ class Log:
             del self._lines[:len(lines)]  # not all: a thread may add one just now
             data = self._held + "\n".join(lines + [""]).encode("ascii", "backslashreplace")
             if self._lost:
-                data = f"\n({self._lost} bytes of log lost: nobody read them)\n".encode() + data
+                text = f"({self._lost} bytes of log lost: nobody read them)"
+                if self._record is not None:
+                    text = self._as_json("warn", text, {})
+                data = f"\n{text}\n".encode() + data
             try:
                 while data and self._poll.poll(0):
                     data = data[os.write(self.fd, data[:self._piece]):]
@@ -424,6 +464,12 @@ def _loglevel(value):
     return value
 
 
+def _logformat(value):
+    if value not in ("text", "json"):
+        raise ValueError('must be "text" or "json"')
+    return value
+
+
 def _number(low, high, kinds=(int,)):
     def check(value):
         if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
@@ -527,6 +573,7 @@ SETTINGS = {
     "prefix": ("http://", _prefix),
     "suffix": ("", _suffix),
     "loglevel": ("info", _loglevel),
+    "logformat": ("text", _logformat),
     "serve_dir": (".", _directory),
     "image-creator": ("internal", _text),
     "image-creator-uuid": ("", _uuid_or_empty),
@@ -2851,7 +2898,8 @@ def choose_channels(config, manifest, default=None):
     for name in manifest["channels"]:
         if name not in names:
             raise ApiError(422, "ValidationFailed",
-                           f"there is no channel {name!a} in the configuration",
+                           f"there is no channel {name!a} in the configuration, but "
+                           + ", ".join(names),
                            [{"field": "channels", "code": "Invalid"}])
     origin = manifest.get("origin") and ImageReader(config).read(
         manifest["origin"], os.path.join(config.serve_dir, ""), ())
@@ -2977,7 +3025,6 @@ class Publisher:
         def changed(manifest):
             if is_v1(manifest) and V2_ALONE & changes.keys():
                 manifest = upgrade(manifest)
-                manifest.pop("state", None)
             manifest = {**manifest, **changes}
             manifest = {key: value for key, value in manifest.items()
                         if value is not None or key not in changes}
@@ -3024,7 +3071,7 @@ class Publisher:
         """Remove an image in any state; `force`: even where other images build on it."""
         with self._locked(uuid, ("", INCOMING), LOCK_PATIENCE) as image:
             if not force:
-                self.refuse_dependents(uuid)
+                self.refuse_dependents(uuid, self.dependents(uuid))
             with storing(f"image {uuid} cannot be removed"):
                 aside = self._set_aside(image.path, uuid, image.fd)
         self._remove(aside, uuid)
@@ -3043,9 +3090,9 @@ class Publisher:
         if os.path.lexists(self._path(uuid)):
             raise ApiError(409, "ImageUuidAlreadyExists", f'image uuid "{uuid}" already exists')
 
-    def refuse_dependents(self, uuid):
+    @staticmethod
+    def refuse_dependents(uuid, others):
         """Raise ApiError (422) where other images build on this one."""
-        others = self.dependents(uuid)
         if others:
             more = len(others) - DEPENDENTS_NAMED
             raise ApiError(
@@ -3054,17 +3101,27 @@ class Publisher:
                 + ", ".join(others[:DEPENDENTS_NAMED])
                 + (f", and {more} more..." if more > 0 else ""))
 
+    def manifest(self, uuid) -> dict:
+        """The manifest of an image in any state, as stored.  Raises ApiError."""
+        with self._locked(uuid, ("", INCOMING), LOCK_PATIENCE) as image:
+            return image.manifest()
+
     def dependents(self, uuid) -> list:
         """The uuids of all images, in any state, that build on this one."""
-        found = []
+        return self.all_dependents().get(uuid, [])
+
+    def all_dependents(self) -> dict:
+        """uuid: the uuids of all images, in any state, that build on it; if there are any."""
+        found = {}
         with storing("the images cannot be read"):
             names = os.listdir(self.serve_dir)
         for name in sorted(names):
             other = name[len(INCOMING):] if name.startswith(INCOMING) else name
             if is_uuid(other):
                 try:
-                    if read_manifest(os.path.join(self.serve_dir, name))[0].get("origin") == uuid:
-                        found.append(other)
+                    manifest, _ = read_manifest(os.path.join(self.serve_dir, name))
+                    if isinstance(manifest.get("origin"), str):
+                        found.setdefault(manifest["origin"], []).append(other)
                 except (OSError, BadImage, RecursionError):
                     pass                  # no client could import it
         return found
@@ -3704,6 +3761,7 @@ class Request:
     length      bytes of its body; None where it is chunked
     body        an object with read(n), as Body has it; None until a thread answers it
     peer        the address of the client; "" on a Unix socket
+    user        the name of the client's user; None for nobody, or until its right was asked for
     right       the right of the client, once it was asked for
     user        the name of its user, once that is sure; or None
     audience    whom the answer may be given to by a cache, as Rights tells
@@ -4896,7 +4954,7 @@ class ImgapiPublishing:
         others = [name for name in image.channels if name != channel
                   and name in self.imgapi.channels]
         if self._waits(image):
-            self.publisher.refuse_dependents(uuid)
+            self.publisher.refuse_dependents(uuid, self.publisher.dependents(uuid))
             self.publisher.discard(uuid)
         elif others and force != "true":
             self.publisher.update(uuid, {"channels": others})
@@ -5559,8 +5617,7 @@ class Connection:
             if response.file is None:
                 transport.queue(response.body, size)
         self.answered += 1
-        self.unlogged += ((end, self.line, response.status, size, self.started,
-                           response.title, self._client()),)
+        self._to_log(end, response.status, size, response.title)
         return not self.closing
 
     def flush(self):
@@ -5659,8 +5716,7 @@ class Connection:
         if self.request.body is not None:
             self.buffer = self.request.body.rest
         if response is None:              # nobody is there to be answered
-            self.unlogged += ((math.inf, self.line, GONE, 0, self.started, "",
-                               self._client()),)
+            self._to_log(math.inf, GONE, 0, "")
             self._log_answers()
             self.close()
             return
@@ -5772,16 +5828,16 @@ class Connection:
 
     # log
 
-    def _client(self) -> str:
-        """The client, after its user and "@" where there is one."""
+    def _to_log(self, end, status, size, title):
+        """Remember an answer for the log; `end` is the number of the byte behind it."""
         request = self.request
-        if request is None:
-            return client_name(self.peer, {})
-        name = self.peer or client_name("", request.headers)
-        return f"{request.user}@{name}" if request.user else name
+        user, headers = (None, {}) if request is None else (request.user, request.headers)
+        self.unlogged += ((end, self.line, status, size, self.started, title,
+                           self.peer or client_name("", headers), user,
+                           headers.get("user-agent", "")),)
 
     def _log_answers(self):
-        """A line for each answer: client, request, status, bytes of the body, time, image.
+        """A line for each answer: client, request, status, bytes, time, user, agent, image.
 
         It is written when the answer has gone, or has failed: then with the bytes that went.
         """
@@ -5789,14 +5845,11 @@ class Connection:
         if log.level > INFO:
             return
         now, sent = time.monotonic(), self.transport.sent
-        for end, line, status, size, started, title, client in unlogged:
+        for end, line, status, size, started, title, client, user, agent in unlogged:
             failure = ""
             if end > sent:
                 failure, size = self.failure, max(0, size - end + sent)
-            if len(line) > LOG_TARGET_LIMIT or not _is_plain(line):
-                line = printable(line)
-            log.add(f'info {client} "{line}" {status} {size} {(now - started) * 1000:.1f}ms'
-                    f"{title and ' ' + title}{failure}")
+            log.request(client, user, line, agent, status, size, now - started, title, failure)
 
 
 class Sender:
@@ -6394,7 +6447,7 @@ class UnixImageServer(ImageServer):
                 return                    # the last one has ended well: nothing to remove
             except (BlockingIOError, socket.timeout):
                 pass                      # a listener that does not accept: its queue is full
-            raise UserError(f"another server listens on {path}")
+            raise AddressInUse(f"another server listens on {path}")
 
     def describe(self):
         return self.server_address
@@ -6420,6 +6473,13 @@ class UnixImageServer(ImageServer):
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE)     # end a command
 PIPE_WRITE = 512              # bytes that a writable pipe takes at once (POSIX, _POSIX_PIPE_BUF)
 PROGRESS_EVERY = 0.25         # seconds between two figures on a terminal
+COLUMN_LIMIT = 36             # characters of a column of `list`: a uuid
+LIST_COLUMNS = ("UUID", "NAME", "VERSION", "OS", "TYPE", "SIZE", "STATE", "PUBLISHED", "ORIGIN",
+                "CHANNELS")
+LIST_FILTERS = ("uuid", "name", "version", "os", "type", "state", "origin", "channels", "owner",
+                "public", "billing_tag")
+EXAMPLE = "f669428c-a939-11e2-a485-b790efc0f0c1"      # a uuid for --help
+NO_SHA1 = "0" * 40            # in the place of one that the manifest does not have
 
 
 def start(config, log) -> EventLoop:
@@ -6444,9 +6504,10 @@ def start(config, log) -> EventLoop:
             if isinstance(error, PermissionError) and not is_path and address[1] < 1024:
                 reason = (f"{reason}; a port below 1024 needs the privilege net_privaddr, or "
                           "choose --listen 8080")
-            transient = error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
-            raise UserError(f"cannot listen on {config.listen_port}: {reason}",
-                            1 if transient else EXIT_CONFIG)
+            refusal = f"cannot listen on {config.listen_port}: {reason}"
+            if error.errno == errno.EADDRINUSE:
+                raise AddressInUse(refusal)
+            raise UserError(refusal, 1 if error.errno == errno.EADDRNOTAVAIL else EXIT_CONFIG)
     return loop
 
 
@@ -6468,9 +6529,9 @@ def raise_file_limit(config, log):
         log.warn(f"{soft} files may be open: max_connections is {config.max_connections}")
 
 
-def run_serve(config, _):
-    """Serve until SIGTERM or SIGINT; a second one ends it at once."""
-    log = Log(config.loglevel)
+def prepare(config) -> EventLoop:
+    """All that a start does before it serves.  Raises UserError as start() does."""
+    log = Log(config.loglevel, form=config.logformat)
     for warning in config.warnings:
         log.warn(warning)
     config.check_serve_dir()
@@ -6478,6 +6539,13 @@ def run_serve(config, _):
     loop = start(config, log)
     if loop.site.rights.publishing and not os.access(config.serve_dir, os.W_OK | os.X_OK):
         log.warn("publishing over HTTP needs write access to serve_dir, which is missing")
+    return loop
+
+
+def run_serve(config, _):
+    """Serve until SIGTERM or SIGINT; a second one ends it at once."""
+    loop = prepare(config)
+    log = loop.log
 
     def end(number, frame):
         loop.stop(at_once=loop.draining)
@@ -6638,8 +6706,18 @@ def read_given_manifest(path, signals) -> dict:
     return {key: value for key, value in manifest.items() if key not in ("state", "icon")}
 
 
+def check_texts(texts):
+    """Raise UserError for bytes of the command line that no manifest can have."""
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError(f"{text!a} is not UTF-8")
+
+
 def given_fields(texts) -> dict:
     """The fields of FIELD=VALUE words.  Raises UserError."""
+    check_texts(texts)
     try:
         return dict(map(parse_field, texts))
     except ValueError as error:
@@ -6649,11 +6727,7 @@ def given_fields(texts) -> dict:
 def manifest_to_import(config, options) -> dict:
     """The manifest that the options of `import` ask for.  Raises UserError."""
     texts = options.words
-    for text in texts:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise UserError(f"{text!a} is not UTF-8")
+    check_texts(texts)
     if options.uuid and not is_uuid(options.uuid):
         raise UserError(f"{options.uuid!a} is not a UUID in lower case")
     given = {key: value for key, value in (("os", options.os), ("type", options.type),
@@ -6750,6 +6824,24 @@ def run_import_image(config, options):
     return options.step(config, options)
 
 
+def label(config, uuid) -> str:
+    """uuid, name and version of an image in any state, as far as its manifest tells."""
+    for prefix in ("", INCOMING):
+        with contextlib.suppress(OSError, BadImage, LookupError, RecursionError):
+            manifest, _ = read_manifest(os.path.join(config.serve_dir, prefix + uuid))
+            return printable(f"{uuid} {manifest['name']} {manifest['version']}")
+    return printable(uuid)
+
+
+@contextlib.contextmanager
+def about(file):
+    """Make of each OSError and BadImage in the block a BadImage that begins with its name."""
+    try:
+        yield
+    except (OSError, BadImage) as error:
+        raise BadImage(f"{file}: {getattr(error, 'strerror', error)}")
+
+
 class Check:
     """Compares the images of serve_dir with their manifests; one run of `check`."""
 
@@ -6781,10 +6873,8 @@ class Check:
             self._check_head(image)
         else:
             found = found or self._scan(image)
-            try:
+            with about(image.file):
                 self._compare(found, image)
-            except BadImage as error:
-                raise BadImage(f"{image.file}: {error}")
             if self.options.record:
                 record_facts(directory, found)
         if image.origin and not os.path.exists(
@@ -6799,17 +6889,13 @@ class Check:
         """Read all of an image's file.  Raises BadImage, and UserError after a signal."""
         found, progress = FileScan(), Progress(f"{image.uuid} {image.file}", self.options.quiet)
         try:
-            fd, _ = open_regular(os.path.join(image.directory, image.file))
-            with open(fd, "rb", buffering=0) as file:
+            with about(image.file), open(open_regular(os.path.join(
+                    image.directory, image.file))[0], "rb", buffering=0) as file:
                 for chunk in iter(lambda: file.read(CHUNK), b""):
                     self.signals.check()
                     found.feed(chunk)
                     progress.add(len(chunk))
-            found.finish()
-        except OSError as error:
-            raise BadImage(f"{image.file}: {error.strerror}")
-        except BadImage as error:
-            raise BadImage(f"{image.file}: {error}")
+                found.finish()
         finally:
             progress.clear()
         return found
@@ -6825,13 +6911,10 @@ class Check:
     def _check_head(self, image):
         """The same by the first bytes of the file alone.  Raises BadImage."""
         path = os.path.join(image.directory, image.file)
-        try:
-            fd, _ = open_regular(path)
-            with open(fd, "rb", buffering=0) as file:
+        with about(image.file):
+            with open(open_regular(path)[0], "rb", buffering=0) as file:
                 compression = compression_of(file.read(MAGIC_LENGTH), image.file)
             stream = read_stream(path, compression)
-        except (OSError, BadImage) as error:
-            raise BadImage(f"{image.file}: {getattr(error, 'strerror', error)}")
         self._check_facts([], compression, stream, image, whole=False)
 
     def _check_facts(self, pairs, compression, stream, image, whole=True):
@@ -6851,30 +6934,19 @@ class Check:
             raise BadImage(problem)
         self.publisher.check_origin(image.origin, stream)
 
-    def label(self, uuid) -> str:
-        """uuid, name and version of an image, as far as its manifest tells."""
-        try:
-            manifest, _ = read_manifest(os.path.join(self.config.serve_dir, uuid))
-            texts = [uuid, str(manifest["name"]), str(manifest["version"])]
-        except (OSError, BadImage, LookupError, RecursionError):
-            texts = [uuid]
-        return printable(" ".join(texts))
-
     def leftovers(self):
         """Say which images are not active; with --clean remove the stale ones."""
         for uuid, problem, age in list(incoming(self.config, self.reader)):
-            text = (f"was never finished, or is still coming ({problem})" if problem else
-                    "waits to be activated")
+            text = incoming_text(uuid, problem, age)
             removed = self.options.clean and problem is not None and age > STALE
             if removed:
                 try:
                     self.publisher.discard(uuid)
-                    text = "was never finished: removed"
+                    text = f"{INCOMING}{uuid}: was never finished: removed"
                 except ApiError as error:
-                    text = f"was never finished: {error.message}"
+                    text = f"{INCOMING}{uuid}: was never finished: {error.message}"
             if removed or not self.options.quiet:
-                self.signals.say(f"{INCOMING}{uuid}: {printable(text)}; "
-                                 f"last change {age / 3600:.0f} hours ago")
+                self.signals.say(text)
 
     def clean(self):
         """Remove the remains of commands that were killed: set aside, or half written."""
@@ -6893,13 +6965,19 @@ class Check:
                             os.unlink(entry.path)
 
 
+def stored_file(directory):
+    """(manifest, files[0]) of an image as stored; files[0] is None where there is none."""
+    with contextlib.suppress(OSError, BadImage, LookupError, TypeError):
+        manifest, _ = read_manifest(directory)
+        if isinstance(manifest["files"][0], dict):
+            return manifest, manifest["files"][0]
+    return {}, None
+
+
 def lacks_facts(directory) -> bool:
     """Whether a manifest does not say the size or the sha1 of its file."""
-    try:
-        file = read_manifest(directory)[0]["files"][0]
-        return not (file.get("size") and file.get("sha1"))
-    except (OSError, BadImage, LookupError, TypeError, AttributeError):
-        return False
+    file = stored_file(directory)[1]
+    return file is not None and not (file.get("size") and file.get("sha1"))
 
 
 def record_facts(directory, found):
@@ -6908,15 +6986,11 @@ def record_facts(directory, found):
     By rename; its mtime stays, which may be shown as published_at.  Not where the manifest
     has become another since the file was read.  Raises ApiError where it cannot be written.
     """
-    try:
-        manifest, _ = read_manifest(directory)
-        file = manifest["files"][0]
-        facts = {"size": found.size, **found.hashes()}
-        facts["md5_of"] = facts["sha1"]
-        if any(str(file.get(key) or facts[key]).lower() != str(facts[key])
-               for key in ("size", "sha1")):
-            return
-    except (OSError, BadImage, LookupError, TypeError, AttributeError):
+    manifest, file = stored_file(directory)
+    facts = {"size": found.size, **found.hashes()}
+    facts["md5_of"] = facts["sha1"]
+    if file is None or any(str(file.get(key) or facts[key]).lower() != str(facts[key])
+                           for key in ("size", "sha1")):
         return
     kept = {key: file[key] for key in ("size", "sha1") if file.get(key)}
     if {**file, **facts, **kept} != file:
@@ -6946,6 +7020,14 @@ def incoming(config, reader):
         yield uuid, problem, time.time() - max(times)
 
 
+def incoming_text(uuid, problem, age) -> str:
+    """A sentence about an image that is not active, from what `incoming` yields."""
+    text = "waits to be activated" if problem is None else (
+        f"was never finished ({problem}): `check --clean` removes it" if age > STALE else
+        f"was never finished, or is still coming ({problem})")
+    return f"{INCOMING}{uuid}: {printable(text)}; last change {age / 3600:.0f} hours ago"
+
+
 def run_check(config, options):
     """Compare every image with its manifest, and say which are not as that promises."""
     config.check_serve_dir()
@@ -6962,7 +7044,7 @@ def run_check(config, options):
             check.image(uuid)
         except (BadImage, ApiError) as error:
             bad += 1
-            say(f"{check.label(uuid)}: {printable(str(error))}")
+            say(f"{label(config, uuid)}: {printable(str(error))}")
     if options.clean:
         check.clean()
     if not options.uuid:
@@ -6973,8 +7055,252 @@ def run_check(config, options):
     return 1 if bad else 0
 
 
+class Unhashed:
+    """In the place of a Hasher: a list needs no sha1, and so reads no image files."""
+
+    @staticmethod
+    def hashes(path, key):
+        return NO_SHA1, bytes(16)
+
+
+class Inventory:
+    """All images of serve_dir as they are now, for the commands: image files are not read.
+
+    images      the sound ones, in any state, in the order of publishing
+    left_out    name of a directory: why the image there is not shown
+    """
+
+    def __init__(self, config, apis=()):
+        config.check_serve_dir()
+        self.config, self.reader = config, ImageReader(config, Unhashed())
+        found, self.left_out = {}, {}
+        for name in sorted(os.listdir(config.serve_dir), reverse=True):   # .incoming-* come last
+            uuid = name[len(INCOMING):]
+            if name.startswith(INCOMING) and is_uuid(uuid) and uuid not in found:
+                image = self.reader.read_unactivated(uuid)
+                if image is not None and not image.problem:
+                    found[uuid] = image
+            elif len(name) == len(NOBODY):
+                image = is_uuid(name) and self.reader.read(
+                    name, os.path.join(config.serve_dir, ""), apis)
+                reason = image.problem if image else passed_over(config.serve_dir, name)
+                if reason is None and is_uuid(name) and not image \
+                        and os.path.isdir(os.path.join(config.serve_dir, name)):
+                    reason = f"there is no {MANIFEST}"
+                if reason:
+                    self.left_out[name] = reason
+                elif image:
+                    found[name] = image
+        for uuid in endless({uuid: image.origin for uuid, image in found.items()}):
+            del found[uuid]
+            self.left_out[uuid] = "its origins form a cycle"
+        self.by_uuid = found
+        self.images = sorted(found.values(), key=lambda image: image.order)
+
+    def problems(self):
+        """Yield a sentence for each image that is left out, not importable, waiting or stale."""
+        for name in sorted(self.left_out):
+            yield f"{label(self.config, name)} is left out: {printable(self.left_out[name])}"
+        for image in self.images:
+            for text in (*image.notes, *self._problems_of(image)):
+                yield f"{image.uuid} {image.title}: {printable(text)}"
+        for uuid, problem, age in incoming(self.config, self.reader):
+            yield incoming_text(uuid, problem, age)
+        for name in sorted(os.listdir(self.config.serve_dir)):
+            if name.startswith(DISCARDED):
+                yield f"{printable(name)}: is being removed, or else `check --clean` removes it"
+
+    def _problems_of(self, image):
+        """Yield why imgadm does not see a sound image, or does not find its origin."""
+        if image.state not in ("active", "disabled") and not image.place.endswith(INCOMING):
+            yield f"waits to be activated: its manifest has the state {image.state}"
+        channels = [channel["name"] for channel in self.config.channels]
+        if channels and set(channels).isdisjoint(image.channels):
+            yield "it is in no channel of the configuration: nobody sees it over IMGAPI"
+        origin = self.by_uuid.get(image.origin)
+        if image.origin is None:
+            return
+        if origin is None:
+            mirror = f": imgserver.py mirror URL {image.origin}"
+            yield (f"imgadm cannot import it until image {image.origin} is on this server, too"
+                   + (mirror if image.origin not in self.left_out else ""))
+        elif origin.state == "unactivated" != image.state:
+            yield f"imgadm cannot import it until image {image.origin} is activated"
+        elif channels and set(image.channels).isdisjoint(origin.channels):
+            yield no_common_channel(origin.uuid)
+
+
+def endless(origins) -> list:
+    """The uuids whose chain of origins never ends, of {uuid: origin or None}."""
+    result, finite = [], set()
+    for uuid in origins:
+        chain, link = set(), uuid
+        while link in origins and link not in chain and link not in finite:
+            chain.add(link)
+            link = origins[link]
+        if link in chain or link in result:
+            result.append(uuid)
+        else:
+            finite |= chain
+    return result
+
+
+def list_filters(texts):
+    """Functions of an Image for the FIELD=VALUE words of `list`.  Raises UserError."""
+    query, filters = {}, []
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not sign or name not in LIST_FILTERS and not name.startswith("tag."):
+            raise UserError(f"{text!a} is not FIELD=VALUE with one of "
+                            + ", ".join(LIST_FILTERS) + ", tag.KEY", 2)
+        query.setdefault(name, []).append(value)
+        if name in ("uuid", "state", "origin"):
+            filters.append(lambda image, name=name, value=value:
+                           (getattr(image, name) or "") == value)
+        elif name == "channels":
+            filters.append(lambda image, value=value: value in image.channels)
+    return filters + image_filters(query, None)
+
+
+def list_row(image, config) -> list:
+    """The columns of an image in `list`."""
+    published = image.order[0].partition(".")[0] + "Z"
+    row = [image.uuid, image.name, image.version, image.os, image.type, str(image.size),
+           image.state, "-" if image.state == "unactivated" else published, image.origin or "-"]
+    return row + ([printable(",".join(image.channels)) or "-"] if config.channels else [])
+
+
+def list_text(images, config, options) -> str:
+    """The images of `list` as a table, as lines for `cut`, or as JSON."""
+    if options.json:
+        values = []
+        for image in images:
+            values.append(image.fields())
+            for file in values[-1]["files"]:
+                if file["sha1"] == NO_SHA1:
+                    del file["sha1"]
+            if config.channels:
+                values[-1]["channels"] = list(image.channels)
+        return render_json(values)
+    rows = [list_row(image, config) for image in images]
+    if options.parsable:
+        return "\n".join(map("\t".join, rows))
+    rows = [LIST_COLUMNS[:9 + bool(config.channels)]] + [
+        [text if len(text) <= COLUMN_LIMIT else text[:COLUMN_LIMIT - 3] + "..." for text in row]
+        for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join(" ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def run_list(config, options):
+    """List the images in any state, and their problems below."""
+    if options.problems and (options.words or options.json or options.parsable):
+        raise UserError("--problems goes with nothing else", 2)
+    filters = list_filters(options.words)
+    inventory = Inventory(config, (IMGAPI,) if options.json or any(
+        text.startswith("tag.") for text in options.words) else ())
+    images = [image for image in inventory.images if all(check(image) for check in filters)]
+    problems = [] if filters or options.json or options.parsable else list(inventory.problems())
+    parts = [] if options.problems else [list_text(images, config, options)]
+    text = "\n\n".join(filter(None, parts + ["\n".join(problems)]))
+    if text:
+        options.signals.say(text)
+    return 1 if options.problems and problems else 0
+
+
+def change_images(config, options, uuids, change, done):
+    """Call change(uuid) for each image, and say `done` of it."""
+    for uuid in uuids:
+        options.signals.check()
+        text = label(config, uuid)
+        change(uuid)
+        options.signals.say(f"{done} image {text}")
+    return 0
+
+
+def run_state(config, options):
+    """Enable or disable images: all of them are checked before the first is changed."""
+    publisher = Publisher(config)
+    uuids = list(dict.fromkeys(map(checked_uuid, options.uuid)))
+    for uuid in uuids:
+        publisher.manifest(uuid)
+    verb, done = ((publisher.enable, "Enabled") if options.enable else
+                  (publisher.disable, "Disabled"))
+    return change_images(config, options, uuids, verb, done)
+
+
+def run_update(config, options):
+    """Set or remove fields of one image."""
+    uuid = checked_uuid(options.uuid)
+    Publisher(config).update(uuid, given_fields(options.words))
+    options.signals.say(f"Updated image {label(config, uuid)}")
+    return 0
+
+
+def run_delete(config, options):
+    """Delete images: all of them are checked before the first is deleted."""
+    publisher = Publisher(config)
+    uuids = list(dict.fromkeys(map(checked_uuid, options.uuid)))
+    origins = {}
+    others = {} if options.force else publisher.all_dependents()
+    for uuid in uuids:
+        if not any(os.path.isdir(os.path.join(config.serve_dir, prefix + uuid))
+                   for prefix in ("", INCOMING)):
+            raise not_found(f"image {uuid} not found")
+        publisher.refuse_dependents(uuid, [other for other in others.get(uuid, ())
+                                          if other not in uuids])
+        origins.update(dict.fromkeys(others.get(uuid, ()), uuid))
+
+    def depth(uuid):                      # of a chain of origins; a cycle is cut at its length
+        count = 0
+        while uuid in origins and count < len(origins):
+            uuid, count = origins[uuid], count + 1
+        return count
+    uuids.sort(key=depth, reverse=True)   # an image before the one that it builds on
+    return change_images(config, options, uuids,
+                         lambda uuid: publisher.delete(uuid, options.force), "Deleted")
+
+
+def run_prune(config, options):
+    """Delete all but the newest images of each name and channel, if no other builds on them."""
+    publisher, groups, kept = Publisher(config), {}, set()
+    images = [image for image in Inventory(config).images if image.state != "unactivated"
+              and options.name in (None, image.name)]
+    if options.name is not None and not images:
+        raise UserError(f"there is no image {options.name!a}")
+    for image in reversed(images):        # the newest first
+        for channel in image.channels if config.channels and image.channels else (None,):
+            group = groups.setdefault((image.name, channel), [])
+            if len(group) < options.keep:             # so that N that can be imported stay
+                kept.add(image.uuid)
+                group += [image] if image.state == "active" else []
+    others = publisher.all_dependents()
+    doomed = [image.uuid for image in images
+              if image.uuid not in kept and image.uuid not in others]
+    return change_images(config, options, doomed,
+                         (lambda uuid: None) if options.dry_run else publisher.delete,
+                         "Would delete" if options.dry_run else "Deleted")
+
+
+def check_config(config, options):
+    """Say whether a server would start with this configuration, as `nginx -t` does.
+
+    The same sentences and statuses; but an address in use is none of its mistakes.
+    """
+    try:
+        for server in prepare(config).servers:
+            server.server_close()
+        note = ""
+    except AddressInUse as error:
+        note = f" ({error}: the server that runs, perhaps)"
+    options.signals.say("the configuration is right" + printable(note))
+    return 0
+
+
 def run_config(config, options):
     """Write a creator's and a vendor's UUID into config.json, unless it has them."""
+    if options.check:
+        return check_config(config, options)
     path = os.path.abspath(options.config or default_config())
     values = {}
     if os.path.exists(path):
@@ -7191,6 +7517,48 @@ def add_import_options(sub):
     sub.add_argument("-q", "--quiet", action="store_true", help="no progress on a terminal")
 
 
+def at_least_one(text) -> int:
+    """The N of --keep.  Raises ArgumentTypeError, which the parser reports."""
+    if not re.fullmatch("0*[1-9][0-9]{0,8}", text):
+        raise argparse.ArgumentTypeError(f"must be a number from 1 on, not {text!a}")
+    return int(text)
+
+
+def add_managing_commands(command):
+    """The commands that list and change images; command() adds one."""
+    sub = command("list", run_list, "list the images, and their problems below",
+                  example="list name=~web state=disabled")
+    sub.add_argument("words", nargs="*", metavar="FIELD=VALUE",
+                     help="only those that have it: name=web, name=~part, type=!zvol, "
+                          "tag.role=db; fields: " + ", ".join(LIST_FILTERS))
+    sub.add_argument("-j", "--json", action="store_true", help="their manifests, as JSON")
+    sub.add_argument("-p", dest="parsable", action="store_true",
+                     help="the columns alone, whole and with a tab between them, for cut -f")
+    sub.add_argument("--problems", action="store_true",
+                     help="only the problems; exit status 1 where there are any")
+    for name, run, text in (
+            ("enable", run_state, "let disabled images be listed and imported again"),
+            ("disable", run_state, "take images off the lists; running downloads go on"),
+            ("delete", run_delete, "delete images; running downloads go on")):
+        sub = command(name, run, text, True, f"{name} {EXAMPLE}")
+        sub.set_defaults(enable=name == "enable")
+        sub.add_argument("uuid", nargs="+", metavar="UUID")
+    sub.add_argument("--force", action="store_true",
+                     help="even where other images build on them")
+    sub = command("update", run_update, "change fields of the manifest of an image",
+                  True, f"update {EXAMPLE} 'description=Web server' homepage=")
+    sub.add_argument("uuid", metavar="UUID")
+    sub.add_argument("words", nargs="+", metavar="FIELD=VALUE",
+                     help="as for import; FIELD= removes it")
+    sub = command("prune", run_prune, "delete old images: all but the newest of each "
+                  "name (and channel), if no other builds on them", True, "prune --keep 3 -n")
+    sub.add_argument("--keep", type=at_least_one, required=True, metavar="N",
+                     help="how many of each name stay, 1 or more")
+    sub.add_argument("--name", help="only the images of this name")
+    sub.add_argument("-n", dest="dry_run", action="store_true",
+                     help="delete none, but name those that would go")
+
+
 def option_parser() -> argparse.ArgumentParser:
     """The command line; `run` of what it parses is the command's function."""
     shared = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
@@ -7208,12 +7576,16 @@ def option_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", title="commands",
                                      parser_class=CommandParser)
 
-    def command(name, run, text, writes=False):
-        sub = commands.add_parser(name, parents=[shared], help=text, description=text)
+    def command(name, run, text, writes=False, example=""):
+        sub = commands.add_parser(
+            name, parents=[shared], help=text, description=text[0].upper() + text[1:] + ".",
+            epilog=example and "example:\n  imgserver.py " + example,
+            formatter_class=argparse.RawDescriptionHelpFormatter)
         sub.set_defaults(run=run, writes=writes)
         return sub
 
-    serve = command("serve", run_serve, "serve the images (the default)")
+    serve = command("serve", run_serve, "serve the images (the default)",
+                    example="serve --listen 8080 --dir /images")
     for each in (parser, serve):
         each.add_argument("--listen", metavar="PORT|ADDRESS:PORT|/PATH", default=argparse.SUPPRESS,
                           help="where to listen: TCP, or a Unix socket; port 0 takes any "
@@ -7221,11 +7593,15 @@ def option_parser() -> argparse.ArgumentParser:
         each.add_argument("--loglevel", metavar="LEVEL", default=argparse.SUPPRESS,
                           help="least level to log: " + ", ".join(LEVELS)
                                + " (default: loglevel of the configuration, info)")
-    sub = command("import", run_import, "publish an image, read from standard input", True)
+    sub = command("import", run_import, "publish an image, read from standard input",
+                  True, "import web 1.2.0 'Web server' < web.zfs.gz")
     add_import_options(sub)
     # For the script import-image alone, which passes everything on: without help, not listed.
     sub = commands.add_parser("import-image", parents=[shared], prog="import-image",
-                              description="Publish an image, read from standard input.")
+                              formatter_class=argparse.RawDescriptionHelpFormatter,
+                              description="Publish an image, read from standard input.",
+                              epilog="example:\n  import-image --dir /images web 1.2.0 "
+                                     "'Web server' < web.zfs.gz")
     sub.set_defaults(run=run_import_image, writes=True)
     add_import_options(sub)
     sub.usage += ("\n       %(prog)s [--dir DIR] [--config FILE] -a UUID | -d UUID"
@@ -7237,11 +7613,13 @@ def option_parser() -> argparse.ArgumentParser:
     sub.add_argument("-p", action="store_true",
                      help="print the Python that is used: $PYTHON, or the newest in "
                           "/opt/local/bin, or python3")
-    command("activate", run_activate, "put an unactivated image on show", True).add_argument(
-        "uuid", metavar="UUID")
+    command("activate", run_activate, "put an unactivated image on show",
+            True, f"activate {EXAMPLE}").add_argument("uuid", metavar="UUID")
     command("discard", run_discard, "throw an image away that is not active",
-            True).add_argument("uuid", metavar="UUID")
-    sub = command("check", run_check, "read every image again, and compare with its manifest")
+            True, f"discard {EXAMPLE}").add_argument("uuid", metavar="UUID")
+    add_managing_commands(command)
+    sub = command("check", run_check, "read every image again, and compare with its manifest",
+                  example="check --fast -q")
     sub.add_argument("uuid", nargs="*", metavar="UUID", help="only these images")
     sub.add_argument("--fast", action="store_true",
                      help="compare manifests, sizes, first bytes and origins only")
@@ -7252,15 +7630,20 @@ def option_parser() -> argparse.ArgumentParser:
     sub.add_argument("-q", "--quiet", action="store_true",
                      help="print nothing when all is well, and no progress")
     sub = command("user", run_user, "list the users, or make, change or delete one; a password "
-                  "is asked for, or is a line of standard input")
+                  "is asked for, or is a line of standard input",
+                  example="user joe --rights publish")
     sub.add_argument("name", nargs="?", metavar="NAME")
     choice = sub.add_mutually_exclusive_group()
     choice.add_argument("--rights", choices=RIGHTS,
                         help="what NAME may do, each with those before it (default: read); the "
                              "password of one who is there stays")
     choice.add_argument("--delete", action="store_true", help="delete NAME")
-    command("config", run_config, "write creator and vendor UUIDs into config.json, once")
-    sub = command("smf", run_smf, "print the SMF manifest for this directory and Python")
+    sub = command("config", run_config, "write creator and vendor UUIDs into config.json, once",
+                  example="config --check")
+    sub.add_argument("--check", action="store_true",
+                     help="write nothing, but say whether the server would start")
+    sub = command("smf", run_smf, "print the SMF manifest for this directory and Python",
+                  example="smf --user imgserver --group imgserver > image-server.smf.xml")
     sub.add_argument("--directory", help="where imgserver.py is installed (default: here)")
     sub.add_argument("--python", help="the interpreter (default: this one)")
     sub.add_argument("--user", help="who runs it (default: you)")
@@ -7314,7 +7697,8 @@ def main(arguments=None) -> int:
     except (UserError, ApiError) as error:
         message, status = str(error), getattr(error, "exit_status", 1)
         if getattr(error, "errors", None) and all("message" in each for each in error.errors):
-            message = "; ".join(each["message"] for each in error.errors)
+            message = "; ".join(each["message"] if each["field"] in each["message"] else
+                                f"{each['field']}: {each['message']}" for each in error.errors)
         cause = error.__cause__
         if isinstance(cause, OSError) and os.path.isabs(cause.filename or ""):
             message += f" ({cause.filename})"
@@ -7326,7 +7710,8 @@ def main(arguments=None) -> int:
         message = str(error.strerror or error)
     options.signals.finish(published=False)
     with contextlib.suppress(OSError, AttributeError):    # nobody to tell; the status does
-        sys.stderr.write(f"imgserver: {message}\n")
+        if status != 128 + signal.SIGPIPE or options.writes:      # not after `list | head`
+            sys.stderr.write(f"imgserver: {message}\n")
     if status > 128:                      # a signal: no line that nobody reads delays the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return status
