@@ -3452,7 +3452,7 @@ class RemoteFile:
         self.resumed = offset > 0
 
     def read(self, size) -> bytes:
-        """At most `size` bytes; b"" at the end.  Raises StartOver, and SourceError."""
+        """At most `size` bytes; b"" at the end.  Raises SourceError, StartOver, BadImage."""
         while self._offset < self._size:
             try:
                 if self._body is None:
@@ -3469,7 +3469,7 @@ class RemoteFile:
                     self._good, self._tries = self._offset, 0
                 self._tries = self._server.wait(error, self._tries)
         if self._body is not None and self._body.read(1):
-            raise SourceError(f"its file has more than the {self._size} bytes of its manifest")
+            raise BadImage(f"its file has more than the {self._size} bytes of its manifest")
         return b""
 
     def _open(self):
@@ -3762,6 +3762,7 @@ def localise(config, given) -> dict:
     manifest, _, reasons = normalise(given)
     if reasons:
         raise BadImage("its manifest cannot be used: " + ", ".join(reasons))
+    manifest = dict(manifest)
     state = manifest.pop("state", "active")
     if state not in ("active", "disabled"):
         raise BadImage(f"it is {state} there")
@@ -3935,7 +3936,7 @@ class Mirror:
             try:
                 uuid = checked_name(entry.get("uuid"))
             except SourceError as error:
-                self.failed.add(None)
+                self.failed.add("")
                 self.complain(str(error))
                 continue
             name = str(entry.get("name"))
