@@ -851,8 +851,8 @@ class TestServers(ServerCase):
         data = streams.pack(streams.stream(streams.noise(100 << 20)), "none")
         write_v2(self.serve_dir, U, data, compression="none", path="image.zfs")
         server = self.serve()
-        report = ("import atexit, resource; atexit.register(lambda: print("
-                  "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))")
+        report = ("import atexit, re; atexit.register(lambda: print(re.search("
+                  "'VmHWM:\\\\s+([0-9]+)', open('/proc/self/status').read())[1]))")
         done = subprocess.run(command(
             "--dir", self.here, "mirror", "-q", f"http://127.0.0.1:{server.address[1]}", U,
             prelude=report), capture_output=True, text=True)
