@@ -292,7 +292,7 @@ def reachable(address):
 
 def parse(data):
     """The Request that these bytes are.  Raises imgserver.ApiError."""
-    return imgserver.parse_head(imgserver._HEAD.match(data.decode("latin-1")))
+    return imgserver.parse_request(imgserver._HEAD.match(data.decode("latin-1")))
 
 
 def ask(site, request, method="GET", **headers):
@@ -311,7 +311,9 @@ def ask(site, request, method="GET", **headers):
         response = site.answer(parsed)
     except imgserver.ApiError as refusal:
         response = imgserver.error_response(refusal)
-    body = bytes(response.body)
+    body = response.body
+    if isinstance(body, imgserver.Listing):
+        body = b"".join(map(body.render, range(len(body))))
     if response.file is not None:
         body = os.pread(response.file, response.length, response.offset)
         response.close()
@@ -320,7 +322,7 @@ def ask(site, request, method="GET", **headers):
         name, _, value = line.partition(": ")
         assert name.lower() not in fields, f"{name} is sent twice"
         fields[name.lower()] = value
-    return Answer(response.status, fields, body, response.fields)
+    return Answer(response.status, fields, bytes(body), response.fields)
 
 
 def log_of(site):
@@ -366,7 +368,7 @@ class Server:
                 [*wrapper, *command(*arguments, prelude=prelude, python=python)], stderr=log,
                 stdin=subprocess.DEVNULL, env={**os.environ, **(environment or {})})
         try:
-            match = self.wait_log(r"imgserver \S+ serves .* on (\S+)")
+            match = self.wait_log(r"imgserver \S+ serves .* on ([^\s,]+)")
         except AssertionError:
             self.kill()
             raise AssertionError(f"the server did not start: {self.log()}")
