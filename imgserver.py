@@ -3527,12 +3527,16 @@ class RemoteServer:
 
     def __init__(self, url, channel=None, ca=None, insecure=False, timeout=300,
                  waiting=contextlib.nullcontext, pause=time.sleep, tell=lambda text: None):
-        """Raises ValueError for a URL or a `ca` that is none."""
-        parts = urllib.parse.urlsplit(url)
+        """Raises ValueError, without the URL, for one that is none and for `ca`."""
+        try:
+            parts = urllib.parse.urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0 \
+                    or not re.fullmatch("[!-~]+", url):
+                raise ValueError
+        except ValueError:                # urlsplit's may show a password
+            raise ValueError("is not http://HOST[:PORT], https://HOST[:PORT] or a "
+                             "directory") from None
         channel = channel or dict(urllib.parse.parse_qsl(parts.query)).get("channel")
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0 \
-                or not re.fullmatch("[!-~]+", url):
-            raise ValueError("is not http://HOST[:PORT], https://HOST[:PORT] or a directory")
         path = parts.path.rstrip("/")
         self._is_dsapi = path.endswith("/datasets")
         if channel and self._is_dsapi:
@@ -3593,7 +3597,7 @@ class RemoteServer:
             return None
         path = self._target(f"{self._images}/{manifest['uuid']}/icon", {})
         with contextlib.closing(self._retried(lambda: self.open(path, {}))) as body:
-            return body.response.headers.get("Content-Type", ""), body.read_all(ICON_LIMIT)
+            return body.response.headers.get_content_type(), body.read_all(ICON_LIMIT)
 
     def open(self, path, fields) -> RemoteBody:
         """Send one request: the body of its answer."""
@@ -3681,6 +3685,19 @@ def checked_name(uuid) -> str:
     return uuid
 
 
+@contextlib.contextmanager
+def reading(path):
+    """Make a SourceError of each OSError and BadImage in the block."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise SourceError(f"there is no {path}", 404)
+    except OSError as error:
+        raise SourceError(f"cannot read {path}: {error.strerror}")
+    except BadImage as error:
+        raise SourceError(str(error))
+
+
 class LocalFile:
     """An image file of a directory, as RemoteFile."""
 
@@ -3689,20 +3706,11 @@ class LocalFile:
     def __init__(self, path):
         with reading(path):
             self._file = open(open_regular(path)[0], "rb", buffering=0)
-        self.seek, self.close = self._file.seek, self._file.close
+        self._path, self.seek, self.close = path, self._file.seek, self._file.close
 
     def read(self, size) -> bytes:
-        with reading(self._file.name):
+        with reading(self._path):
             return self._file.read(size)
-
-
-@contextlib.contextmanager
-def reading(path):
-    """Make a SourceError of each OSError in the block."""
-    try:
-        yield
-    except OSError as error:
-        raise SourceError(f"cannot read {path}: {error.strerror}")
 
 
 class SourceDirectory:
@@ -3711,56 +3719,48 @@ class SourceDirectory:
     """
 
     def __init__(self, path):
-        self.url = os.path.abspath(path)
-        self._pairs = {}                  # uuid: the name of its manifest
+        self.url, self._places = os.path.abspath(path), {}
         with reading(self.url):
             for name in sorted(os.listdir(self.url)):
-                if name.endswith(".imgmanifest"):
+                if is_uuid(name):
+                    self._places[name] = os.path.join(self.url, name), MANIFEST, ""
+                elif name.endswith(".imgmanifest"):
                     with contextlib.suppress(BadImage, OSError):
-                        self._pairs[read_manifest(self.url, name)[0].get("uuid")] = name
+                        uuid = str(read_manifest(self.url, name)[0].get("uuid"))
+                        self._places[uuid] = self.url, name, name[:-len("imgmanifest")]
 
     def list(self, filters):
-        with reading(self.url):
-            names = filter(is_uuid, os.listdir(self.url))
-        for uuid in sorted({*names, *(uuid for uuid in self._pairs if isinstance(uuid, str))}):
-            with contextlib.suppress(SourceError):
+        for uuid in self._places:
+            try:
                 manifest = self.manifest(uuid)
-                if manifest.get("disabled") is not True:
-                    yield manifest
+            except SourceError:           # the plan says why
+                manifest = {"uuid": uuid}
+            if manifest.get("disabled") is not True:
+                yield manifest
 
     def manifest(self, uuid) -> dict:
-        name = self._pairs.get(uuid)
-        directory = self.url if name else os.path.join(self.url, uuid)
-        try:
-            return read_manifest(directory, name or MANIFEST)[0]
-        except FileNotFoundError:
+        if uuid not in self._places:
             raise SourceError("image not found", 404)
-        except OSError as error:
-            raise SourceError(f"cannot read {directory}: {error.strerror}")
-        except BadImage as error:
-            raise SourceError(str(error))
+        directory, name, _ = self._places[uuid]
+        with reading(os.path.join(directory, name)):
+            return read_manifest(directory, name)[0]
 
     def file(self, manifest) -> LocalFile:
-        uuid, file = manifest["uuid"], manifest["files"][0]
-        name = self._pairs.get(uuid)
-        directory = self.url if name else os.path.join(self.url, uuid)
-        path = None if name else file.get("path")
-        if path is None:
-            with reading(directory):
-                names = os.listdir(directory)
-            beside = name and name[:-len("imgmanifest")]
-            path = sole_file(directory, [each for each in names
-                                         if each.startswith(beside or "")], file["size"])
-        return LocalFile(os.path.join(directory, path))
+        directory, _, stem = self._places[manifest["uuid"]]
+        file = manifest["files"][0]
+        with reading(directory):
+            name = not stem and file.get("path") or sole_file(
+                directory, [each for each in os.listdir(directory) if each.startswith(stem)],
+                file["size"])
+        return LocalFile(os.path.join(directory, name))
 
     def icon(self, manifest):
-        if manifest["uuid"] in self._pairs:
-            return None
-        for name, kind in ICONS.items():
-            path = os.path.join(self.url, manifest["uuid"], name)
-            if os.path.exists(path):
-                with contextlib.closing(LocalFile(path)) as file:
-                    return kind, file.read(ICON_LIMIT + 1)
+        directory, _, stem = self._places[manifest["uuid"]]
+        names = [] if stem else [name for name in ICONS
+                                 if os.path.exists(os.path.join(directory, name))]
+        for name in names:
+            with contextlib.closing(LocalFile(os.path.join(directory, name))) as file:
+                return ICONS[name], file.read(ICON_LIMIT + 1)
         return None
 
 
@@ -3822,7 +3822,7 @@ class MirrorPublisher(Publisher):
                         os.rename(name, PARTIAL, src_dir_fd=image.fd, dst_dir_fd=image.fd)
             with contextlib.closing(source.file(manifest)) as file:
                 found = self._download(image, file, expected, count)
-            found.finish()
+            found.finish()                # or BadImage: the file is theirs, and .partial stays
             self._accept(image, PARTIAL, found, expected, check_stream)
             icon = source.icon(given)
             if icon is not None:
@@ -3878,19 +3878,10 @@ class MirrorPublisher(Publisher):
                 {"url": source.url, "manifest": given}) + "\n").encode(), self._owner())
         sync(image.fd, "the image is stored, but not surely on disk")
 
-    def brought_from(self, url) -> list:
-        """The uuids of images here that were brought from a URL."""
-        with storing("the images cannot be read"):
-            return [uuid for uuid in sorted(os.listdir(self.serve_dir)) if is_uuid(uuid)
-                    and self._upstream(self._path(uuid)).get("url") == url]
-
-    def is_brought(self, uuid, url) -> bool:
-        return self._upstream(self._path(uuid)).get("url") == url
-
-    @staticmethod
-    def _upstream(directory) -> dict:
+    def upstream(self, uuid) -> dict:
+        """{"url", "manifest"} of an image that was brought; {} of all others."""
         with contextlib.suppress(OSError, BadImage):
-            return read_manifest(directory, UPSTREAM)[0]
+            return read_manifest(self._path(uuid), UPSTREAM)[0]
         return {}
 
     def follow(self, uuid, source, given) -> list:
@@ -3898,7 +3889,7 @@ class MirrorPublisher(Publisher):
         followed; their names.  All others stay as they are here.  Raises ApiError, BadImage.
         """
         with self._locked(uuid, ("",), LOCK_PATIENCE) as image:
-            last = self._upstream(image.path).get("manifest")
+            last = self.upstream(uuid).get("manifest")
             if last == given or not isinstance(last, dict):
                 return []
             here = image.manifest()
@@ -3956,6 +3947,12 @@ class Mirror:
             if len(kept[name]) < latest:
                 kept[name].append(uuid)
         return sorted(uuid for uuids in kept.values() for uuid in uuids)
+
+    def brought(self) -> list:
+        """The uuids of images here that an earlier run has brought from this source."""
+        with storing("the images cannot be read"):
+            return [uuid for uuid in sorted(os.listdir(self.config.serve_dir)) if is_uuid(uuid)
+                    and self.publisher.upstream(uuid).get("url") == self.source.url]
 
     def plan(self, uuids, follow=True) -> dict:
         """{uuid: (size, text)} of the images that are to come, origins before those that build
@@ -4017,7 +4014,7 @@ class Mirror:
 
     def _compare(self, here, follow):
         """Compare an image that is here with the other side's, and follow it."""
-        is_brought = self.publisher.is_brought(here.uuid, self.source.url)
+        is_brought = self.publisher.upstream(here.uuid).get("url") == self.source.url
         try:
             given = self.source.manifest(here.uuid)
         except SourceError as error:
@@ -7052,7 +7049,7 @@ def run_mirror(config, options):
         mirror = Mirror(config, source, say, fail, progress, options.stream_check)
         if by_list:
             uuids = mirror.select(filters, options.latest)
-            uuids += sorted({*mirror.publisher.brought_from(source.url)} - {*uuids})
+            uuids = list(dict.fromkeys(uuids + mirror.brought()))
     except SourceError as error:
         raise UserError(f"{printable(options.url.rpartition('@')[2])}: {error}")
     plan = mirror.plan(uuids, follow=not options.dry)

@@ -111,8 +111,9 @@ class Upstream:
             return answer(b'{"code": "ResourceNotFound", "message": "image not found"}',
                           "404 Not Found")
         manifest, data = self.images[words[1]]
-        return self.file(data, fields) if words[2:] == ["file"] else \
-            answer(json.dumps(manifest).encode())
+        if words[2:] == ["file"]:
+            return self.file(data, fields)
+        return answer(json.dumps(manifest).encode())
 
     def file(self, data, fields):
         etag = f'"{hashlib.sha1(data).hexdigest()}"'
@@ -710,6 +711,10 @@ class TestDirectories(MirrorCase):
         self.assertOne(self.mirror(self.source(), U), "plain file name")
         self.assertOne(self.mirror(self.source(), V), "names no file")
         self.assertOne(self.mirror(self.source(), W), "image not found")
+        with open(os.path.join(self.disk, V, "manifest.json"), "w") as file:
+            file.write("{")
+        complaints = self.mirror(self.source())
+        self.assertRegex("; ".join(complaints), f"{U}: .*plain file name.*{V}: .* is not JSON")
 
 
 class TestServers(ServerCase):
