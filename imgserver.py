@@ -17,8 +17,8 @@ request, what is not sound is left out with one line in the log, and nothing in 
 ever changed by serving it.  It needs Python 3.9 or newer and nothing else.
 
 The parts, each resting only on those above it: constants - errors - log - JSON -
-configuration - manifests - store - image files - publishing - requests and responses -
-routes - connections - servers - commands.
+configuration - manifests - store - image files - publishing - users - mirroring - HTTP
+messages - routes - connections - servers - commands.
 
 What it does not do: TLS (put nginx in front), authentication, HTTP/2, uploads over HTTP.
 
@@ -3832,7 +3832,7 @@ class MirrorPublisher(Publisher):
     def _download(self, image, file, expected, count) -> FileScan:
         """Complete .partial; raises ApiError, SourceError, BadImage.
 
-        What does not fit its sha1 was perhaps of another file, and is fetched once more.
+        A part that does not fit the sha1 was perhaps of another file: all is fetched once more.
         """
         starts = 0
         with storing("the image cannot be stored"), \
@@ -3913,8 +3913,8 @@ class Mirror:
 
     say         say(text) for each image that has come or has changed
     complain    complain(text) for each that has not
-    progress    progress(text, size) begins to show an image; what it returns is called with
-                the length of each piece
+    progress    progress(text, size) begins to show an image, and returns a function to be
+                called with the length of each piece
     """
 
     def __init__(self, config, source, say, complain, progress, check_stream=True):
@@ -3987,12 +3987,13 @@ class Mirror:
 
     def _add(self, first, plan, follow):
         """Add an image to a plan, and before it those of its origins that are not here."""
-        chain, uuid = {}, first
+        chain, seen, uuid = {}, set(), first
         while uuid is not None and uuid not in plan:
+            if uuid in seen:
+                raise BadImage("its chain of origins is a cycle")
+            seen.add(uuid)
             here = self._here(uuid)
             if here is None:
-                if uuid in chain:
-                    raise BadImage("its chain of origins is a cycle")
                 manifest = self._ask(uuid, first)
                 text = f"{uuid} {manifest['name']} {manifest['version']}"
                 chain[uuid] = (manifest["files"][0]["size"], printable(text))

@@ -413,6 +413,9 @@ class TestFaults(MirrorCase):
         self.up.add(U, origin=V)
         self.up.add(V, origin=U)
         self.assertOne(self.mirror(self.source(self.up), V), "cycle")
+        write_v2(self.serve_dir, U, IMAGE, origin=V)
+        write_v2(self.serve_dir, V, IMAGE, origin=U)
+        self.assertRegex(self.mirror(self.source(self.up), V)[0], "cycle")
 
     def test_here_with_other_bytes(self):
         self.up.add(U)
