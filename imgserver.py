@@ -7431,10 +7431,16 @@ def default_config() -> str:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Refuses unknown options itself, with the usage of its command, not that of all."""
+    """Refuses unknown options itself, with the usage of its command, not that of all.
+
+    A list of UUIDs may go on behind an option.
+    """
 
     def parse_known_args(self, args=None, namespace=None):
         namespace, unknown = super().parse_known_args(args, namespace)
+        if isinstance(getattr(namespace, "uuid", None), list) and "-" not in [
+                word[:1] for word in unknown]:
+            namespace.uuid, unknown = namespace.uuid + unknown, []
         if unknown:
             self.error("unrecognized arguments: " + " ".join(unknown))
         return namespace, unknown

@@ -723,6 +723,8 @@ class TestDirectories(MirrorCase):
 class TestServers(ServerCase):
     """The real server on the other side, and the command."""
 
+    seconds = 8
+
     def setUp(self):
         super().setUp()
         self.here = os.path.join(self.directory, "here")
@@ -756,6 +758,25 @@ class TestServers(ServerCase):
                 self.assertEqual((check.returncode, check.stdout), (0, ""))
                 for uuid in (U, V, W):
                     shutil.rmtree(os.path.join(self.here, uuid))
+
+    def test_options_may_stand_anywhere(self):
+        self.fill()
+        for words in (("-n", self.serve_dir, V, W), (self.serve_dir, "-n", V, W),
+                      (self.serve_dir, V, "-n", W), (self.serve_dir, V, W, "-n")):
+            with self.subTest(words):
+                done = self.run_mirror(*words)
+                self.assertEqual((done.returncode, done.stdout.count("\n")), (0, 4), done.stderr)
+
+    def test_progress(self):
+        terminal = mock.Mock()
+        with mock.patch("sys.stderr", terminal), \
+                mock.patch("select.select", return_value=([], [2], [])):
+            progress = imgserver.Progress("image 1 of 2", total=10_000_000)
+            progress.began -= 10
+            progress.last -= 10
+            progress.add(5_000_000)
+        self.assertRegex(terminal.write.call_args[0][0],
+                         r"image 1 of 2: 5 of 10 MB, 0 MB/s, (10|9) s left")
 
     def test_disabled_there_after_it_was_brought(self):
         self.fill()
