@@ -7122,23 +7122,24 @@ def run_mirror(config, options):
         raise UserError("either UUIDs are needed, or --name, --version, --os, --type, --latest "
                         "or --all", 2)
     config.check_serve_dir()
-    shown = [Progress("")]
+    shown = Progress("", options.quiet)
 
     def progress(text, size):
-        shown[0] = Progress(text, options.quiet, size)
+        nonlocal shown
+        shown = Progress(text, options.quiet, size)
         return count
 
     def count(size):
         options.signals.check()
-        shown[0].add(size)
+        shown.add(size)
 
     def say(text):
-        shown[0].clear()
+        shown.clear()
         if not options.quiet:
             options.signals.say(text)
 
     def fail(text):
-        shown[0].clear()
+        shown.clear()
         complain(text)
 
     try:
