@@ -4123,8 +4123,6 @@ class MirrorPublisher(Publisher):
         with storing("the image cannot be stored"), \
                 new_file(PARTIAL, image.fd, or_old=0) as partial:
             give(partial.fileno(), self._owner())
-            if os.fstat(partial.fileno()).st_size > expected["size"]:
-                partial.truncate(0)
             while True:
                 try:
                     return self._fill(partial, file, expected, count)
@@ -4139,11 +4137,11 @@ class MirrorPublisher(Publisher):
     def _fill(partial, file, expected, count) -> FileScan:
         """Read a part of a file, and append the rest.  Raises BadImage where it is another."""
         found = FileScan()
+        file.seek(partial.seek(0, os.SEEK_END))
         partial.seek(0)
         for chunk in iter(lambda: partial.read(CHUNK), b""):
             count(len(chunk))
             found.feed(chunk)
-        file.seek(found.size)
         for chunk in iter(lambda: file.read(CHUNK), b""):
             count(len(chunk))
             partial.write(chunk)

@@ -572,12 +572,18 @@ class TestResuming(MirrorCase):
         self.assertLess(len(up.asked(self.file)), 20)
 
     def test_other_bytes_on_disk_than_there(self):
-        up = self.start()
-        with open(os.path.join(self.serve_dir, ".incoming-" + U, ".partial"), "r+b") as partial:
-            partial.write(OTHER[:100_000])
-        self.assertEqual(self.mirror(self.source(up), U), [])
-        self.assertHere(U)
-        self.assertEqual(len(up.asked(self.file)), 2 if up.asked(self.file)[0].get("range") else 1)
+        for other, ranges in ((OTHER[:100_000], ["bytes=100000-", None]),
+                              (IMAGE[:20] + bytes(1000), [None]),
+                              (IMAGE[:-1] + b"x", [None]), (IMAGE + b"x", [None])):
+            with self.subTest(other[-9:]):
+                up = self.start()
+                with open(os.path.join(self.serve_dir, ".incoming-" + U, ".partial"),
+                          "wb") as partial:
+                    partial.write(other)
+                self.assertEqual(self.mirror(self.source(up), U), [])
+                self.assertHere(U)
+                self.assertEqual([fields.get("range") for fields in up.asked(self.file)], ranges)
+                shutil.rmtree(os.path.join(self.serve_dir, U))
 
     def test_another_file_on_resuming_by_its_etag(self):
         up = self.upstream()
@@ -798,6 +804,22 @@ class TestServers(ServerCase):
         self.assertEqual(self.run_mirror(url, U).returncode, 1)
         for words in ((url, "--channel", "dev"), (url + "?channel=dev",)):
             self.assertEqual(self.run_mirror(*words, "--all").returncode, 0)
+            shutil.rmtree(os.path.join(self.here, U))
+
+    def test_users(self):
+        write_v2(self.serve_dir, U, IMAGE, public=False)
+        path = os.path.join(self.directory, "users")
+        salt = os.urandom(imgserver.SALT_SIZE)
+        imgserver.write_users(path, {"joe": imgserver.User(
+            "joe", "read", salt, imgserver.hash_password(b"s/e@c:", salt))}, self.directory)
+        server = self.serve(config={"users": path, "read": "public"})
+        for path in ("", "/datasets"):
+            place = f"127.0.0.1:{server.address[1]}{path}"
+            self.assertEqual(self.run_mirror(f"http://{place}", U).returncode, 1)
+            done = self.run_mirror(f"http://joe:s%2Fe%40c%3A@{place}", "--all")
+            self.assertEqual((done.returncode, done.stderr), (0, ""))
+            self.assertIs(imgserver.ImageReader(imgserver.Config({"serve_dir": self.here})).read(
+                U, self.here + "/", ()).public, False)
             shutil.rmtree(os.path.join(self.here, U))
 
     def test_exit_statuses(self):
