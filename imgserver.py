@@ -17,8 +17,8 @@ request, what is not sound is left out with one line in the log, and nothing in 
 ever changed by serving it.  It needs Python 3.9 or newer and nothing else.
 
 The parts, each resting only on those above it: constants - errors - log - JSON -
-configuration - manifests - store - image files - publishing - requests and responses -
-routes - connections - servers - commands.
+configuration - manifests - store - image files - publishing - users - mirroring - HTTP
+messages - routes - connections - servers - commands.
 
 What it does not do: TLS (put nginx in front), HTTP/2, uploads over HTTP.
 
@@ -1430,6 +1430,13 @@ def recorded_md5(file: dict):
     return bytes.fromhex(md5) if of_this and FILE_FIELDS["md5"].check(md5) else None
 
 
+def matches_text(value, wanted, prefix=False) -> bool:
+    """IMGAPI's filter for name and version: exact, or ~substring; DSAPI's is by prefix."""
+    if wanted.startswith("~"):
+        return wanted[1:] in value
+    return value.startswith(wanted) if prefix else value == wanted
+
+
 # -- store -------------------------------------------------------------------------------
 #
 # The directory, read and remembered.  Nothing here changes it.  What is in memory is
@@ -1738,18 +1745,18 @@ def passed_over(serve_dir, name):
     return None
 
 
-def read_manifest(directory, serve_dir=None):
+def read_manifest(directory, serve_dir=None, name=MANIFEST):
     """The manifest of an image directory, with its stat; serve_dir as open_regular takes it.
 
     Raises BadImage and OSError.
     """
-    fd, status = open_regular(f"{directory}/{MANIFEST}", serve_dir)
+    fd, status = open_regular(f"{directory}/{name}", serve_dir)
     try:
         if status.st_size > MANIFEST_LIMIT:
-            raise BadImage(f"{MANIFEST} is larger than {MANIFEST_LIMIT} bytes")
+            raise BadImage(f"{name} is larger than {MANIFEST_LIMIT} bytes")
         return parse_object(os.read(fd, status.st_size)), status
     except ValueError as error:
-        raise BadImage(f"{MANIFEST} {error}")
+        raise BadImage(f"{name} {error}")
     finally:
         os.close(fd)
 
@@ -2707,6 +2714,8 @@ MKDIR_TRIES = 5               # of a staging directory, while leftovers or other
 ICON_LIMIT = 128 << 10        # bytes of an icon, as in IMGAPI
 DEPENDENTS_NAMED = 5          # images named in one refusal to delete their origin
 V2_ALONE = frozenset(("owner", "public", "acl"))      # fields that v1 has no words for
+PARTIAL = ".partial"          # beside the manifest: a file of which a mirror has a part
+UPSTREAM = ".upstream.json"   # the same: the manifest of the server that a mirror asked
 _TEMPORARY = re.compile(r"\.(manifest\.json|file|icon\.(png|jpg|gif))\.[0-9a-f]+")
 
 
@@ -2743,14 +2752,15 @@ def give(fd, owner):
 
 
 @contextlib.contextmanager
-def new_file(name, directory=None, mode=0o644):
+def new_file(name, directory=None, mode=0o644, or_old=os.O_EXCL):
     """A new binary file in an open directory; on disk when the block has ended.
 
-    It never has a wider mode than this one.  Raises OSError.
+    It never has a wider mode than this one.  or_old 0: one that is there will do.  Raises
+    OSError.
     """
-    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode,
+    fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | or_old, mode,
                  dir_fd=directory)
-    with open(fd, "wb") as file:
+    with open(fd, "r+b") as file:
         os.fchmod(fd, mode)               # the umask of an ssh session may be 077
         yield file
         file.flush()
@@ -3046,6 +3056,13 @@ class Publisher:
 
     def add_icon(self, uuid, content_type, data):
         """Give an image in any state its icon, in place of the one before."""
+        name = self._icon_name(content_type, data)
+        with self._locked(uuid, ("", INCOMING), LOCK_PATIENCE) as image:
+            self._store_icon(image, name, data)
+
+    @staticmethod
+    def _icon_name(content_type, data) -> str:
+        """The name of an icon's file.  Raises ApiError."""
         name = {kind: name for name, kind in ICONS.items()}.get(content_type)
         if name is None:
             raise ApiError(400, "Upload", f"invalid content-type, {content_type}, must be one of "
@@ -3053,11 +3070,14 @@ class Publisher:
         if len(data) > ICON_LIMIT:
             raise ApiError(400, "Upload", f"icon size {len(data)} exceeds the maximum allowed "
                            f"size, {ICON_LIMIT >> 10} KiB")
-        with self._locked(uuid, ("", INCOMING), LOCK_PATIENCE) as image:
-            with storing("the icon cannot be stored"):
-                replace_at(image.fd, name, data, self._owner())
-                self._remove_icons(image, name)
-            sync(image.fd, "the icon is stored, but not surely on disk")
+        return name
+
+    def _store_icon(self, image, name, data):
+        """add_icon for a locked image."""
+        with storing("the icon cannot be stored"):
+            replace_at(image.fd, name, data, self._owner())
+            self._remove_icons(image, name)
+        sync(image.fd, "the icon is stored, but not surely on disk")
 
     def remove_icon(self, uuid):
         """Remove the icon of an image in any state.  Raises ApiError: 404 where it has none."""
@@ -3162,7 +3182,7 @@ class Publisher:
         """A new unactivated image, locked; nothing stays of it where the block raises."""
         uuid = manifest["uuid"]
         self.refuse_existing(uuid)
-        manifest = validate(manifest, IMPORT)
+        manifest = self._checked(manifest)
         if manifest.get("origin"):
             self._check_chain(uuid, manifest["origin"])
         with storing("the image cannot be stored"):
@@ -3172,12 +3192,22 @@ class Publisher:
                                          if key not in ("files", "state", "icon")})
             yield image
         except BaseException:
-            if is_still(image.path, image.fd):
+            if is_still(image.path, image.fd) and not self._is_kept(image.path):
                 with contextlib.suppress(OSError, ApiError):
                     remove_tree(self._set_aside(image.path, uuid, image.fd))
             raise
         finally:
             os.close(image.fd)
+
+    @staticmethod
+    def _checked(manifest) -> dict:
+        """A manifest that may be stored.  Raises ApiError."""
+        return validate(manifest, IMPORT)
+
+    @staticmethod
+    def _is_kept(path) -> bool:
+        """Whether an unfinished image is gone on with, not begun once more."""
+        return False
 
     def _check_chain(self, uuid, origin):
         """Raise ApiError (422) where a new image's origin is not here, or builds on that image:
@@ -3193,7 +3223,8 @@ class Publisher:
             else:
                 if link == origin:
                     raise ApiError(422, "OriginDoesNotExist",
-                                   f'origin image "{origin}" does not exist on this server')
+                                   f'origin image "{origin}" does not exist on this server: '
+                                   f"`imgserver.py mirror URL {origin}` brings it")
                 break
             link = link if isinstance(link, str) else None
         if uuid in seen:
@@ -3211,6 +3242,8 @@ class Publisher:
                     fd = lock_directory(path)
                 except BlockingIOError:
                     raise busy(uuid)
+                if fd is not None and self._is_kept(path):
+                    return LockedImage(uuid, path, fd)
                 try:                      # without fd it is gone, or no directory
                     if fd is not None or not os.path.isdir(path):
                         aside = self._set_aside(path, uuid, fd)
@@ -3332,26 +3365,29 @@ class Publisher:
 
     def _store_file(self, image, read, expected, check_stream, turn) -> dict:
         """add_file for a locked image."""
-        manifest = image.manifest()
         aside = temporary_name("file")
         try:
             with storing("the image cannot be stored"):
                 found = self._receive(image, aside, read, turn or contextlib.nullcontext())
-            expected = {key: value for key, value in expected.items()
-                        if value not in (None, "")}
-            file = self._describe(manifest, found, expected, check_stream)
-            if not is_still(image.path, image.fd):
-                raise not_found(f"image {image.uuid} was discarded while it was imported")
-            with storing("the image cannot be stored"):
-                # The manifest decides which file counts: another one may still be in use.
-                if file["path"] in os.listdir(image.fd):
-                    name = file_name(manifest, found.compression)
-                    file["path"] = f"{file['sha1'][:8]}-{name}"
-                os.rename(aside, file["path"], src_dir_fd=image.fd, dst_dir_fd=image.fd)
+            return self._accept(image, aside, found, expected, check_stream)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(aside, dir_fd=image.fd)
             raise
+
+    def _accept(self, image, aside, found, expected, check_stream) -> dict:
+        """Make the file `aside`, which was received, that of a locked image."""
+        manifest = image.manifest()
+        expected = {key: value for key, value in expected.items() if value not in (None, "")}
+        file = self._describe(manifest, found, expected, check_stream)
+        if not is_still(image.path, image.fd):
+            raise not_found(f"image {image.uuid} was discarded while it was imported")
+        with storing("the image cannot be stored"):
+            # The manifest decides which file counts: another one may still be in use.
+            if file["path"] in os.listdir(image.fd):
+                name = file_name(manifest, found.compression)
+                file["path"] = f"{file['sha1'][:8]}-{name}"
+            os.rename(aside, file["path"], src_dir_fd=image.fd, dst_dir_fd=image.fd)
         try:
             self._write_manifest(image, {**manifest, "files": [file]})
         finally:
@@ -3364,7 +3400,7 @@ class Publisher:
         with contextlib.suppress(ApiError, OSError, LookupError, TypeError):
             name = image.manifest()["files"][0]["path"]
             for each in os.listdir(image.fd):
-                if each not in (name, MANIFEST) and each not in ICONS:
+                if each not in (name, MANIFEST, UPSTREAM) and each not in ICONS:
                     with contextlib.suppress(OSError):
                         os.unlink(each, dir_fd=image.fd)
 
@@ -3718,6 +3754,724 @@ class Rights:
         all_of_them = self.of(request) >= READ
         request.audience = max(request.audience, CLIENT if all_of_them else SAME_CREDENTIALS)
         return all_of_them
+
+
+# -- mirroring ---------------------------------------------------------------------------
+#
+# Images of another server, or of a directory on a disk, with the images that they build on.
+# The other side is not trusted: names are checked before they become a path, lists are
+# bounded, and a file is on show only once its size, sha1 and stream are right.
+
+LIST_LIMIT = 64 << 20         # bytes of a list, all its pages together: of some 50,000 images
+PAGE = 1000                   # images of a list that are asked for at once, as imgadm does
+RETRY_DELAYS = (1, 3, 10, 30)     # seconds before each further try of a request that failed
+RETRY_AFTER_LIMIT = 300       # seconds that a server may ask to wait
+RETRIED = (408, 429, 500, 502, 503, 504)      # statuses that may pass
+GOOD_TRY = 1 << 20            # bytes after which a broken connection has all tries before it
+LEAST_PACE = 64 << 10         # bytes that must come in stall_timeout: slower is stalled, too
+ERROR_LIMIT = 4 << 10         # bytes of an error's body that are read for its message
+
+
+class SourceError(Exception):
+    """The other side cannot be reached, or answers with nothing of use; the text says why.
+
+    status      of its answer, or None
+    wait        seconds until another try makes sense; None: it makes none
+    """
+
+    def __init__(self, message, status=None, wait=None):
+        super().__init__(message)
+        self.status, self.wait = status, wait
+
+
+class StartOver(SourceError):
+    """The file comes from its first byte on, though only the rest of it was asked for."""
+
+
+def retry_after(value) -> float:
+    """The seconds that a Retry-After field asks for, or a date (RFC 9110 §10.2.3); 0: none."""
+    try:
+        seconds = int(value) if value.strip().isdigit() else \
+            email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        return 0
+    return min(max(seconds, 0), RETRY_AFTER_LIMIT)
+
+
+def failure(error, timeout) -> SourceError:
+    """The SourceError for an OSError or HTTPException of a connection."""
+    reason = getattr(error, "reason", error)
+    if type(reason).__name__ == "SSLCertVerificationError":
+        return SourceError(f"its certificate cannot be verified: {reason.verify_message} "
+                           "(--ca FILE names those to trust)")
+    if isinstance(reason, TimeoutError) or type(reason).__name__ == "timeout":    # before 3.10
+        return SourceError(f"stalled: nothing came for {timeout:g} s", wait=0)
+    return SourceError(getattr(reason, "strerror", None) or str(reason)
+                       or type(reason).__name__, wait=0)
+
+
+def make_opener(ca, insecure):
+    """urllib's opener, with its proxies, but redirects to the same server alone.
+
+    Here and not at the top: a server does without these modules.  Raises OSError for `ca`.
+    """
+    import ssl
+    import urllib.request
+
+    class SameServer(urllib.request.HTTPRedirectHandler):
+
+        def redirect_request(self, request, response, code, message, headers, url):
+            place = urllib.parse.urlsplit(url)
+            if place[:2] != urllib.parse.urlsplit(request.full_url)[:2]:
+                response.close()
+                raise SourceError(f"it redirects to {place.scheme}://{place.hostname}, which is "
+                                  "another server", code)
+            return super().redirect_request(request, response, code, message, headers, url)
+
+    context = ssl.create_default_context(cafile=ca)
+    if insecure:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return urllib.request.build_opener(SameServer, urllib.request.HTTPSHandler(context=context))
+
+
+class RemoteBody:
+    """The body of an answer, read as a file.  It raises SourceError where it ends too early:
+    http.client's read(n) ends quietly there.
+    """
+
+    def __init__(self, response, server):
+        self.response, self._server = response, server
+        self._since, self._came = time.monotonic(), 0
+
+    def read(self, size) -> bytes:
+        """At most `size` bytes; b"" at the end of the body."""
+        with self._server.asking():
+            data = self.response.read1(size)
+        if not data and self.response.length:
+            raise SourceError(f"the connection ended {self.response.length} bytes too early",
+                              wait=0)
+        now = time.monotonic()
+        self._came += len(data)
+        if now - self._since > self._server.timeout:
+            if self._came < LEAST_PACE:
+                raise SourceError(f"stalled: {self._came} bytes came in {now - self._since:.0f} "
+                                  "s", wait=0)
+            self._since, self._came = now, 0
+        return data
+
+    def read_all(self, limit) -> bytes:
+        """All of it.  Raises SourceError above `limit` bytes."""
+        data = bytearray()
+        for piece in iter(lambda: self.read(CHUNK), b""):
+            data += piece
+            if len(data) > limit:
+                raise SourceError(f"its answer is larger than {limit} bytes")
+        return bytes(data)
+
+    def close(self):
+        self.response.close()
+
+
+class RemoteFile:
+    """An image file of a server, from any byte on; a broken connection is taken up again."""
+
+    def __init__(self, server, path, size):
+        self._server, self._path, self._size = server, path, size
+        self._offset = self._good = self._tries = 0
+        self._body = self._etag = None
+        self.resumed = False              # whether it came in several parts
+
+    def seek(self, offset):
+        """Have read begin at this byte."""
+        self.close()
+        self._offset = self._good = offset
+        self.resumed = offset > 0
+
+    def read(self, size) -> bytes:
+        """At most `size` bytes; b"" at the end.  Raises SourceError, StartOver, BadImage."""
+        while self._offset < self._size:
+            try:
+                if self._body is None:
+                    self._open()
+                data = self._body.read(min(size, self._size - self._offset))
+                if data:
+                    self._offset += len(data)
+                    return data
+                raise SourceError(f"the connection ended {self._size - self._offset} bytes too "
+                                  "early", wait=0)
+            except SourceError as error:
+                self.close()
+                if self._offset - self._good >= GOOD_TRY:
+                    self._good, self._tries = self._offset, 0
+                self._tries = self._server.wait(error, self._tries)
+        if self._body is not None and self._body.read(1):
+            raise BadImage(f"its file has more than the {self._size} bytes of its manifest")
+        return b""
+
+    def _open(self):
+        fields = {}
+        if self._offset:
+            self.resumed = True
+            fields["Range"] = f"bytes={self._offset}-"
+            if self._etag:
+                fields["If-Range"] = self._etag
+        try:
+            self._body = self._server.open(self._path, fields)
+        except SourceError as error:
+            if error.status == 416 and self._offset:
+                raise StartOver("its file is another one now")
+            raise
+        response = self._body.response
+        etag = response.headers.get("ETag", "")
+        self._etag = etag if etag.startswith('"') else None       # RFC 9110 §13.1.5: strong ones
+        if self._offset and response.status != 206:
+            raise StartOver("it sends files from their first byte on alone")
+        begin, total = 0, response.length
+        if response.status == 206:
+            match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)",
+                                 response.headers.get("Content-Range", ""))
+            begin, total = map(int, match.groups()) if match else (None, None)
+        if begin != self._offset:
+            raise SourceError("it sends another part of the file than was asked for")
+        if total not in (None, self._size):
+            raise SourceError(f"its file has {total} bytes, not the {self._size} of its manifest")
+
+    def close(self):
+        if self._body is not None:
+            self._body.close()
+            self._body = None
+
+
+class RemoteServer:
+    """An IMGAPI server, or a DSAPI one where the URL ends in /datasets.
+
+    url         without credentials, which go into a header; fit to be printed
+    timeout     seconds without a byte until a connection is given up
+    waiting     a context manager around all that waits for the other side
+    pause       pause(seconds) between two tries
+    tell        tell(text): why it pauses
+
+    Methods raise SourceError.
+    """
+
+    def __init__(self, url, channel=None, ca=None, insecure=False, timeout=300,
+                 waiting=contextlib.nullcontext, pause=time.sleep, tell=lambda text: None):
+        """Raises ValueError, without the URL, for one that is none and for `ca`."""
+        try:
+            parts = urllib.parse.urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0 \
+                    or not re.fullmatch("[!-~]+", url):
+                raise ValueError
+        except ValueError:                # urlsplit's may show a password
+            raise ValueError("is not http://HOST[:PORT], https://HOST[:PORT] or a "
+                             "directory") from None
+        channel = channel or dict(urllib.parse.parse_qsl(parts.query)).get("channel")
+        path = parts.path.rstrip("/")
+        self._is_dsapi = path.endswith("/datasets")
+        if channel and self._is_dsapi:
+            raise ValueError("is a DSAPI server, which has no channels")
+        self._root = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+        self.url, self._images = self._root + path, path + "/images" * (not self._is_dsapi)
+        self._query = {"channel": channel} if channel else {}
+        self._fields = {"User-Agent": f"imgserver/{__version__}", "Accept": "application/json"}
+        if not self._is_dsapi:
+            self._fields["Accept-Version"] = "~2"
+        if parts.username is not None:
+            pair = map(urllib.parse.unquote, (parts.username, parts.password or ""))
+            self._fields["Authorization"] = "Basic " + base64.b64encode(
+                ":".join(pair).encode()).decode()
+        self.timeout, self._waiting, self._pause, self._tell = timeout, waiting, pause, tell
+        self._is_down = False
+        try:
+            self._opener = make_opener(ca, insecure)
+        except OSError as error:
+            raise ValueError(f"cannot be asked: --ca {ca}: {error.strerror or error}")
+
+    def list(self, filters):
+        """Yield the manifests of its list; one may come twice."""
+        left, marker = LIST_LIMIT, None
+        query = {} if self._is_dsapi else {**filters, "limit": PAGE}
+        while True:
+            data = self._get(self._images, query, left)
+            left -= len(data)
+            page = self._parse(data, list)
+            yield from page
+            last = page[-1].get("uuid") if page and isinstance(page[-1], dict) else None
+            if self._is_dsapi or len(page) < PAGE or last == marker:
+                return
+            query["marker"] = marker = checked_name(last)
+
+    def manifest(self, uuid) -> dict:
+        """The manifest of an image in any state, as it is given."""
+        manifest = self._parse(self._get(f"{self._images}/{uuid}", {}, MANIFEST_LIMIT), dict)
+        if manifest.get("uuid") != uuid:
+            raise SourceError(f"its manifest is that of image {spell(manifest.get('uuid'))}")
+        return manifest
+
+    def file(self, manifest) -> RemoteFile:
+        """The file of a manifest that was normalised."""
+        file, place = manifest["files"][0], f"{self._images}/{manifest['uuid']}"
+        if not self._is_dsapi:
+            path = self._target(place + "/file", {})
+        elif "path" in file:
+            path = f"{place}/{urllib.parse.quote(file['path'], safe='')}"
+        else:                             # on this very server, as imgadm asks for it
+            path = urllib.parse.quote("/" + urllib.parse.urlsplit(
+                str(file.get("url"))).path.lstrip("/"), safe="/%~")
+        return RemoteFile(self, path, file["size"])
+
+    def icon(self, manifest):
+        """(content type, bytes) of its icon, or None."""
+        if self._is_dsapi or not manifest.get("icon"):
+            return None
+        path = self._target(f"{self._images}/{manifest['uuid']}/icon", {})
+        with contextlib.closing(self._retried(lambda: self.open(path, {}))) as body:
+            return body.response.headers.get_content_type(), body.read_all(ICON_LIMIT)
+
+    def open(self, path, fields) -> RemoteBody:
+        """Send one request: the body of its answer."""
+        import urllib.error
+        import urllib.request
+        request = urllib.request.Request(self._root + path, headers={**self._fields, **fields})
+        try:
+            with self.asking():
+                response = self._opener.open(request, timeout=self.timeout)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise self._refusal(error)
+        self._is_down = False
+        return RemoteBody(response, self)
+
+    @contextlib.contextmanager
+    def asking(self):
+        """Make a SourceError of each error of a connection in the block."""
+        import http.client
+        import urllib.error
+        try:
+            with self._waiting():
+                yield
+        except urllib.error.HTTPError:
+            raise
+        except (OSError, http.client.HTTPException) as error:
+            raise failure(error, self.timeout) from None
+
+    def _refusal(self, error) -> SourceError:
+        """The SourceError for an answer of status 400 or more."""
+        text = error.reason
+        with contextlib.suppress(SourceError, ValueError, AttributeError):
+            with self.asking():
+                text = parse_object(error.read(ERROR_LIMIT)).get("message") or text
+        wait = retry_after(error.headers.get("Retry-After")) if error.code in RETRIED else None
+        return SourceError(f"it answers {error.code}: {text}", error.code, wait)
+
+    def wait(self, error, tries) -> int:
+        """Wait until a request is to be sent once more; the number of its tries.
+
+        Raises `error` where it will not pass, or did not: all further requests to a server
+        that cannot be reached get one try.
+        """
+        if error.wait is None or tries == len(RETRY_DELAYS) or self._is_down:
+            self._is_down = error.wait is not None and error.status is None
+            raise error
+        delay = max(error.wait, RETRY_DELAYS[tries])
+        self._tell(f"{self.url}: {error}; trying again in {delay:.0f} s")
+        self._pause(delay)
+        return tries + 1
+
+    def _retried(self, ask):
+        tries = 0
+        while True:
+            try:
+                return ask()
+            except SourceError as error:
+                tries = self.wait(error, tries)
+
+    def _target(self, path, query) -> str:
+        query = urllib.parse.urlencode({**self._query, **query})
+        return path + ("?" + query if query else "")
+
+    def _get(self, path, query, limit) -> bytes:
+        def ask():
+            with contextlib.closing(self.open(self._target(path, query), {})) as body:
+                return body.read_all(limit)
+        return self._retried(ask)
+
+    def _parse(self, data, kind):
+        try:
+            value = parse_json(data)
+        except ValueError as error:
+            raise SourceError(f"its answer is not JSON: {error}")
+        if not isinstance(value, kind):
+            raise SourceError("its answer is not a JSON "
+                              + ("object" if kind is dict else "array"))
+        return value
+
+
+def checked_name(uuid) -> str:
+    """A uuid of the other side.  Raises SourceError."""
+    if not (isinstance(uuid, str) and is_uuid(uuid)):
+        raise SourceError(f"its list names an image {spell(uuid)}, which is no UUID")
+    return uuid
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Make a SourceError of each OSError and BadImage in the block."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise SourceError(f"there is no {path}", 404)
+    except OSError as error:
+        raise SourceError(f"cannot read {path}: {error.strerror}")
+    except BadImage as error:
+        raise SourceError(str(error))
+
+
+class LocalFile:
+    """An image file of a directory, as RemoteFile."""
+
+    resumed = False
+
+    def __init__(self, path):
+        with reading(path):
+            self._file = open(open_regular(path)[0], "rb", buffering=0)
+        self._path, self.seek, self.close = path, self._file.seek, self._file.close
+
+    def read(self, size) -> bytes:
+        with reading(self._path):
+            return self._file.read(size)
+
+
+class SourceDirectory:
+    """A directory of images as a source: <uuid>/ as in a serve_dir, or pairs of files, NAME.zfs.gz
+    and NAME.imgmanifest, as imgadm create -o writes them.  Methods are those of RemoteServer.
+    """
+
+    def __init__(self, path):
+        self.url, self._places = os.path.abspath(path), {}
+        with reading(self.url):
+            for name in sorted(os.listdir(self.url)):
+                if is_uuid(name):
+                    self._places[name] = os.path.join(self.url, name), MANIFEST, ""
+                elif name.endswith(".imgmanifest"):
+                    with contextlib.suppress(BadImage, OSError):
+                        uuid = str(read_manifest(self.url, name=name)[0].get("uuid"))
+                        self._places[uuid] = self.url, name, name[:-len("imgmanifest")]
+
+    def list(self, filters):
+        for uuid in self._places:
+            try:
+                manifest = self.manifest(uuid)
+            except SourceError:           # the plan says why
+                manifest = {"uuid": uuid}
+            if manifest.get("disabled") is not True:
+                yield manifest
+
+    def manifest(self, uuid) -> dict:
+        if uuid not in self._places:
+            raise SourceError("image not found", 404)
+        directory, name, _ = self._places[uuid]
+        with reading(os.path.join(directory, name)):
+            return read_manifest(directory, name=name)[0]
+
+    def file(self, manifest) -> LocalFile:
+        directory, _, stem = self._places[manifest["uuid"]]
+        file = manifest["files"][0]
+        with reading(directory):
+            name = not stem and file.get("path") or sole_file(
+                directory, [each for each in os.listdir(directory) if each.startswith(stem)],
+                file["size"])
+        return LocalFile(os.path.join(directory, name))
+
+    def icon(self, manifest):
+        directory, _, stem = self._places[manifest["uuid"]]
+        names = [] if stem else [name for name in ICONS
+                                 if os.path.exists(os.path.join(directory, name))]
+        for name in names:
+            with contextlib.closing(LocalFile(os.path.join(directory, name))) as file:
+                return ICONS[name], file.read(ICON_LIMIT + 1)
+        return None
+
+
+def localise(config, given) -> dict:
+    """A manifest of the other side as it is stored here.  Raises BadImage and ApiError."""
+    manifest, _, reasons = normalise(given)
+    if reasons:
+        raise BadImage("its manifest cannot be used: " + ", ".join(reasons))
+    manifest = dict(manifest)
+    state = manifest.pop("state", "active")
+    if state not in ("active", "disabled"):
+        raise BadImage(f"it is {state} there")
+    if state == "disabled":
+        manifest["disabled"] = True
+    file = manifest["files"][0]
+    if not file.get("sha1") or not file.get("size"):
+        raise BadImage("its manifest has no sha1 or no size of its file, so that nothing would "
+                       "be verified")
+    here = [channel["name"] for channel in config.channels]
+    channels = [name for name in manifest.pop("channels", ()) if name in here]
+    if channels:
+        manifest["channels"] = channels
+    choose_channels(config, manifest)
+    return manifest
+
+
+class MirrorPublisher(Publisher):
+    """A Publisher that goes on with a file of which it has a part, and follows the manifests
+    that it has brought.
+    """
+
+    @staticmethod
+    def _checked(manifest):
+        return manifest                   # localise has done it, and imgadm is no stricter
+
+    @staticmethod
+    def _is_kept(path):
+        with contextlib.suppress(OSError):
+            names = os.listdir(path)
+            return UPSTREAM in names and any(
+                os.path.getsize(os.path.join(path, name)) for name in names
+                if name == PARTIAL or not (name.startswith(".") or name == MANIFEST
+                                           or name in ICONS))
+        return False
+
+    def bring(self, source, given, manifest, check_stream, count):
+        """Import an image from a source: its manifest as it was given, and as it is stored.
+
+        count(size) is called for each piece of its file.  After a failure the part of the
+        file that came stays, for the next call.  Raises ApiError, SourceError, BadImage.
+        """
+        expected = {key: value for key, value in manifest["files"][0].items()
+                    if key in FILE_FIELDS}
+        with self._created(manifest) as image:
+            self._record(image, source, given)
+            with storing("the image cannot be stored"):
+                for name in os.listdir(image.fd):     # all of a file, from before a crash
+                    if not (name.startswith(".") or name == MANIFEST or name in ICONS):
+                        os.rename(name, PARTIAL, src_dir_fd=image.fd, dst_dir_fd=image.fd)
+            with contextlib.closing(source.file(manifest)) as file:
+                found = self._download(image, file, expected, count)
+            found.finish()                # or BadImage: the file is theirs, and .partial stays
+            self._accept(image, PARTIAL, found, expected, check_stream)
+            icon = source.icon(given)
+            if icon is not None:
+                self._store_icon(image, self._icon_name(*icon), icon[1])
+            self._show(image)
+
+    def _download(self, image, file, expected, count) -> FileScan:
+        """Complete .partial; raises ApiError, SourceError, BadImage.
+
+        A part that does not fit the sha1 was perhaps of another file: all is fetched once more.
+        """
+        starts = 0
+        with storing("the image cannot be stored"), \
+                new_file(PARTIAL, image.fd, or_old=0) as partial:
+            give(partial.fileno(), self._owner())
+            while True:
+                try:
+                    return self._fill(partial, file, expected, count)
+                except (StartOver, BadImage) as error:
+                    partial.truncate(0)
+                    limit = len(RETRY_DELAYS) if isinstance(error, StartOver) else file.resumed
+                    if starts >= limit:
+                        raise
+                    starts += 1
+
+    @staticmethod
+    def _fill(partial, file, expected, count) -> FileScan:
+        """Read a part of a file, and append the rest.  Raises BadImage where it is another."""
+        found = FileScan()
+        file.seek(partial.seek(0, os.SEEK_END))
+        partial.seek(0)
+        for chunk in iter(lambda: partial.read(CHUNK), b""):
+            count(len(chunk))
+            found.feed(chunk)
+        for chunk in iter(lambda: file.read(CHUNK), b""):
+            count(len(chunk))
+            partial.write(chunk)
+            found.feed(chunk)
+        hashes = found.hashes()
+        truth = {"size": found.size, "sha1": hashes["sha1"], "md5": hashes["md5"]}
+        for name, value in truth.items():
+            if expected.get(name, value) != value:
+                raise BadImage(f"its {name} is {value}, not {expected[name]}")
+        partial.flush()
+        return found
+
+    def _record(self, image, source, given):
+        """Keep the manifest that the other side gave.  Raises ApiError."""
+        with storing("the image cannot be stored"):
+            replace_at(image.fd, UPSTREAM, (render_json(
+                {"url": source.url, "manifest": given}) + "\n").encode(), self._owner())
+        sync(image.fd, "the image is stored, but not surely on disk")
+
+    def upstream(self, uuid) -> dict:
+        """{"url", "manifest"} of an image that was brought; {} of all others."""
+        with contextlib.suppress(OSError, BadImage):
+            return read_manifest(self._path(uuid), name=UPSTREAM)[0]
+        return {}
+
+    def follow(self, uuid, source, given) -> list:
+        """Change the fields that the other side has changed since an image was brought, or
+        followed; their names.  All others stay as they are here.  Raises ApiError, BadImage.
+        """
+        with self._locked(uuid, ("",), LOCK_PATIENCE) as image:
+            last = self.upstream(uuid).get("manifest")
+            if last == given or not isinstance(last, dict):
+                return []
+            here = image.manifest()
+            before, after = localise(self.config, last), localise(self.config, given)
+            if not is_v1(before) == is_v1(after) == is_v1(here):
+                before, after, here = (upgrade(each) if is_v1(each) else each
+                                       for each in (before, after, here))
+            names = [name for name in sorted(before.keys() | after.keys())
+                     if before.get(name) != after.get(name) and name not in ("files", "icon", "v")]
+            if names:
+                here = {name: value for name, value in here.items() if name not in names}
+                here.update((name, after[name]) for name in names if name in after)
+                replace_file(os.path.join(image.path, MANIFEST),
+                             (render_json(here) + "\n").encode(), keep_time=True)
+            self._record(image, source, given)
+            return names
+
+
+class Mirror:
+    """One run of `mirror`: which images are to come, and then one after the other.
+
+    say         say(text) for each image that has come or has changed
+    complain    complain(text) for each that has not
+    progress    progress(text, size) begins to show an image, and returns a function to be
+                called with the length of each piece
+    """
+
+    def __init__(self, config, source, say, complain, progress, check_stream=True):
+        self.config, self.source, self.say, self.complain = config, source, say, complain
+        self.progress, self.check_stream = progress, check_stream
+        self.publisher, self.reader = MirrorPublisher(config), ImageReader(config)
+        self.failed = set()
+
+    def select(self, filters, latest=None) -> list:
+        """The uuids of all listed images that fit, or of the `latest` newest of each name.
+
+        filters: name and version as IMGAPI has them, os and type.  Raises SourceError.
+        """
+        found = {}
+        for given in self.source.list(filters):
+            entry = mend(given) if isinstance(given, dict) else {}
+            try:
+                uuid = checked_name(entry.get("uuid"))
+            except SourceError as error:
+                self.failed.add("")
+                self.complain(str(error))
+                continue
+            name = str(entry.get("name"))
+            if all(matches_text(str(entry.get(key)), wanted) for key, wanted in filters.items()):
+                found[uuid] = (name, order_of(str(entry.get("published_at", ""))), uuid)
+        if latest is None:
+            return sorted(found)
+        kept = collections.defaultdict(list)
+        for name, order, uuid in sorted(found.values(), reverse=True):
+            if len(kept[name]) < latest:
+                kept[name].append(uuid)
+        return sorted(uuid for uuids in kept.values() for uuid in uuids)
+
+    def brought(self) -> list:
+        """The uuids of images here that an earlier run has brought from this source."""
+        with storing("the images cannot be read"):
+            return [uuid for uuid in sorted(os.listdir(self.config.serve_dir)) if is_uuid(uuid)
+                    and self.publisher.upstream(uuid).get("url") == self.source.url]
+
+    def plan(self, uuids, follow=True) -> dict:
+        """{uuid: (size, text)} of the images that are to come, origins before those that build
+        on them.  Images that are here are compared, and, with `follow`, followed.
+        """
+        plan = {}
+        for uuid in uuids:
+            self._attempt(self._add, uuid, plan, follow)
+        return plan
+
+    def bring(self, plan):
+        """Import the images of a plan."""
+        for number, (uuid, (size, text)) in enumerate(plan.items(), 1):
+            self._attempt(self._bring, uuid, self.progress(
+                f"image {number} of {len(plan)}, {text}", size))
+
+    def _attempt(self, act, uuid, *words):
+        """Call act(uuid, ...); say in a sentence why it failed."""
+        try:
+            act(uuid, *words)
+        except (SourceError, BadImage, ApiError) as error:
+            self.failed.add(uuid)
+            self.complain(f"image {uuid}: {error}")
+
+    def _here(self, uuid) -> Image | None:
+        """An image that is here.  Raises BadImage where it is not sound."""
+        with storing(f"image {uuid} cannot be read"):
+            image = self.reader.read(uuid, os.path.join(self.config.serve_dir, ""), ())
+        if image is not None and image.problem:
+            raise BadImage(f"image {uuid} is here, but not sound: {image.problem}")
+        return image
+
+    def _add(self, first, plan, follow):
+        """Add an image to a plan, and before it those of its origins that are not here."""
+        chain, seen, uuid = {}, set(), first
+        while uuid is not None and uuid not in plan:
+            if uuid in seen:
+                raise BadImage("its chain of origins is a cycle")
+            seen.add(uuid)
+            here = self._here(uuid)
+            if here is None:
+                manifest = self._ask(uuid, first)
+                text = f"{uuid} {manifest['name']} {manifest['version']}"
+                chain[uuid] = (manifest["files"][0]["size"], printable(text))
+                uuid = manifest.get("origin")
+            else:
+                if uuid == first:
+                    self._compare(here, follow)
+                uuid = here.origin
+        plan.update(reversed(chain.items()))
+
+    def _ask(self, uuid, first) -> dict:
+        """The manifest of an image, localised.  Raises SourceError, BadImage, ApiError."""
+        try:
+            return localise(self.config, self.source.manifest(uuid))
+        except (SourceError, BadImage) as error:
+            if uuid == first:
+                raise
+            raise BadImage(f"image {uuid}, on which it builds: {error}")
+
+    def _compare(self, here, follow):
+        """Compare an image that is here with the other side's, and follow it."""
+        is_brought = self.publisher.upstream(here.uuid).get("url") == self.source.url
+        try:
+            given = self.source.manifest(here.uuid)
+        except SourceError as error:
+            if error.status != 404 or not is_brought:
+                raise
+            self.say(f"{here.uuid} {here.title}: no longer there; it stays here")
+            return
+        sha1 = localise(self.config, given)["files"][0]["sha1"]
+        if sha1 != here.sha1:
+            raise BadImage(f"it is here with other bytes, and stays so: sha1 {here.sha1} here, "
+                           f"{sha1} there")
+        if is_brought and follow:
+            names = self.publisher.follow(here.uuid, self.source, given)
+            if names:
+                self.say(f"{here.uuid} {here.title}: changed: {', '.join(names)}")
+
+    def _bring(self, uuid, count):
+        given = self.source.manifest(uuid)
+        manifest = localise(self.config, given)
+        if manifest.get("origin") in self.failed:
+            raise BadImage(f"image {manifest['origin']}, on which it builds, has not come")
+        try:
+            self.publisher.bring(self.source, given, manifest, self.check_stream, count)
+        except ApiError as error:
+            here = self._here(uuid) if error.status == 409 else None
+            if here is None or here.sha1 != manifest["files"][0]["sha1"]:
+                raise
+        else:
+            self.say(f"{uuid} {printable(manifest['name'])} {printable(manifest['version'])}")
 
 
 # -- HTTP messages -----------------------------------------------------------------------
@@ -4103,13 +4857,6 @@ def single_value(query, name):
     if len(values) > 1:
         raise invalid(name, f'invalid "{name}": given {len(values)} times')
     return values[0] or None
-
-
-def matches_text(value, wanted, prefix=False) -> bool:
-    """IMGAPI's filter for name and version: exact, or ~substring; DSAPI's is by prefix."""
-    if wanted.startswith("~"):
-        return wanted[1:] in value
-    return value.startswith(wanted) if prefix else value == wanted
 
 
 def as_text(value) -> str:
@@ -6574,6 +7321,7 @@ class Signals:
 
     def __init__(self):
         self._number = self._wakeup = None
+        self._may_raise = False
 
     def arm(self):
         """From now on a signal is kept until check or wait is called."""
@@ -6586,7 +7334,26 @@ class Signals:
                 signal.signal(number, self._came)
 
     def _came(self, number, frame):
-        self._number = self._number or number
+        if self._number is None:
+            self._number = number
+            if self._may_raise:
+                self.check()
+
+    @contextlib.contextmanager
+    def interrupting(self):
+        """A block that only waits for the network, and in which a signal raises UserError."""
+        self._may_raise = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._may_raise = False
+
+    def pause(self, seconds):
+        """Wait.  Raises UserError once a signal has come."""
+        self.check()
+        select.select([self._wakeup], [], [], seconds)
+        self.check()
 
     def check(self):
         """Raise UserError if a signal has come."""
@@ -6660,10 +7427,13 @@ class Input:
 
 
 class Progress:
-    """Bytes and rate on a terminal's stderr, some times a second; nothing anywhere else."""
+    """Bytes and rate on a terminal's stderr, some times a second; nothing anywhere else.
 
-    def __init__(self, action, quiet=False):
-        self.action, self.size = action, 0
+    total: the bytes that will come, from which the seconds follow that are left.
+    """
+
+    def __init__(self, action, quiet=False, total=None):
+        self.action, self.size, self.total = action, 0, total
         self.shown = not quiet and sys.stderr is not None and sys.stderr.isatty()
         self.began = self.last = time.monotonic()
 
@@ -6674,7 +7444,11 @@ class Progress:
         if self.shown and now - self.last >= PROGRESS_EVERY and select.select([], [2], [], 0)[1]:
             self.last = now
             rate = self.size / (now - self.began) / 1e6
-            sys.stderr.write(f"\r{self.action}: {self.size / 1e6:.0f} MB, {rate:.0f} MB/s\033[K")
+            whole = f" of {self.total / 1e6:.0f}" if self.total else ""
+            left = f", {(self.total - self.size) / 1e6 / rate:.0f} s left" \
+                if self.total and rate else ""
+            sys.stderr.write(f"\r{self.action}: {self.size / 1e6:.0f}{whole} MB, "
+                             f"{rate:.0f} MB/s{left}\033[K")
             sys.stderr.flush()
 
     def clear(self):
@@ -6799,6 +7573,77 @@ def run_import(config, options):
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"image {uuid} is stored, but that cannot be printed: {reason}")
     return 0
+
+
+def mirror_source(config, options):
+    """The source that a URL, or the path of a directory, names.  Raises UserError."""
+    if "://" not in options.url and os.path.isdir(options.url):
+        return SourceDirectory(options.url)
+    try:
+        return RemoteServer(
+            options.url, options.channel, options.ca, options.insecure, config.stall_timeout,
+            options.signals.interrupting, options.signals.pause,
+            lambda text: options.quiet or complain(text))
+    except ValueError as error:           # without the URL, which may have a password
+        raise UserError(f"URL {error}", 2)
+
+
+def complain(text):
+    """One line on stderr, while a command goes on."""
+    with contextlib.suppress(OSError, AttributeError):
+        sys.stderr.write(f"imgserver: {printable(text)}\n")
+        sys.stderr.flush()
+
+
+def run_mirror(config, options):
+    """Bring images of another server, origins first; 1 where one of them has not come."""
+    uuids = [checked_uuid(text) for text in options.uuid]
+    filters = {name: getattr(options, name) for name in ("name", "version", "os", "type")
+               if getattr(options, name) is not None}
+    if options.latest is not None and options.latest < 1:
+        raise UserError("--latest must be 1 or more", 2)
+    by_list = bool(filters) or options.all or options.latest is not None
+    if by_list == bool(uuids):
+        raise UserError("either UUIDs are needed, or --name, --version, --os, --type, --latest "
+                        "or --all", 2)
+    config.check_serve_dir()
+    shown = Progress("", options.quiet)
+
+    def progress(text, size):
+        nonlocal shown
+        shown = Progress(text, options.quiet, size)
+        return count
+
+    def count(size):
+        options.signals.check()
+        shown.add(size)
+
+    def say(text):
+        shown.clear()
+        if not options.quiet:
+            options.signals.say(text)
+
+    def fail(text):
+        shown.clear()
+        complain(text)
+
+    try:
+        source = mirror_source(config, options)
+        mirror = Mirror(config, source, say, fail, progress, options.stream_check)
+        if by_list:
+            uuids = mirror.select(filters, options.latest)
+            uuids = list(dict.fromkeys(uuids + mirror.brought()))
+    except SourceError as error:
+        raise UserError(f"{printable(options.url.rpartition('@')[2])}: {error}")
+    plan = mirror.plan(uuids, follow=not options.dry)
+    if options.dry:
+        for size, text in plan.values():
+            options.signals.say(f"{text}  {size / 1e6:.1f} MB")
+        options.signals.say(f"{len(plan)} images, "
+                            f"{sum(size for size, _ in plan.values()) / 1e6:.1f} MB")
+    else:
+        mirror.bring(plan)
+    return 1 if mirror.failed else 0
 
 
 def run_activate(config, options):
@@ -7488,10 +8333,16 @@ def default_config() -> str:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Refuses unknown options itself, with the usage of its command, not that of all."""
+    """Refuses unknown options itself, with the usage of its command, not that of all.
+
+    A list of UUIDs may go on behind an option.
+    """
 
     def parse_known_args(self, args=None, namespace=None):
         namespace, unknown = super().parse_known_args(args, namespace)
+        if isinstance(getattr(namespace, "uuid", None), list) and "-" not in [
+                word[:1] for word in unknown]:
+            namespace.uuid, unknown = namespace.uuid + unknown, []
         if unknown:
             self.error("unrecognized arguments: " + " ".join(unknown))
         return namespace, unknown
@@ -7559,6 +8410,28 @@ def add_managing_commands(command):
                      help="delete none, but name those that would go")
 
 
+def add_mirror_options(sub):
+    """The options and words of `mirror`."""
+    sub.add_argument("url", metavar="URL",
+                     help="http[s]://[USER:PASSWORD@]HOST[:PORT], with /datasets at its end for "
+                          "DSAPI, or a directory of images")
+    sub.add_argument("uuid", nargs="*", metavar="UUID", help="these images, and their origins")
+    for name, text in (("name", "images of this name, or with ~PART in it"),
+                       ("version", "of this version, or with ~PART in it"),
+                       ("os", "of this operating system"), ("type", "of this type"),
+                       ("channel", "in this channel of the other server")):
+        sub.add_argument(f"--{name}", help=text)
+    sub.add_argument("--latest", type=int, metavar="K", help="the K newest of each name")
+    sub.add_argument("--all", action="store_true", help="all that are listed there")
+    sub.add_argument("--ca", metavar="FILE", help="certificates to trust, as PEM")
+    sub.add_argument("--insecure", action="store_true", help="trust any certificate")
+    sub.add_argument("-n", "--dry-run", dest="dry", action="store_true",
+                     help="print what would come, with sizes")
+    sub.add_argument("--no-stream-check", dest="stream_check", action="store_false",
+                     help="take files that are no ZFS send streams")
+    sub.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+
+
 def option_parser() -> argparse.ArgumentParser:
     """The command line; `run` of what it parses is the command's function."""
     shared = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
@@ -7596,6 +8469,9 @@ def option_parser() -> argparse.ArgumentParser:
     sub = command("import", run_import, "publish an image, read from standard input",
                   True, "import web 1.2.0 'Web server' < web.zfs.gz")
     add_import_options(sub)
+    add_mirror_options(command(
+        "mirror", run_mirror, "bring images of another server, with those they build on", True,
+        "mirror https://images.smartos.org --name base-64-lts --latest 1"))
     # For the script import-image alone, which passes everything on: without help, not listed.
     sub = commands.add_parser("import-image", parents=[shared], prog="import-image",
                               formatter_class=argparse.RawDescriptionHelpFormatter,
