@@ -20,7 +20,7 @@ The parts, each resting only on those above it: constants - errors - log - JSON 
 configuration - manifests - store - image files - publishing - requests and responses -
 routes - connections - servers - commands.
 
-What it does not do: TLS (put nginx in front), authentication, HTTP/2, uploads over HTTP.
+What it does not do: TLS (put nginx in front), HTTP/2, uploads over HTTP.
 
 MIT licence; see LICENSE.
 """
@@ -50,6 +50,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import hmac
 import html
 import http
 import json
@@ -174,6 +175,15 @@ def printable(text, limit=LOG_TARGET_LIMIT) -> str:
     if _is_plain(text):
         return text
     return text.encode("unicode_escape").decode("ascii").replace('"', '\\"')
+
+
+def client_name(peer, headers) -> str:
+    """A client as the log names it: its address, or the one that a proxy on the Unix socket gives.
+
+    That is for the log alone: the header may be made up.
+    """
+    address = peer or headers.get("x-real-ip") or headers.get("x-forwarded-for", "").split(",")[-1]
+    return printable(address.strip(), ADDRESS_LIMIT) or "unix"
 
 
 def stamp(seconds) -> str:
@@ -421,6 +431,12 @@ def _flag(value):
     return value
 
 
+def _readers(value):
+    if value not in ("anyone", "public", "users"):
+        raise ValueError('must be "anyone", "public" or "users"')
+    return value
+
+
 def _networks(value):
     """A list of addresses, networks and "unix", as ip_network objects and that word."""
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
@@ -509,6 +525,8 @@ SETTINGS = {
     "stall_timeout": (300, _number(0.1, 86400, (int, float))),
     "drain_time": (30, _number(0, 3600, (int, float))),
     "channels": ([], _channels),
+    "users": ("", _text),
+    "read": ("anyone", _readers),
     "publish_from": ([], _networks),
     "manage_from": ([], _networks),
     "check_streams": (True, _flag),
@@ -549,6 +567,10 @@ class Config:
                                      "socket may do so, with nginx in front all whom it lets in")
         self.listen = parse_listen(self.listen_port)
         self.serve_dir = os.path.abspath(os.path.join(directory, self.serve_dir))
+        self.users = self.users and os.path.abspath(os.path.join(directory, self.users))
+        if self.read == "users" and not (self.users or self.publish_from or self.manage_from):
+            raise UserError('config: read is "users", but users names no file of them',
+                            EXIT_CONFIG)
 
     @classmethod
     def load(cls, path, must_exist=True):
@@ -2635,13 +2657,13 @@ def new_file(name, directory=None, mode=0o644):
         os.fsync(fd)
 
 
-def replace_at(directory, name, data, owner=None, keep_time=False):
+def replace_at(directory, name, data, owner=None, keep_time=False, mode=0o644):
     """Put a file in the place of `name` in an open directory, by rename.  Raises OSError.
 
-    Mode and owner of the file before stay; `owner` is for one that is new.  keep_time: the
-    mtime stays, too.  The directory is left to be synced.
+    Mode and owner of the file before stay; `owner` and `mode` are for one that is new.
+    keep_time: the mtime stays, too.  The directory is left to be synced.
     """
-    aside, mode = temporary_name(name), 0o644
+    aside = temporary_name(name)
     try:
         before = os.stat(name, dir_fd=directory)
         mode, owner = stat.S_IMODE(before.st_mode), (before.st_uid, before.st_gid)
@@ -2665,7 +2687,7 @@ def replace_at(directory, name, data, owner=None, keep_time=False):
         raise
 
 
-def replace_file(path, data, keep_time=False):
+def replace_file(path, data, keep_time=False, owner=None, mode=0o644):
     """replace_at by path, and synced.  Behind a symlink, it is the file there that is replaced.
 
     Raises ApiError.
@@ -2675,7 +2697,7 @@ def replace_file(path, data, keep_time=False):
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with storing(f"cannot write {name}"):
-            replace_at(fd, name, data, keep_time=keep_time)
+            replace_at(fd, name, data, owner, keep_time, mode)
         sync(fd, f"{name} is written, but not surely on disk")
     finally:
         os.close(fd)
@@ -3285,23 +3307,214 @@ class Publisher:
 # -- users -------------------------------------------------------------------------------
 #
 # Rights over HTTP, each with those before it: to read, to publish images that are not on show
-# yet, to manage those that are.
+# yet, to manage those that are.  A client has them by its address, or as a user, of whom a
+# line of a file has the name, the right and a hash of the password (HTTP Basic, RFC 7617).
 
 ANYONE, READ, PUBLISH, MANAGE = range(4)
+RIGHTS = {"read": READ, "publish": PUBLISH, "manage": MANAGE}
 PEERS_KEPT = 1024             # addresses of which the right is remembered
+EVERYBODY, SAME_CREDENTIALS, CLIENT = range(3)    # audiences: whom a cache may give an answer
+
+SCRYPT = {"n": 1 << 14, "r": 8, "p": 1, "dklen": 32}      # takes 16 MiB, and some 70 ms
+SALT_SIZE = 16                # bytes
+USERS_LIMIT = 1 << 20         # bytes of the file: some 7,000 users
+PASSWORD_LIMIT = 1024         # bytes of a new password
+CHECKS_WAITING = 8            # passwords that wait to be checked, some 0.6 s; further ones: 503
+CHECKS_OF_ONE = 4             # of these for one address, so that others get their turn
+FITTED = 600.0                # seconds that a password that fitted is remembered
+WRONG = 5.0                   # seconds that a wrong one is
+
+_USER_NAME = "[A-Za-z0-9._@-]{1,64}"
+_USER = re.compile(rf"({_USER_NAME}) ({'|'.join(RIGHTS)}) "
+                   r"scrypt\$16384\$8\$1\$([0-9a-f]{32})\$([0-9a-f]{64})")
+
+User = collections.namedtuple("User", "name rights salt hash")
+
+
+def hash_password(password: bytes, salt: bytes) -> bytes:
+    """scrypt of a password without NUL: its HMAC would ignore one at the end (RFC 2104)."""
+    return hashlib.scrypt(password, salt=salt, **SCRYPT)
+
+
+def parse_basic(header):
+    """(name, password as bytes) of an Authorization header; None, None of another scheme.
+
+    The password is None where it is none (RFC 7617 §2).
+    """
+    scheme, _, text = header.partition(" ")
+    if scheme.lower() != "basic":
+        return None, None
+    try:
+        name, colon, password = base64.b64decode(text.strip(" "), validate=True).partition(b":")
+    except ValueError:
+        return "", None
+    return name.decode("ascii", "replace"), password if colon and b"\0" not in password else None
+
+
+def read_users(path) -> dict:
+    """The users of a file: name: User.  Raises UserError, which shows no hash."""
+    if not hasattr(hashlib, "scrypt"):
+        raise UserError("users need a Python with hashlib.scrypt (OpenSSL 1.1)", EXIT_CONFIG)
+    try:
+        fd, status = open_regular(path)
+        with open(fd, "rb") as file:
+            lines = file.read(USERS_LIMIT).decode("ascii", "replace").split("\n")
+    except OSError as error:
+        raise UserError(f"cannot read the users in {path}: {error.strerror}", EXIT_CONFIG)
+    if status.st_mode & (stat.S_IROTH | stat.S_IWOTH):
+        raise UserError(f"others may read or write {path}, which has passwords: chmod 600 it",
+                        EXIT_CONFIG)
+    users = {}
+    for number, line in enumerate(lines, 1):
+        match = _USER.fullmatch(line)
+        if match and match[1] not in users:
+            users[match[1]] = User(match[1], match[2], *map(bytes.fromhex, match.groups()[2:]))
+        elif line:
+            raise UserError(f"{path}: line {number} is not a user, or one that is there already",
+                            EXIT_CONFIG)
+    return users
+
+
+def write_users(path, users, serve_dir):
+    """Replace the file of users; a new one is its owner's alone.  Raises ApiError."""
+    text = "".join(f"{user.name} {user.rights} scrypt$16384$8$1${user.salt.hex()}"
+                   f"${user.hash.hex()}\n" for user in users.values())
+    status = os.stat(serve_dir)
+    owner = (status.st_uid, status.st_gid) if os.geteuid() == 0 else None
+    replace_file(path, text.encode(), owner=owner, mode=0o600)
+
+
+class Users:
+    """The users of a file, read again when it changes, and passwords checked lately.
+
+    One password is checked at a time, while the thread of a request waits; the event loop only
+    remembers.  The same pair is not checked twice, and an unknown user takes as long as a
+    wrong password.
+    """
+
+    def __init__(self, path, log):
+        """Raises UserError where the file cannot be used."""
+        self.path, self.log = path, log
+        self._key = os.urandom(32)        # of the hashes in memory
+        self._lock = threading.Lock()     # for _waiting, and for reading the file
+        self._waiting = []                # addresses of clients whose passwords wait
+        self._checking = threading.Lock()
+        self._jobs = None                 # for _hash
+        key = stat_key_at(path)
+        # stat_key of the file, its users, {hash of a header: (until (monotonic), User or None)}
+        self._state = key, read_users(path), {}
+
+    def user_of(self, request) -> User | None:
+        """The User whose name and password a request has; None where it has none that fit.
+
+        A wrong password is a line in the log.  Raises NeedsThread, and ApiError (503) where
+        too many passwords wait to be checked.
+        """
+        header = request.headers["authorization"]
+        users, checked = self._current(request.may_block)
+        digest = hashlib.blake2b(header.encode("latin-1"), key=self._key).digest()
+        until, user = checked.get(digest, (-math.inf, None))
+        if user is None or until <= time.monotonic():
+            name, password = parse_basic(header)
+            if name is None:
+                return None
+            if password is not None and until <= time.monotonic():
+                user = self._check(request, users.get(name), password, digest, checked)
+            if user is None:              # a name that is unknown may be a password
+                self.log.warn(f"{client_name(request.peer, request.headers)} gave a wrong "
+                              f"password {f'for user {name}' if name in users else 'or user'}")
+        return user
+
+    def _current(self, may_block):
+        """(users, headers checked) of the file as it is now.  Raises NeedsThread."""
+        key = stat_key_at(self.path)
+        if key != self._state[0]:
+            if not may_block:
+                raise NeedsThread
+            with self._lock:
+                if key != self._state[0]:
+                    try:
+                        users = read_users(self.path)
+                    except UserError as error:
+                        users = self._state[1]
+                        self.log.error(f"the users stay as they were: {printable(str(error))}")
+                    self._state = key, users, {}
+        return self._state[1:]
+
+    def _check(self, request, user, password, digest, checked):
+        """`user`, if that is the password, else None; checked once.  Raises as user_of."""
+        with self._lock:
+            if len(self._waiting) >= CHECKS_WAITING or request.peer and \
+                    self._waiting.count(request.peer) >= CHECKS_OF_ONE:
+                raise ApiError(503, "ServiceUnavailableError",
+                               "too many passwords wait to be checked",
+                               fields=b"Retry-After: 1\r\n")
+            if not request.may_block:
+                raise NeedsThread
+            self._waiting.append(request.peer)
+        try:
+            with self._checking:
+                now = time.monotonic()
+                until, known = checked.get(digest, (-math.inf, None))
+                if until > now:           # another request with the same was faster
+                    return known
+                found = self._hash(password, user.salt if user else bytes(SALT_SIZE))
+                if user is None or not hmac.compare_digest(found, user.hash):
+                    user = None
+                for old in [old for old, (until, _) in checked.items() if until <= now]:
+                    del checked[old]
+                checked[digest] = time.monotonic() + (FITTED if user else WRONG), user
+                return user
+        finally:
+            with self._lock:
+                self._waiting.remove(request.peer)
+
+    def _hash(self, password, salt) -> bytes:
+        """hash_password, in one thread for all: malloc may keep its 16 MiB for each thread.
+
+        Raises RuntimeError and MemoryError; _checking is held.
+        """
+        if self._jobs is None:
+            jobs = queue.SimpleQueue()
+            start_new_thread(self._run, (jobs,))
+            self._jobs = jobs
+        reply = queue.SimpleQueue()
+        self._jobs.put((password, salt, reply))
+        found = reply.get()
+        if found is None:
+            raise MemoryError("a password cannot be checked")
+        return found
+
+    @staticmethod
+    def _run(jobs):
+        while True:
+            password, salt, reply = jobs.get()
+            try:
+                reply.put(hash_password(password, salt))
+            except Exception:
+                reply.put(None)
 
 
 class Rights:
-    """Who may do what, as the configuration says."""
+    """Who may do what, as the configuration says.
 
-    def __init__(self, config):
+    hides     whether there are images that strangers may not know of
+    least     the right of strangers
+    matter    whether a request that changes nothing may be refused, or has a user
+    """
+
+    def __init__(self, config, log):
         self.config = config
+        self.users = Users(config.users, log) if config.users else None
+        self.hides = config.read != "anyone"
+        self.least = ANYONE if self.hides else READ
+        self.matter = self.hides or self.users is not None
         self.of_address = functools.lru_cache(PEERS_KEPT)(self._of_address)
 
     @property
     def publishing(self) -> bool:
         """Whether anybody may publish over HTTP at all."""
-        return bool(self.config.publish_from or self.config.manage_from)
+        return bool(self.users or self.config.publish_from or self.config.manage_from)
 
     def _of_address(self, peer) -> int:
         """The right of a client by its address; "" is the Unix socket.  Never by a header."""
@@ -3309,13 +3522,58 @@ class Rights:
                                 (PUBLISH, self.config.publish_from)):
             if is_among(peer, networks):
                 return right
-        return READ
+        return self.least
 
     def of(self, request) -> int:
-        """The right of the client that a request came from."""
+        """The right of the client that a request came from.  Raises as Users.user_of."""
         if request.right is None:
-            request.right = self.of_address(request.peer)
+            right = self.of_address(request.peer)
+            if self.users is not None and "authorization" in request.headers:
+                user = self.users.user_of(request)
+                if user is not None:
+                    request.user, right = user.name, max(right, RIGHTS[user.rights])
+            request.right = right
         return request.right
+
+    def need(self, request, right):
+        """Raise ApiError where the client lacks a right: 401 where a user may have it."""
+        if self.of(request) < right:
+            if self.users is None or request.user:
+                raise operator_only()
+            raise ApiError(401, "UnauthorizedError", "a user and a password are needed",
+                           fields=b'WWW-Authenticate: Basic realm="imgserver"\r\n')
+
+    def admit(self, request):
+        """Find out who sends a request, before anything of it is answered.
+
+        Raises ApiError (401) where all reading needs a user, and as Users.user_of: but what
+        everybody may read does not depend on a password.
+        """
+        if self.config.read == "users":
+            request.audience = CLIENT
+            self.need(request, READ)
+        elif "authorization" in request.headers:
+            try:
+                self.of(request)
+            except ApiError:
+                if self.hides or request.method not in ("GET", "HEAD"):
+                    raise
+
+    def visible(self, request, image):
+        """`image`, where the client may know of it.  Raises ApiError, as where there is none."""
+        if self.hides and not image.public:
+            request.audience = CLIENT
+            if self.of(request) < READ:
+                raise not_found(f"image {image.uuid} not found")
+        return image
+
+    def lists_all(self, request) -> bool:
+        """Whether a list has the private images, too."""
+        if not self.hides:
+            return True
+        all_of_them = self.of(request) >= READ
+        request.audience = max(request.audience, CLIENT if all_of_them else SAME_CREDENTIALS)
+        return all_of_them
 
 
 # -- HTTP messages -----------------------------------------------------------------------
@@ -3341,6 +3599,7 @@ _HOST = re.compile(r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{0
 _LENGTH = re.compile("[0-9]{1,19}")
 _RANGE = re.compile("bytes=([0-9]{0,19})-([0-9]{0,19})")
 _TARGET_HOST = re.compile("https?://[^/?]*", re.IGNORECASE)
+_USER_INFO = re.compile(r"(://|^\S+ )[^/?#]*@")    # in a request line
 
 METHODS = frozenset(("GET", "HEAD", "OPTIONS", "POST", "PUT", "DELETE", "PATCH", "TRACE",
                      "CONNECT"))
@@ -3359,13 +3618,15 @@ class Request:
     body        an object with read(n), as Body has it; None until a thread answers it
     peer        the address of the client; "" on a Unix socket
     right       the right of the client, once it was asked for
+    user        the name of its user, once that is sure; or None
+    audience    whom the answer may be given to by a cache, as Rights tells
     may_block   whether answering may take its time: True in a thread, False in the event loop
     route, arguments    the row of the route table that answers it, once it was found
     """
 
     __slots__ = ("line", "method", "target", "is_1_0", "headers", "segments", "query", "host",
-                 "keep_alive", "length", "body", "peer", "right", "may_block", "route",
-                 "arguments")
+                 "keep_alive", "length", "body", "peer", "right", "user", "audience", "may_block",
+                 "route", "arguments")
 
 
 def parse_request(match) -> Request:
@@ -3376,7 +3637,7 @@ def parse_request(match) -> Request:
     """
     request = Request()
     request.may_block, request.body, request.route = False, None, None
-    request.peer, request.right = "", None
+    request.peer, request.right, request.user, request.audience = "", None, None, EVERYBODY
     request.line, request.method, request.target, version, block = match.groups()
     if version[0] != "1":
         raise ApiError(505, "HttpVersionNotSupported", "HTTP/1.0 and HTTP/1.1 are spoken here")
@@ -3400,6 +3661,11 @@ def parse_request(match) -> Request:
         raise ApiError(417, "ExpectationFailed", "only 100-continue can be expected")
     request.segments, request.query = split_target(request.target)
     return request
+
+
+def without_credentials(line) -> str:
+    """A request line for the log: a URL as its target may hold a password."""
+    return _USER_INFO.sub(r"\1", line) if "@" in line else line
 
 
 def explain_head(data):
@@ -3939,8 +4205,8 @@ def read_json(request, kind):
 class Dsapi:
     """The API of 2012: everything is below /datasets, and files have names."""
 
-    def __init__(self, config, store):
-        self.config, self.store = config, store
+    def __init__(self, config, store, rights):
+        self.config, self.store, self.rights = config, store, rights
         # prefix + Host + suffix, as JSON: the beginning of files[].url
         self.url_base = functools.lru_cache(HOSTS_KEPT)(self._make_url_base)
         # The suffix was made to add a port: not to a Host header that has one.
@@ -3962,6 +4228,7 @@ class Dsapi:
     def list(self, request):
         """All active images; filters as dsapid has them: by prefix, or ~part."""
         base, api = self.url_base(request.host), dsapi_of(request.headers)
+        all_of_them = self.rights.lists_all(request)
 
         def text_of(image):
             return base.join(getattr(image, api)[:2])
@@ -3976,25 +4243,29 @@ class Dsapi:
                 images = self.store.snapshot(api, True).images
                 with self.store.rendering:
                     numbers = [number for number, image in enumerate(images)
-                               if all(value is None or matches_text(getattr(image, name), value,
-                                                                    name != "type")
-                                      for name, value in wanted.items())]
+                               if (all_of_them or image.public)
+                               and all(value is None or matches_text(getattr(image, name), value,
+                                                                     name != "type")
+                                       for name, value in wanted.items())]
                     return filtered_response(images, numbers, text_of, VARY + CACHE_NEVER)
-        listing = self.store.listing(api, (), lambda images: images, text_of,
-                                     request.may_block, base)
+        listing = self.store.listing(
+            api, (all_of_them,),
+            lambda images: [image for image in images if all_of_them or image.public],
+            text_of, request.may_block, base)
         return list_response(request, self.store, listing, b"Accept, Accept-Encoding",
                              CACHE_NEVER)
 
     def manifest(self, request, uuid):
         """One manifest, also of a disabled image."""
         api = dsapi_of(request.headers)
-        before, after, etag = getattr(self.store.image(uuid, api, request.may_block), api)
+        image = self.rights.visible(request, self.store.image(uuid, api, request.may_block))
+        before, after, etag = getattr(image, api)
         return manifest_response(request, etag, VARY + CACHE_NEVER, before,
                                  self.url_base(request.host), after)
 
     def file(self, request, uuid, name):
         """The file of an image, by the name that its v1 manifest gives."""
-        image = self.store.image(uuid, DSAPI, True)
+        image = self.rights.visible(request, self.store.image(uuid, DSAPI, True))
         if name != image.path:
             raise not_found(f"{request.target} does not exist")
         return file_of(request, image, self.store)
@@ -4066,9 +4337,11 @@ class Imgapi:
                     numbers = [number for number in numbers if check(images[number])]
                 numbers = numbers[::-1 if backwards else 1][:limit]
                 return filtered_response(images, numbers, self.text_of(version), CACHE_MANIFESTS)
+        all_of_them = self.rights.lists_all(request)
         listing = self.store.listing(
-            IMGAPI, (channel, version if self.channels else None),
-            lambda images: [image for image in images if self.in_channel(image, channel)],
+            IMGAPI, (channel, version if self.channels else None, all_of_them),
+            lambda images: [image for image in images if self.in_channel(image, channel)
+                            and (all_of_them or image.public)],
             self.text_of(version), request.may_block)
         return list_response(request, self.store, listing, b"Accept-Encoding", CACHE_MANIFESTS)
 
@@ -4079,6 +4352,8 @@ class Imgapi:
         state = single_value(query, "state") or "active"
         if state != "all" and state not in STATES:
             raise invalid("state", f'invalid state: "{state}"')
+        if state != "active":
+            request.audience = CLIENT
         may_see_all = self.rights.of(request) >= PUBLISH
         if state not in ("active", "all") and not may_see_all:
             return (), (), False, None
@@ -4089,17 +4364,19 @@ class Imgapi:
         else:
             images = [image for image in self.store.all_images() if state in ("all", image.state)]
         checks = [lambda image: self.in_channel(image, channel), *image_filters(query, account)]
+        if not self.rights.lists_all(request):
+            checks.insert(0, lambda image: image.public)
         marker = single_value(query, "marker")
         if marker is not None:
-            first = self._marker(marker, backwards)
+            first = self._marker(request, marker, backwards)
             checks.append(lambda image: image.order <= first if backwards
                           else image.order >= first)
         return images, checks, backwards, limit
 
-    def _marker(self, marker, backwards):
+    def _marker(self, request, marker, backwards):
         """The place in the order where a list is to begin.  Raises ApiError."""
         if is_uuid(marker):
-            return self.store.image(marker, IMGAPI, True).order
+            return self.rights.visible(request, self.store.image(marker, IMGAPI, True)).order
         try:
             return parse_marker(marker), "~" if backwards else ""
         except ValueError:
@@ -4128,6 +4405,7 @@ class Imgapi:
             if not request.may_block:
                 raise NeedsThread
             image = self.store.unactivated(uuid)
+        self.rights.visible(request, image)
         if channel and not self.in_channel(image, channel) \
                 or account and not may_see(image, account):
             raise not_found("image not found")
@@ -4239,14 +4517,9 @@ class ImgapiPublishing:
         check_if_match(request.headers, image.imgapi[2].decode())
         return image
 
-    def _need(self, request, right):
-        """Raise ApiError (403) where the client lacks a right."""
-        if self.rights.of(request) < right:
-            raise operator_only()
-
     def _need_for(self, request, image):
-        """An image on show is for who may manage."""
-        self._need(request, PUBLISH if self._waits(image) else MANAGE)
+        """An image that is not in staging is for who may manage."""
+        self.rights.need(request, PUBLISH if self._waits(image) else MANAGE)
 
     def not_available(self, request, *_):
         """Parts of IMGAPI that need a data centre."""
@@ -4305,7 +4578,7 @@ class ImgapiPublishing:
         if verb is None or action == "channel-add" and not self.imgapi.channels:
             raise invalid("action", f'"{action}" is not a valid action')
         right, verb = verb
-        self._need(request, right)
+        self.rights.need(request, right)
         return verb(self, request, uuid, query)
 
     def import_image(self, request, uuid, query):
@@ -4506,6 +4779,7 @@ class ImgapiPublishing:
         if wanted is not None and wanted.lower() != sha1:
             raise ApiError(400, "Upload", f'"sha1" hash, {wanted}, does not match the uploaded '
                            f"icon file sha1 hash, {sha1}")
+        self._need_for(request, self._find(request, uuid, query))     # the body took its time
         self.publisher.add_icon(uuid, request.headers.get("content-type", ""), data)
         return self._answer(request, uuid)
 
@@ -4549,7 +4823,7 @@ class Site:
 
     def __init__(self, config, store, log, routes=()):
         self.config, self.store, self.log = config, store, log
-        self.rights = Rights(config)
+        self.rights = Rights(config, log)
         imgapi = Imgapi(config, store, self.rights)
         if self.rights.publishing:
             if not os.access(config.serve_dir, os.W_OK | os.X_OK):
@@ -4558,7 +4832,7 @@ class Site:
         self.table = {}                   # pattern: {method: Route}
         for route in (Route("GET", "", self.root, THREAD, ANYONE),
                       Route("GET", "ping", self.ping, MEMORY, ANYONE),
-                      *Dsapi(config, store).routes(), *imgapi.routes(), *routes):
+                      *Dsapi(config, store, self.rights).routes(), *imgapi.routes(), *routes):
             self.table.setdefault(route.pattern, {})[route.method] = route
 
     def answer(self, request) -> Response:
@@ -4567,20 +4841,43 @@ class Site:
         Raises NeedsThread in the event loop; then it is called again in a thread.
         """
         try:
+            if self.rights.matter and request.method != "OPTIONS":
+                self.rights.admit(request)
             route = request.route or self._find(request)
             if route.flags and not request.may_block:
                 raise NeedsThread
-            return route.handler(request, *request.arguments)
+            response = route.handler(request, *request.arguments)
         except ApiError as error:
-            return error_response(error)
+            response = error_response(error)
+            if self.rights.hides:         # it may say that an image is not there
+                request.audience = CLIENT
         except ClientGone:
             raise
         except OSError as error:
-            self.log.error(f"cannot answer {printable(request.target)} from serve_dir "
+            target = printable(without_credentials(request.target))
+            self.log.error(f"cannot answer {target} from serve_dir "
                            f"{printable(self.config.serve_dir)}: {error.strerror}")
-            return error_response(ApiError(503, "ServiceUnavailableError",
-                                           "the image directory cannot be read",
-                                           fields=b"Retry-After: 10\r\n"))
+            response = error_response(ApiError(503, "ServiceUnavailableError",
+                                               "the image directory cannot be read",
+                                               fields=b"Retry-After: 10\r\n"))
+        if request.audience != EVERYBODY:
+            self._restrict(request, response)
+        return response
+
+    def _restrict(self, request, response):
+        """Have caches give an answer to its audience alone.
+
+        Scripts of other sites may not read it where an address has sufficed.
+        """
+        fields, count = re.subn(rb"(?m)^Vary: ([^\r]*)", rb"Vary: \1, Authorization",
+                                response.fields)
+        if not count:
+            fields += b"Vary: Authorization\r\n"
+        if request.audience == CLIENT:
+            fields = re.sub(rb"(?m)^Cache-Control: .*\n", b"", fields) + CACHE_NOTHING
+            if request.user is None and (request.right or ANYONE) > self.rights.least:
+                fields = fields.replace(CORS, b"")
+        response.fields = fields
 
     def _find(self, request) -> Route:
         """The row for a request; it is noted there, with the arguments.  Raises ApiError."""
@@ -4621,7 +4918,7 @@ class Site:
         if request.method not in METHODS:
             raise ApiError(501, "NotImplemented", "the method is not known here")
         hint = ("" if self.rights.publishing or request.segments[0] != "images" else
-                ": publishing over HTTP is off, until publish_from or manage_from of the "
+                ": publishing over HTTP is off, until users, publish_from or manage_from of the "
                 "configuration says who may")
         raise ApiError(405, "MethodNotAllowedError", f"{request.method} is not allowed{hint}",
                        fields=header_line("Allow", allow))
@@ -4641,8 +4938,7 @@ class Site:
                     host != request.host.lower()
                     or scheme != "https" and not _ADDRESS.match(host))):
             raise ApiError(403, "OperatorOnly", "pages of other sites may change nothing here")
-        if self.rights.of(request) < route.right:
-            raise operator_only()
+        self.rights.need(request, route.right)
 
     @staticmethod
     def _check_body(request, route):
@@ -4651,6 +4947,19 @@ class Site:
             raise ApiError(411, "LengthRequired", "a body needs a Content-Length here")
         if request.method in ("GET", "HEAD", "OPTIONS"):
             raise bad_request(f"a {request.method} has no body here")
+
+    def log_hidden(self):
+        """Log how many images strangers do not see: builders write `public: false` by default."""
+        try:
+            images = self.store.snapshot(IMGAPI, True).images
+        except OSError:                   # the first request meets it, too
+            return
+        hidden = {image.uuid for image in images
+                  if self.config.read == "users" or not image.public}
+        cut_off = sum(image.origin in hidden and image.uuid not in hidden for image in images)
+        self.log.info(f'read is "{self.config.read}": {len(hidden)} of {len(images)} images are '
+                      "hidden from strangers" + (f", who cannot import {cut_off} that build on "
+                                                 "them" if cut_off else ""))
 
     def options(self, request, allow):
         """The methods of a path; scripts of other sites may read, and no more (CORS)."""
@@ -5086,7 +5395,7 @@ class Connection:
             self._wait_for_more(text)
             return False
         end = match.end()
-        self.line = match[1]
+        self.line = without_credentials(match[1])
         if end > HEAD_LINE_LIMIT:
             check_size(text[:end])
         self.buffer = self.buffer[end:]
@@ -5107,7 +5416,7 @@ class Connection:
             has_line = text.find("\n", 0, HEAD_LINE_LIMIT + 1) >= 0
             if len(text) <= (HEAD_LIMIT if has_line else HEAD_LINE_LIMIT):
                 return                    # nothing that could be judged is new
-        self.line = text[:HEAD_LINE_LIMIT].partition("\n")[0].rstrip("\r")
+        self.line = without_credentials(text[:HEAD_LINE_LIMIT].partition("\n")[0].rstrip("\r"))
         explain_head(text)
         self.scanned = max(0, len(text) - 2)
         if not self.partial:
@@ -5160,7 +5469,7 @@ class Connection:
                 transport.queue(response.body, size)
         self.answered += 1
         self.unlogged += ((end, self.line, response.status, size, self.started,
-                           response.title, self.peer or self._proxied()),)
+                           response.title, self._client()),)
         return not self.closing
 
     def flush(self):
@@ -5224,9 +5533,8 @@ class Connection:
         request.may_block = True
         response = None
         try:
-            if request.route.flags & BODY == BODY:
-                request.body = Body(self.transport, self.buffer, request,
-                                    self.loop.config.stall_timeout)
+            request.body = Body(self.transport, self.buffer, request,
+                                self.loop.config.stall_timeout)
             response = self.loop.site.answer(request)
             if response.file is not None and (not self._wants_body
                                               or response.length <= ONE_PIECE):
@@ -5259,7 +5567,7 @@ class Connection:
             self.buffer = self.request.body.rest
         if response is None:              # nobody is there to be answered
             self.unlogged += ((math.inf, self.line, GONE, 0, self.started, "",
-                               self.peer or self._proxied()),)
+                               self._client()),)
             self._log_answers()
             self.close()
             return
@@ -5371,11 +5679,13 @@ class Connection:
 
     # log
 
-    def _proxied(self):
-        """Behind a Unix socket the client is whom the proxy names; for the log alone."""
-        headers = self.request.headers if self.request is not None else {}
-        address = headers.get("x-real-ip") or headers.get("x-forwarded-for", "").split(",")[-1]
-        return printable(address.strip(), ADDRESS_LIMIT) or "unix"
+    def _client(self) -> str:
+        """The client, after its user and "@" where there is one."""
+        request = self.request
+        if request is None:
+            return client_name(self.peer, {})
+        name = self.peer or client_name("", request.headers)
+        return f"{request.user}@{name}" if request.user else name
 
     def _log_answers(self):
         """A line for each answer: client, request, status, bytes of the body, time, image.
@@ -6082,6 +6392,8 @@ def run_serve(config, _):
     log.info(f"imgserver {__version__} serves {printable(config.serve_dir)} on "
              + ", ".join(printable(server.describe()) for server in loop.servers))
     log.flush()
+    if loop.site.rights.hides:
+        loop.workers.submit(loop.site.log_hidden, False)
     loop.run()
     log.info("ended")
     log.flush()
@@ -6579,6 +6891,73 @@ def run_config(config, options):
     return 0
 
 
+def ask_password(name, signals) -> bytes:
+    """A new password, from the terminal, or the first line of standard input.
+
+    Raises UserError.
+    """
+    if os.isatty(0):
+        import getpass
+
+        def end(number, frame):           # getpass lets the terminal echo again
+            raise UserError(f"ended by {signal.Signals(number).name}", 128 + number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, end)
+        try:
+            password, again = (getpass.getpass(f"{text} for {name}: ").encode(
+                "utf-8", "surrogateescape") for text in ("Password", "Again, the password"))
+        except EOFError:
+            raise UserError("no password was given")
+        if password != again:
+            raise UserError("the two passwords differ: nothing was changed")
+    else:
+        source, password = Input(None, signals), b""
+        while b"\n" not in password and len(password) <= PASSWORD_LIMIT:
+            more = source.read(CHUNK)
+            password += more or b"\n"
+        password = password.partition(b"\n")[0].removesuffix(b"\r")
+    if not 1 <= len(password) <= PASSWORD_LIMIT or b"\0" in password:
+        raise UserError(f"a password has 1 to {PASSWORD_LIMIT} bytes, and no NUL")
+    return password
+
+
+def run_user(config, options):
+    """List the users, or make, change or delete one."""
+    path, name = config.users, options.name
+    if not path:
+        raise UserError("the configuration names no file for users: add the line "
+                        f'"users": "users", to {options.config or default_config()}', EXIT_CONFIG)
+    config.check_serve_dir()
+    users = read_users(path) if os.path.lexists(path) else {}
+    if name is None:
+        if options.rights or options.delete:
+            raise UserError("say the NAME of the user, too", 2)
+        for user in users.values():
+            options.signals.say(f"{user.name} {user.rights}")
+        return 0
+    if not re.fullmatch(_USER_NAME, name):
+        raise UserError(f"{name!a} is no name for a user: 1 to 64 letters, digits and . _ @ -", 2)
+    if options.delete and name not in users:
+        raise UserError(f"there is no user {name}")
+    password = None
+    if not options.delete and not (options.rights and name in users):
+        password = ask_password(name, options.signals)
+    # Another command may change the file while a password is typed.
+    lock = lock_directory(os.path.dirname(os.path.realpath(path)), LOCK_PATIENCE)
+    try:
+        users = read_users(path) if os.path.lexists(path) else {}
+        user = users.pop(name, User(name, "read", b"", b""))
+        if not options.delete:
+            salt = os.urandom(SALT_SIZE) if password else user.salt
+            users[name] = User(name, options.rights or user.rights, salt,
+                               hash_password(password, salt) if password else user.hash)
+        write_users(path, users, config.serve_dir)
+    finally:
+        if lock is not None:
+            os.close(lock)
+    return 0
+
+
 SMF_MANIFEST = """\
 <?xml version="1.0"?>
 <!DOCTYPE service_bundle SYSTEM "/usr/share/lib/xml/dtd/service_bundle.dtd.1">
@@ -6774,6 +7153,14 @@ def option_parser() -> argparse.ArgumentParser:
                      help="remove images that were never finished, a day after their last change")
     sub.add_argument("-q", "--quiet", action="store_true",
                      help="print nothing when all is well, and no progress")
+    sub = command("user", run_user, "list the users, or make, change or delete one; a password "
+                  "is asked for, or is a line of standard input")
+    sub.add_argument("name", nargs="?", metavar="NAME")
+    choice = sub.add_mutually_exclusive_group()
+    choice.add_argument("--rights", choices=RIGHTS,
+                        help="what NAME may do, each with those before it (default: read); the "
+                             "password of one who is there stays")
+    choice.add_argument("--delete", action="store_true", help="delete NAME")
     command("config", run_config, "write creator and vendor UUIDs into config.json, once")
     sub = command("smf", run_smf, "print the SMF manifest for this directory and Python")
     sub.add_argument("--directory", help="where imgserver.py is installed (default: here)")
