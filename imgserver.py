@@ -5377,6 +5377,7 @@ class ImgapiPublishing:
 
     def _answer(self, request, uuid) -> Response:
         """The image as it is now, in any state."""
+        self.store.in_any_state(uuid).checked = -math.inf     # its icon may be new
         before, channels, etag = self.store.in_any_state(uuid).imgapi
         if parse_accept_version(request) == 1 and channels:
             channels, etag = b"", etag + b"-1"
