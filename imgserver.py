@@ -279,6 +279,7 @@ class Log:
 # -- JSON --------------------------------------------------------------------------------
 
 NUMBER_LIMIT = 20             # digits of an integer in JSON: 2**64 has 20
+NESTING_LIMIT = 100           # levels of JSON, so that whatever was parsed can be written, too
 
 def _unique(pairs):
     value = dict(pairs)
@@ -312,6 +313,16 @@ _quote = json.encoder.encode_basestring_ascii
 compact_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
+def _is_deeper(value, levels) -> bool:
+    """Whether arrays and objects are nested in more levels."""
+    level = [value]
+    while level and levels >= 0:
+        levels -= 1
+        level = [item for each in level if isinstance(each, (dict, list))
+                 for item in (each.values() if isinstance(each, dict) else each)]
+    return bool(level)
+
+
 def parse_json(data: bytes, unique=False):
     """The value of strict JSON in UTF-8, with or without a byte-order mark.  Raises ValueError.
 
@@ -322,6 +333,8 @@ def parse_json(data: bytes, unique=False):
     try:
         text = data.decode("utf-8").removeprefix("\ufeff")
         value = (_UNIQUE_DECODER if unique else _DECODER).decode(text)
+        if text.count("{") + text.count("[") > NESTING_LIMIT and _is_deeper(value, NESTING_LIMIT):
+            raise ValueError("nested too deep")
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
@@ -1390,6 +1403,8 @@ ZIPPED_LIMIT = 32 << 20       # bytes of gzip forms in use; of 10,000 images one
 MD5_LIMIT = 16 << 20          # bytes; a file up to this size is hashed when it is asked for, or
                               # when it is read without a sha1 in its manifest
 PIECE = 1 << 20               # bytes of a file in memory at once while it is hashed
+OPEN_TRIES = 3                # of a file that is replaced between the look at it and open()
+LINKS_IN_LOOP = 100           # origins of an image that the event loop follows, each by 2 stats
 HASHES_KEPT = 10000           # files whose hashes are remembered: 200 bytes each
 
 def trusted_stat(path, serve_dir):
@@ -1412,18 +1427,20 @@ def open_regular(path, serve_dir=None):
 
     With serve_dir, symlinks are followed as trusted_stat does.  Raises OSError.
     """
-    trusted = serve_dir and trusted_stat(path, serve_dir)
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        if trusted and not os.path.samestat(trusted, status):
-            raise OSError(errno.ENOENT, "replaced while it was opened")
-    except OSError:
+    for _ in range(OPEN_TRIES):
+        trusted = serve_dir and trusted_stat(path, serve_dir)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
+        except OSError:
+            os.close(fd)
+            raise
+        if not trusted or os.path.samestat(trusted, status):
+            return fd, status
         os.close(fd)
-        raise
-    return fd, status
+    raise OSError(errno.ENOENT, "replaced while it was opened")
 
 
 def stat_key(status):
@@ -1468,6 +1485,7 @@ class Hasher:
     def __init__(self, later=False):
         self._later = later
         self._lock = threading.Lock()
+        self._computing = threading.Lock()        # taken before _lock
         self._results = {}                # (path, stat_key): (sha1, md5), or an OSError
         self._queue = collections.deque()
         self._running = False
@@ -1492,6 +1510,21 @@ class Hasher:
             raise result
         return result
 
+    def hashes_of(self, fd, path):
+        """The same of an open file, which was opened at `path`; at once.  Raises OSError.
+
+        The first one who asks has it computed, the others wait.
+        """
+        with self._computing:
+            key = stat_key(os.fstat(fd))
+            result = self._results.get((path, key))
+            if not isinstance(result, tuple):
+                sha1, md5 = hash_file(fd, key[1])
+                result = sha1.hexdigest(), md5.digest()
+                if stat_key(os.fstat(fd)) == key:
+                    self._keep(path, key, result)
+        return result
+
     def _hash(self, path, key):
         try:
             fd, _ = open_regular(path)
@@ -1501,12 +1534,17 @@ class Hasher:
                 if stat_key(os.fstat(fd)) != key:
                     return OSError(errno.EAGAIN, "it changed while it was read")
         except OSError as error:
+            if error.errno in SHORTAGE or key[1] <= MD5_LIMIT:
+                return error              # it may be over with the next request
             result = error
+        self._keep(path, key, result)
+        return result
+
+    def _keep(self, path, key, result):
         with self._lock:
             self._results[path, key] = result
             if len(self._results) > HASHES_KEPT:
                 del self._results[next(iter(self._results))]
-        return result
 
     def _run(self):
         while True:
@@ -1653,9 +1691,12 @@ def passed_over(serve_dir, name):
     return None
 
 
-def read_manifest(directory):
-    """The manifest of an image directory, with its stat.  Raises BadImage and OSError."""
-    fd, status = open_regular(f"{directory}/{MANIFEST}")
+def read_manifest(directory, serve_dir=None):
+    """The manifest of an image directory, with its stat; serve_dir as open_regular takes it.
+
+    Raises BadImage and OSError.
+    """
+    fd, status = open_regular(f"{directory}/{MANIFEST}", serve_dir)
     try:
         if status.st_size > MANIFEST_LIMIT:
             raise BadImage(f"{MANIFEST} is larger than {MANIFEST_LIMIT} bytes")
@@ -1689,8 +1730,7 @@ class ImageReader:
         try:
             status = trusted_stat(directory, self.serve_dir)
             image.directory_changed, image.device = status.st_ctime_ns, status.st_dev
-            trusted_stat(f"{directory}/{MANIFEST}", self.serve_dir)
-            manifest, status = read_manifest(directory)
+            manifest, status = read_manifest(directory, self.serve_dir)
             image.manifest_key = stat_key(status)
             if status.st_dev != image.device:
                 image.device = None
@@ -1983,7 +2023,6 @@ class Store:
         self.log = log
         self._in_background = in_background
         self._reader = ImageReader(config, Hasher(later=True))
-        self._hashing = threading.Lock()
         self._told = set()            # warnings of names and of origins that were logged once
         self._images = {}             # uuid: Image, sound or not; written under _lock
         self._lock = threading.Lock()
@@ -2016,7 +2055,8 @@ class Store:
         if image is None or image.try_again:
             os.stat(f"{self.directory}/.")            # is it serve_dir that cannot be read?
         if image is None or image.problem or image.origin and self._is_cyclic(
-                image, lambda origin: self._known(origin, api, may_block)):
+                image, lambda origin: self._known(origin, api, may_block),
+                math.inf if may_block else LINKS_IN_LOOP):
             raise not_found(f"image {uuid} not found")
         return image
 
@@ -2124,27 +2164,34 @@ class Store:
                 self._told.add((image.uuid, origin.uuid))
                 self.log.warn(f"image {image.uuid}: {no_common_channel(origin.uuid)}")
 
+    def hashes_of(self, fd, image, name):
+        """(sha1 in hexadecimal, md5 as bytes) of a file of an image, open as fd; kept.
+
+        Raises OSError.
+        """
+        return self._reader.hasher.hashes_of(fd, f"{image.directory}/{name}")
+
     def content_md5(self, image, fd):
         """The MD5 of an image's file, open as fd, as bytes; None where that takes too long.
 
-        Raises OSError.  The first one who asks has it computed, the others wait.
+        Raises OSError.
         """
         if image.md5 is not None or image.size > MD5_LIMIT:
             return image.md5
-        with self._hashing:
-            if image.md5 is None:
-                md5 = hash_file(fd, image.size)[1].digest()
-                if stat_key(os.fstat(fd)) != image.file_key:
-                    return md5            # of a file that is not this image's any more
-                image.md5 = md5
-        return image.md5
+        return self.hashes_of(fd, image, image.file)[1]
 
-    def _is_cyclic(self, image, find) -> bool:
-        """Whether its chain of origins never ends: imgadm would follow it for ever."""
-        now = time.monotonic()
+    def _is_cyclic(self, image, find, limit=math.inf) -> bool:
+        """Whether its chain of origins never ends: imgadm would follow it for ever.
+
+        It is followed for each change of an image, and once a second, by one thread, while the
+        others go on with the verdict before.  Raises NeedsThread for more than `limit` links.
+        """
+        now, before = time.monotonic(), self._cyclic
+        memo, chain, link = before, [], image
         if now - self._cyclic_since >= RECHECK:
-            self._cyclic, self._cyclic_since = {}, now
-        memo, chain, link = self._cyclic, [], image
+            memo = {}
+            if limit == math.inf:
+                self._cyclic_since = now
         seen = set()
         while True:
             if link is None or link.problem or not link.origin:
@@ -2155,11 +2202,15 @@ class Store:
                 verdict = memo.get(link.uuid)
             if verdict is not None:
                 break
+            if len(chain) >= limit:
+                raise NeedsThread
             seen.add(link.uuid)
             chain.append(link.uuid)
             link = find(link.origin)
         for uuid in chain:
             memo[uuid] = verdict
+        if memo is not before and self._cyclic is before:
+            self._cyclic, self._cyclic_since = memo, now
         if not verdict:
             self._cycles_logged.discard(image.uuid)
         elif image.uuid not in self._cycles_logged:
@@ -2350,11 +2401,13 @@ class SendStream:
         self._order = None
         self._is_compound = self._is_clone = self._is_resumed = False
         self._head = bytearray()
-        self._tail = b""
+        self._tail = bytearray()
 
     def feed(self, data):
         """Feed the next bytes of the stream, decompressed."""
-        self._tail = data if len(data) >= TAIL else (self._tail + data)[-TAIL:]
+        self._tail += data[-TAIL:]
+        if len(self._tail) > 2 * TAIL:    # not each time: pieces may be single bytes
+            del self._tail[:-TAIL]
         if self._head is not None and len(self._head) < PROLOGUE:
             self._head += data[:PROLOGUE]
             self._read_begin()
@@ -2660,15 +2713,16 @@ def new_file(name, directory=None, mode=0o644):
 def replace_at(directory, name, data, owner=None, keep_time=False, mode=0o644):
     """Put a file in the place of `name` in an open directory, by rename.  Raises OSError.
 
-    Mode and owner of the file before stay; `owner` and `mode` are for one that is new.
-    keep_time: the mtime stays, too.  The directory is left to be synced.
+    Permissions and owner of the file before stay; `owner` and `mode` are for one that is new,
+    or takes the place of a symlink.  keep_time: the mtime stays, too.  The directory is left
+    to be synced.
     """
-    aside = temporary_name(name)
-    try:
-        before = os.stat(name, dir_fd=directory)
-        mode, owner = stat.S_IMODE(before.st_mode), (before.st_uid, before.st_gid)
-    except FileNotFoundError:
-        before = None
+    aside, before = temporary_name(name), None
+    with contextlib.suppress(FileNotFoundError):
+        status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        if stat.S_ISREG(status.st_mode):          # never a set-uid bit: the bytes are others'
+            before = status
+            mode, owner = status.st_mode & 0o777, (status.st_uid, status.st_gid)
     try:
         with new_file(aside, directory, mode) as file:
             file.write(data)
@@ -2687,6 +2741,15 @@ def replace_at(directory, name, data, owner=None, keep_time=False, mode=0o644):
         raise
 
 
+def manifest_bytes(manifest) -> bytes:
+    """A manifest as it is stored.  Raises ApiError where it is larger than one can be read."""
+    data = (render_json(manifest) + "\n").encode()
+    if len(data) > MANIFEST_LIMIT:
+        raise ApiError(422, "ValidationFailed", f"the manifest would have {len(data)} bytes, "
+                                                f"of which {MANIFEST_LIMIT} are the most")
+    return data
+
+
 def replace_file(path, data, keep_time=False, owner=None, mode=0o644):
     """replace_at by path, and synced.  Behind a symlink, it is the file there that is replaced.
 
@@ -2701,6 +2764,17 @@ def replace_file(path, data, keep_time=False, owner=None, mode=0o644):
         sync(fd, f"{name} is written, but not surely on disk")
     finally:
         os.close(fd)
+
+
+def remove_tree(path):
+    """Remove a directory, or what else stands in its place; of a symlink the link alone.
+
+    Raises OSError.
+    """
+    if stat.S_ISDIR(os.lstat(path).st_mode):
+        shutil.rmtree(path)
+    else:
+        os.unlink(path)
 
 
 def is_still(path, fd) -> bool:
@@ -2952,7 +3026,7 @@ class Publisher:
             if not force:
                 self.refuse_dependents(uuid)
             with storing(f"image {uuid} cannot be removed"):
-                aside = self._set_aside(image.path, uuid)
+                aside = self._set_aside(image.path, uuid, image.fd)
         self._remove(aside, uuid)
 
     def discard(self, uuid):
@@ -3042,8 +3116,8 @@ class Publisher:
             yield image
         except BaseException:
             if is_still(image.path, image.fd):
-                with contextlib.suppress(OSError):
-                    shutil.rmtree(self._set_aside(image.path, uuid), ignore_errors=True)
+                with contextlib.suppress(OSError, ApiError):
+                    remove_tree(self._set_aside(image.path, uuid, image.fd))
             raise
         finally:
             os.close(image.fd)
@@ -3080,12 +3154,16 @@ class Publisher:
                     fd = lock_directory(path)
                 except BlockingIOError:
                     raise busy(uuid)
-                if fd is not None:
-                    try:
-                        aside = self._set_aside(path, uuid)
-                    finally:
+                try:                      # without fd it is gone, or no directory
+                    if fd is not None or not os.path.isdir(path):
+                        aside = self._set_aside(path, uuid, fd)
+                        with contextlib.suppress(OSError):
+                            remove_tree(aside)
+                except FileNotFoundError:
+                    pass
+                finally:
+                    if fd is not None:
                         os.close(fd)
-                    shutil.rmtree(aside, ignore_errors=True)
                 continue
             fd = None
             try:
@@ -3104,17 +3182,24 @@ class Publisher:
                 raise
         raise busy(uuid)
 
-    def _set_aside(self, path, uuid) -> str:
-        """Rename an image's directory so that nobody finds it; the new path.  Raises OSError."""
+    def _set_aside(self, path, uuid, fd=None) -> str:
+        """Rename an image's directory so that nobody finds it; the new path.
+
+        fd: the directory that is meant; another one that has come in its place is put back.
+        Raises OSError, ApiError.
+        """
         aside = self._path(f"{uuid}.{os.urandom(8).hex()}", DISCARDED)
         os.rename(path, aside)
+        if fd is not None and not is_still(aside, fd):
+            os.rename(aside, path)
+            raise busy(uuid)
         return aside
 
     def _remove(self, aside, uuid):
         """Remove the files of an image that was set aside."""
         self._sync(f"image {uuid} is removed, but not surely on disk")
         with storing(f"image {uuid} is removed, but not all of its files"):
-            shutil.rmtree(aside)
+            remove_tree(aside)
 
     def _sync(self, action):
         """fsync serve_dir.  Raises ApiError."""
@@ -3144,7 +3229,10 @@ class Publisher:
                     raise already_active(uuid)
                 raise
             if not is_still(path, image.fd):          # another one has come in its place
-                os.rename(path, image.path)
+                try:
+                    os.rename(path, image.path)
+                except OSError:                       # and a third one in the place of that
+                    self._set_aside(path, uuid)
                 raise busy(uuid)
         self._sync(f"image {uuid} is on show, but not surely on disk")
 
@@ -3153,8 +3241,7 @@ class Publisher:
     def _write_manifest(self, image, manifest):
         """Store the manifest of a locked image in its own directory.  Raises ApiError."""
         with storing("the image cannot be stored"):
-            replace_at(image.fd, MANIFEST, (render_json(manifest) + "\n").encode(),
-                       self._owner())
+            replace_at(image.fd, MANIFEST, manifest_bytes(manifest), self._owner())
         sync(image.fd, "the image is stored, but not surely on disk")
 
     def _change(self, uuid, change) -> dict:
@@ -3166,8 +3253,8 @@ class Publisher:
             before = image.manifest()
             manifest = change(before)
             if manifest != before:
-                replace_file(os.path.join(image.path, MANIFEST),
-                             (render_json(manifest) + "\n").encode(), keep_time=True)
+                replace_file(os.path.join(image.path, MANIFEST), manifest_bytes(manifest),
+                             keep_time=True)
             return manifest
 
     def _without_state(self, manifest):
@@ -3922,7 +4009,6 @@ CACHE_NEVER = b"Cache-Control: private, no-cache\r\n"     # holds the Host heade
 CACHE_NOTHING = b"Cache-Control: private, no-store\r\n"   # for one user alone
 
 JSON_LIMIT = 1 << 20          # bytes of a JSON body, as of a manifest
-JSON_DEPTH = 100              # lists and objects in each other there; to write 400 would fail
 UPLOADS = 32                  # files that are uploaded at once, each with a thread
 SPACE_LEFT = 1 << 30          # bytes of the disk that an upload must leave free
 SPACE_STEP = 16 << 20         # bytes of an upload between two checks; of all UPLOADS, < SPACE_LEFT
@@ -4098,12 +4184,12 @@ def check_admin_fields(query):
 def open_of(image, name, kind, fits, serve_dir=None):
     """Open a file of an image: (fd, its stat).
 
-    Raises ApiError (404) where it has no such file, or fits(its size in bytes) is false.
+    Raises ApiError (404) where it has no such file, or fits(its stat) is false.
     """
     try:
         if name is not None:
             fd, status = open_regular(os.path.join(image.directory, name), serve_dir)
-            if fits(status.st_size):
+            if fits(status):
                 return fd, status
             os.close(fd)
     except OSError as error:
@@ -4111,12 +4197,23 @@ def open_of(image, name, kind, fits, serve_dir=None):
     raise not_found(f'image "{image.uuid}" has no {kind}')
 
 
-def file_of(request, image, store) -> Response:
-    """The file of an image; its manifest may have been true until a moment ago only."""
-    fd, status = open_of(image, image.file, "file", lambda size: size == image.size)
-    return file_response(request, fd, status, image.sha1,
-                         b"Content-Type: application/octet-stream\r\n" + CACHE_FILES,
-                         lambda: store.content_md5(image, fd), image.title)
+def file_of(request, find, store) -> Response:
+    """The file of the image that find() gives, whose ETag goes with that state of the file alone.
+
+    Where it was replaced between the two, find() is asked again.
+    """
+    for _ in range(OPEN_TRIES):
+        image = find()
+        try:
+            fd, status = open_of(image, image.file, "file",
+                                 lambda status: stat_key(status) == image.file_key)
+        except ApiError as error:
+            refusal = error
+            continue
+        return file_response(request, fd, status, image.sha1,
+                             b"Content-Type: application/octet-stream\r\n" + CACHE_FILES,
+                             lambda: store.content_md5(image, fd), image.title)
+    raise refusal
 
 
 def check_if_match(headers, etag):
@@ -4170,16 +4267,6 @@ def read_all(request) -> bytes:
     return b"".join(iter(lambda: request.body.read(request.length), b""))
 
 
-def depth_of(value) -> int:
-    """How deep lists and objects are nested in a JSON value."""
-    depth, level = 0, [value]
-    while level:
-        depth += 1
-        level = [child for item in level if isinstance(item, (dict, list))
-                 for child in (item.values() if isinstance(item, dict) else item)]
-    return depth
-
-
 def read_json(request, kind):
     """The value of a JSON body; an empty one is {}.  Its Content-Type does not count.
 
@@ -4193,8 +4280,6 @@ def read_json(request, kind):
         raise ApiError(400, "BadDigest", "the body is not as its Content-MD5 says")
     try:
         value = parse_json(data or b"{}")
-        if depth_of(value) > JSON_DEPTH:
-            raise ValueError("nested too deep")
     except ValueError as error:
         raise ApiError(400, "InvalidContent", f"Invalid JSON: {error}")
     if not isinstance(value, kind):
@@ -4265,10 +4350,12 @@ class Dsapi:
 
     def file(self, request, uuid, name):
         """The file of an image, by the name that its v1 manifest gives."""
-        image = self.rights.visible(request, self.store.image(uuid, DSAPI, True))
-        if name != image.path:
-            raise not_found(f"{request.target} does not exist")
-        return file_of(request, image, self.store)
+        def find():
+            image = self.rights.visible(request, self.store.image(uuid, DSAPI, True))
+            if name != image.path:
+                raise not_found(f"{request.target} does not exist")
+            return image
+        return file_of(request, find, self.store)
 
 
 def unknown_channel(name) -> ApiError:
@@ -4421,25 +4508,27 @@ class Imgapi:
 
     def file(self, request, uuid):
         """The file of an image; ?index=0 is the only one."""
-        image, _, query = self.find(request, uuid)
-        index = single_value(query, "index") or "0"
-        if re.fullmatch("[0-9]+", index) and index.strip("0"):
-            raise not_found(f'image "{uuid}" has no file at index {index.lstrip("0")}')
-        return file_of(request, image, self.store)
+        def find():
+            image, _, query = self.find(request, uuid)
+            index = single_value(query, "index") or "0"
+            if re.fullmatch("[0-9]+", index) and index.strip("0"):
+                raise not_found(f'image "{uuid}" has no file at index {index.lstrip("0")}')
+            return image
+        return file_of(request, find, self.store)
 
     def icon(self, request, uuid):
         """The icon of an image, with the Content-MD5 that sdc-clients insist on."""
         image, _, _ = self.find(request, uuid)
-        fd, status = open_of(image, image.icon, "icon", lambda size: size <= MD5_LIMIT,
-                             self.config.serve_dir)
+        fd, status = open_of(image, image.icon, "icon",
+                             lambda status: status.st_size <= MD5_LIMIT, self.config.serve_dir)
         try:
-            data = os.pread(fd, status.st_size, 0)
+            sha1, md5 = self.store.hashes_of(fd, image, image.icon)
         except OSError:
             os.close(fd)
             raise
-        return file_response(request, fd, status, hashlib.sha1(data).hexdigest(),
+        return file_response(request, fd, status, sha1,
                              header_line("Content-Type", ICONS[image.icon]) + CACHE_MANIFESTS
-                             + CORS, hashlib.md5(data).digest)
+                             + CORS, lambda: md5)
 
     def channel_list(self, request):
         """The channels as they are configured."""
@@ -4518,7 +4607,7 @@ class ImgapiPublishing:
         return image
 
     def _need_for(self, request, image):
-        """An image on show is for who may manage."""
+        """An image that is not in staging is for who may manage."""
         self.rights.need(request, PUBLISH if self._waits(image) else MANAGE)
 
     def not_available(self, request, *_):
@@ -4660,7 +4749,8 @@ class ImgapiPublishing:
         if action == "add":
             acl = list(dict.fromkeys((*image.acl, *accounts)))
         elif action == "remove":
-            acl = [account for account in image.acl if account not in accounts]
+            removed = set(accounts)
+            acl = [account for account in image.acl if account not in removed]
         else:
             raise invalid("action", f'"{action}" is not a valid action')
         self.publisher.update(uuid, {"acl": acl or None})
@@ -4704,6 +4794,8 @@ class ImgapiPublishing:
 
         Raises ApiError where it is too large, or too many are on their way, and ClientGone.
         """
+        if "content-range" in request.headers:        # curl -C -; RFC 9110 §14.4
+            raise bad_request("an upload cannot be resumed: it must be the whole file")
         limit = self.config.max_upload
         too_large = ApiError(400, "Upload", f"image file size exceeds max_upload, {limit} bytes")
         if limit and (request.length or 0) > limit:
@@ -4824,6 +4916,8 @@ class Site:
         self.rights = Rights(config, log)
         imgapi = Imgapi(config, store, self.rights)
         if self.rights.publishing:
+            if not os.access(config.serve_dir, os.W_OK | os.X_OK):
+                log.warn("nothing can be published over HTTP: serve_dir cannot be written")
             routes = [*routes, *ImgapiPublishing(config, store, imgapi, self.rights).routes()]
         self.table = {}                   # pattern: {method: Route}
         for route in (Route("GET", "", self.root, THREAD, ANYONE),
@@ -4925,7 +5019,7 @@ class Site:
         A page may make a browser ask anything, with the address and login of its user; but a
         browser tells where the page is from (Origin, Fetch Metadata).  A name without TLS says
         nothing: a page's owner may let its own name lead here (DNS rebinding).  Raises
-        ApiError.
+        ApiError (403).
         """
         headers = request.headers
         scheme, _, host = headers.get("origin", "").lower().partition("://")
@@ -4974,7 +5068,8 @@ class Site:
             names.insert(0, "index.html")
         for name in names:
             try:
-                fd, status = open_regular(os.path.join(self.config.serve_dir, name))
+                fd, status = open_regular(os.path.join(self.config.serve_dir, name),
+                                          self.config.serve_dir)
             except OSError as error:
                 raise_shortage(error)
                 continue
@@ -5517,7 +5612,9 @@ class Connection:
         loop.unwatch(self.transport.sock)
         self.state, self.deadline = WORKING, math.inf
         try:
-            loop.workers.submit(self._answer_in_thread, self.request.length == 0)
+            # Lists wait for each other, and nobody else for them.
+            workers = loop.list_workers if len(self.request.segments) == 1 else loop.workers
+            workers.submit(self._answer_in_thread, self.request.length == 0)
         except (RuntimeError, MemoryError):       # can't start new thread
             self.state = READING
             loop.watch(self.transport.sock, selectors.EVENT_READ, self.readable)
@@ -5823,6 +5920,7 @@ OVERFLOW = 256                # connections above the limit that are told 503 be
 SPARE_FILES = 64              # file descriptors kept for images, directories and the log
 THREAD_IDLE = 10.0            # seconds until a thread without work ends
 WORKERS = 24                  # threads for short jobs: more only wait for the interpreter's lock
+LIST_WORKERS = 4              # threads for lists, of which one is computed at a time
 MANY_EVENTS = 32              # ready sockets after which the time of a turn is checked
 TURN_TIME = 0.02              # seconds of a turn after which answers go out and others get theirs
 GIVEN_BACK = 64               # connections taken back from threads in one turn, some 3 ms
@@ -5838,14 +5936,15 @@ NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)       # a machine wi
 class Workers:
     """Threads for jobs that may block: started when none is idle, ended when idle for long.
 
-    Of short jobs at most WORKERS run at once, unless a disk hangs: then watch() adds some.
+    Of short jobs at most `limit` run at once, unless a disk hangs: then watch() adds some.
     """
 
-    def __init__(self):
+    def __init__(self, limit=None):
+        self._limit = limit or WORKERS
         self._jobs = queue.SimpleQueue()  # one for each thread that was taken from the idle ones
         self._idle = threading.Semaphore(0)
         self._lock = threading.Lock()     # for all that follows
-        self._waiting = collections.deque()       # short jobs above WORKERS
+        self._waiting = collections.deque()       # short jobs above the limit
         self._running = 0                 # short jobs that run
         self._finished = self._seen = 0   # short jobs finished, and at the last watch()
 
@@ -5853,7 +5952,7 @@ class Workers:
         """Have a thread call job().  Raises RuntimeError, MemoryError where none can be had."""
         if is_short:
             with self._lock:
-                if self._running >= WORKERS:
+                if self._running >= self._limit:
                     self._waiting.append(job)
                     return
                 self._running += 1
@@ -5875,7 +5974,8 @@ class Workers:
         with self._lock:
             jobs = []
             if self._finished == self._seen:
-                jobs = [self._waiting.popleft() for _ in range(min(WORKERS, len(self._waiting)))]
+                jobs = [self._waiting.popleft()
+                        for _ in range(min(self._limit, len(self._waiting)))]
             self._running += len(jobs)
             self._seen = self._finished
         for job in jobs:
@@ -5922,7 +6022,7 @@ class EventLoop:
 
     def __init__(self, config, log):
         self.config, self.log = config, log
-        self.workers = Workers()
+        self.workers, self.list_workers = Workers(), Workers(LIST_WORKERS)
         self.site = Site(config, Store(config, log, self.workers.submit), log)
         self.servers = []
         self.draining = False
@@ -6051,6 +6151,7 @@ class EventLoop:
             except Exception:
                 self.fault(connection)
         self.workers.watch()
+        self.list_workers.watch()
         for sender in self._senders:
             sender.watch(now, sum(each.threads for each in self._senders) < SENDER_THREADS)
         if self._accept_again is not None and now >= self._accept_again and not self.draining:
@@ -6782,7 +6883,8 @@ class Check:
             self.signals.check()
             path = os.path.join(serve_dir, name)
             if name.startswith(DISCARDED):
-                shutil.rmtree(path, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    remove_tree(path)
             elif is_uuid(name):
                 with contextlib.suppress(OSError):
                     for entry in os.scandir(path):
@@ -6819,8 +6921,8 @@ def record_facts(directory, found):
     kept = {key: file[key] for key in ("size", "sha1") if file.get(key)}
     if {**file, **facts, **kept} != file:
         file.update(facts, **kept)
-        replace_file(os.path.join(directory, MANIFEST),
-                     (render_json(manifest) + "\n").encode(), keep_time=True)
+        replace_file(os.path.join(directory, MANIFEST), manifest_bytes(manifest),
+                     keep_time=True)
 
 
 def incoming(config, reader):
