@@ -1506,6 +1506,7 @@ def stat_key(status):
     return status.st_ctime_ns, status.st_size, status.st_ino
 
 
+REPLACED = f"{MANIFEST}: replaced while it was read"
 UNSETTLED = ()                # no file's key: an image that has it is read again when asked for
 
 
@@ -1778,6 +1779,14 @@ class ImageReader:
         Raises OSError only where the system is short of something: that says nothing
         about the image.
         """
+        for _ in range(OPEN_TRIES):
+            image = self._read(uuid, place, apis)
+            if image is None or image.problem != REPLACED:
+                break
+        return image
+
+    def _read(self, uuid, place, apis) -> Image | None:
+        """Read it once; where its manifest is replaced on the way its problem is REPLACED."""
         image = Image(uuid, place)
         directory = place + uuid
         image.checked, began = time.monotonic(), time.time_ns()
@@ -1789,6 +1798,9 @@ class ImageReader:
             if status.st_dev != image.device:
                 image.device = None
             self._fill(image, manifest, os.listdir(directory), status.st_mtime, apis)
+            if stat_key_at(f"{directory}/{MANIFEST}") != image.manifest_key:
+                image.try_again = True    # or the file may be that of another manifest
+                raise BadImage(REPLACED)
         except BadImage as error:
             image.problem = str(error)
         except OSError as error:
