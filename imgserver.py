@@ -286,15 +286,11 @@ def _integer(text):
 def _real(text):
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"the number {text[:40]} is too large")
+        raise ValueError(f"{text[:40]} is not JSON, or too large")
     return value
 
 
-def _constant(name):
-    raise ValueError(f"{name} is not JSON")
-
-
-_HOOKS = {"parse_int": _integer, "parse_float": _real, "parse_constant": _constant}
+_HOOKS = {"parse_int": _integer, "parse_float": _real, "parse_constant": _real}
 _DECODER = json.JSONDecoder(**_HOOKS)
 _UNIQUE_DECODER = json.JSONDecoder(object_pairs_hook=_unique, **_HOOKS)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -700,12 +696,13 @@ INVALID = object()
 UNSET = (None, "", [], {})    # values of a field that is not set
 
 
-def _as_text(value) -> str:
+def _as_text(value):
+    """A text, number or flag as a text; None for anything else."""
     if isinstance(value, str):
         return value
     if isinstance(value, bool):
         return "true" if value else "false"
-    return number_text(value) if isinstance(value, (int, float)) else ""
+    return number_text(value) if isinstance(value, (int, float)) else None
 
 
 def _text(pattern, mend=str):
@@ -715,7 +712,7 @@ def _text(pattern, mend=str):
     def mend_text(value):
         if type(value) is str and matches(value):
             return value
-        text = mend(_as_text(value)) or ""
+        text = mend(_as_text(value) or "") or ""
         return text if matches(text) else INVALID
     return mend_text
 
@@ -732,7 +729,7 @@ def _flag(value):
     if type(value) is bool:
         return value
     return {"true": True, "1": True, "false": False, "0": False}.get(
-        _as_text(value).strip().lower(), INVALID)
+        (_as_text(value) or "").strip().lower(), INVALID)
 
 
 def _number(value):
@@ -763,13 +760,13 @@ def _list(mend_item):
 
 
 def _record(*keys):
-    keys, scalars = set(keys), {str, bool, int, float}
+    keys = set(keys)
 
     def mend_record(value):
-        if type(value) is dict and value.keys() == keys and scalars.issuperset(
-                map(type, value.values())):
-            return {name: _as_text(item) for name, item in value.items()}
-        return INVALID
+        if type(value) is not dict or value.keys() != keys:
+            return INVALID
+        texts = {name: _as_text(item) for name, item in value.items()}
+        return INVALID if None in texts.values() else texts
     return mend_record
 
 
@@ -779,11 +776,11 @@ def _only(check):
 
 
 def _traits(value):
-    if type(value) is not dict or not all(isinstance(item, (str, int, float, list))
-                                          for item in value.values()):
+    if type(value) is not dict:
         return INVALID
-    return {name: item if isinstance(item, (bool, list)) else _as_text(item)
-            for name, item in value.items()}
+    traits = {name: item if isinstance(item, (bool, list)) else _as_text(item)
+              for name, item in value.items()}
+    return INVALID if None in traits.values() else traits
 
 
 def _is_object(value):
@@ -794,7 +791,7 @@ def _is_tags(value):
     if type(value) is not dict:
         return False
     text = compact_json(value)            # JavaScript counts in units of UTF-16
-    return len(text) + sum(letter > "\uffff" for letter in text) <= TAGS_LIMIT
+    return len(text.encode("utf-16-le", "surrogatepass")) // 2 <= TAGS_LIMIT
 
 
 def _is_platforms(value):
@@ -828,16 +825,18 @@ def mend(manifest: dict, fields: dict, prefix="") -> tuple[dict, list]:
         if field.members:
             mended, more = field.members(mended)
             invalid += more
-        if mended or mended == value or mended not in UNSET:
+        if mended or mended not in UNSET or mended == value:
             result[name] = mended
     return result, invalid
 
 
 def _remove_misplaced(manifest, prefix="") -> list:
     """Remove the fields that such an image cannot have; returns them as mend does."""
+    if ONLY_FOR.keys().isdisjoint(manifest):
+        return []
     return [(prefix + name, manifest.pop(name), f"is for {other} {value} only")
-            for name in ONLY_FOR.keys() & manifest.keys()
-            for other, value in [ONLY_FOR[name]] if manifest.get(other) != value]
+            for name, (other, value) in ONLY_FOR.items()
+            if name in manifest and manifest.get(other) != value]
 
 
 def _requirements(value):
@@ -959,7 +958,7 @@ def mend_manifest(manifest: dict, required=REQUIRED) -> tuple[dict, list]:
 
     Required fields that are missing are invalid with the value None.
     """
-    fields = FIELDS if _version(manifest.get("v")) == 2 else V1_FIELDS
+    fields = V1_FIELDS if _version(manifest.get("v", 1)) in (1, INVALID) else FIELDS
     options = manifest.get("options")
     if fields is V1_FIELDS and isinstance(options, dict):
         manifest = {**{name: options[name] for name in ZVOL_FIELDS if name in options},
@@ -967,10 +966,9 @@ def mend_manifest(manifest: dict, required=REQUIRED) -> tuple[dict, list]:
         del manifest["options"]
     result, invalid = mend(manifest, fields)
     invalid += _remove_misplaced(result)
-    if not result.keys() >= set(required):
-        named = {name for name, *_ in invalid}
-        invalid += [(name, None, "is missing") for name in required
-                    if name not in result and name not in named]
+    named = {name for name, *_ in invalid}
+    invalid += [(name, None, "is missing") for name in required
+                if name not in result and name not in named]
     return result, invalid
 
 
@@ -1256,7 +1254,7 @@ LIST_PARTS = 32               # pieces of a list given to one sendmsg: POSIX all
 ZIPPED_LIMIT = 32 << 20       # bytes of gzip forms in use; of 10,000 images one has 1 MB
 MD5_LIMIT = 16 << 20          # bytes; a file up to this size is hashed when it is asked for, or
                               # when it is read without a sha1 in its manifest
-PIECE = 1 << 20               # bytes of a file in memory at once while it is hashed
+PIECE = 1 << 20               # bytes of a file hashed or decompressed at once
 HASHES_KEPT = 10000           # files whose hashes are remembered: 200 bytes each
 
 def trusted_stat(path, serve_dir):
@@ -1428,7 +1426,7 @@ class Image:
         self.uuid, self.place = uuid, place
         self.manifest_key = self.file_key = self.directory_changed = None
         self.checked, self.try_again = 0.0, False
-        self.problem = self.file = self.origin = self.icon = self.device = None
+        self.problem = self.file = self.path = self.origin = self.icon = self.device = None
         self.dsapi = self.dsapi_v2 = self.imgapi = None
         self.notes = ()
 
@@ -1533,6 +1531,9 @@ def read_manifest(directory):
         os.close(fd)
 
 
+NO_FILE = {"size": 0, "sha1": "0" * 40, "compression": "none"}     # one that is still to come
+
+
 class ImageReader:
     """Reads image directories into Images, for one configuration."""
 
@@ -1544,7 +1545,7 @@ class ImageReader:
         # Stands for prefix + Host + suffix in a rendered manifest until a request gives them.
         self.host_placeholder = "http-" + os.urandom(16).hex()
 
-    def read(self, uuid, place, apis) -> Image | None:
+    def read(self, uuid, place, apis, needs_file=True) -> Image | None:
         """The image in `place` + uuid, rendered for `apis`; None where there is no manifest.
 
         Raises OSError only where the system is short of something: that says nothing
@@ -1561,7 +1562,7 @@ class ImageReader:
             image.manifest_key = stat_key(status)
             if status.st_dev != image.device:
                 image.device = None
-            self._fill(image, manifest, os.listdir(directory), status.st_mtime, apis)
+            self._fill(image, manifest, status.st_mtime, apis, needs_file)
         except BadImage as error:
             image.problem = str(error)
         except OSError as error:
@@ -1585,52 +1586,33 @@ class ImageReader:
 
     def read_unactivated(self, uuid) -> Image | None:
         """The image in .incoming-<uuid>, which may have no file yet; for IMGAPI alone."""
-        place = os.path.join(self.serve_dir, INCOMING)
-        image = self.read(uuid, place, (IMGAPI,))
-        if image is None or not image.problem or image.file is not None:
-            return image
-        try:
-            manifest, status = read_manifest(image.directory)
-            if manifest.get("files"):
-                return image
-            file = {"size": 0, "sha1": "0" * 40, "compression": "none"}
-            manifest, _, reasons = normalise({**manifest, "files": [file]})
-            if not reasons:
-                image.problem = None
-                v2 = complete(manifest, stamp(status.st_mtime))
-                self._keep(image, v2, file)
-                v2.update(state="unactivated", files=[])
-                if "published_at" not in manifest:
-                    del v2["published_at"]
-                image.state, image.imgapi = v2["state"], self._render_v2(v2)
-        except (OSError, BadImage):
-            pass                          # it was whole, or gone, a moment ago
-        return image
+        return self.read(uuid, os.path.join(self.serve_dir, INCOMING), (IMGAPI,),
+                         needs_file=False)
 
-    def _fill(self, image, manifest, names, mtime, apis):
-        """Understand the manifest and check the file.  Raises BadImage."""
+    def _fill(self, image, manifest, mtime, apis, needs_file):
+        """Understand the manifest and check the file.  Raises BadImage and OSError."""
+        is_whole = needs_file or manifest.get("files")
+        if not is_whole:
+            manifest = {**manifest, "files": [NO_FILE]}
+        said = manifest.get("uuid")
         manifest, image.notes, reasons = normalise(manifest)
         if manifest.get("uuid") != image.uuid:
-            raise BadImage(f"{MANIFEST}: its uuid {spell(manifest.get('uuid'))} is not "
-                           f"{image.uuid}")
+            raise BadImage(f"{MANIFEST}: its uuid {spell(said)} is not {image.uuid}")
         if reasons:
             raise BadImage(f"{MANIFEST}: " + ", ".join(reasons))
-        stored = manifest["files"][0]
-        image.file = name = stored.get("path") or sole_file(image.directory, names,
-                                                            stored.get("size"))
-        file = self._check_file(image, stored)
+        file, names = manifest["files"][0], os.listdir(image.directory)
+        if is_whole:
+            file = self._check_file(image, file, names)
         v2 = complete({**manifest, "files": [file]}, stamp(mtime))
-        icons = [icon for icon in names if icon in ICONS and icon != name
-                 and self._is_trusted(f"{image.directory}/{icon}")]
-        if icons:
-            image.icon, v2["icon"] = icons[0], True
-        else:
-            v2.pop("icon", None)
-        self._keep(image, v2, file)
-        if "path" not in stored and not name.endswith(COMPRESSIONS[file["compression"]]):
-            image.path += COMPRESSIONS[file["compression"]]   # all that imgadm 1 goes by
         if image.place.endswith(INCOMING):
-            v2["state"] = image.state = "unactivated"
+            v2["state"] = "unactivated"
+        v2.pop("icon", None)
+        for name in names:
+            if name in ICONS and name != image.file and self._is_trusted(
+                    f"{image.directory}/{name}"):
+                image.icon, v2["icon"] = name, True
+                break
+        self._keep(image, v2, file)
         shown_file = {**file, "path": image.path, "url": self.host_placeholder}
         if DSAPI in apis:
             image.dsapi = self._render_dsapi(
@@ -1640,7 +1622,7 @@ class ImageReader:
         if DSAPI_V2 in apis:
             image.dsapi_v2 = self._render_dsapi(as_v2(v2, shown_file), image)
         if IMGAPI in apis:
-            image.imgapi = self._render_v2(v2)
+            image.imgapi = self._render_v2(v2 if is_whole else {**v2, "files": []})
 
     def _is_trusted(self, path) -> bool:
         try:
@@ -1649,8 +1631,13 @@ class ImageReader:
             return False
         return True
 
-    def _check_file(self, image, stored) -> dict:
-        """files[0] as every client can take it, held against the file on disk."""
+    def _check_file(self, image, stored, names) -> dict:
+        """files[0] with all that clients need, compared with the file on disk.
+
+        Raises BadImage and OSError.
+        """
+        image.file = image.path = stored.get("path") or sole_file(
+            image.directory, names, stored.get("size"))
         path = f"{image.directory}/{image.file}"
         status = trusted_stat(path, self.serve_dir)
         image.file_key = stat_key(status)
@@ -1677,14 +1664,16 @@ class ImageReader:
                 image.try_again = True
                 raise BadImage(f"{image.file}: being checked, since {MANIFEST} has no sha1")
             file["sha1"], image.md5 = hashes
+        suffix = COMPRESSIONS[file["compression"]]
+        if "path" not in stored and not image.file.endswith(suffix):
+            image.path += suffix          # all that imgadm 1 goes by
         return file
 
     def _keep(self, image, v2, file):
         """What filters, order and downloads need of a manifest without reading it again."""
         image.size, image.sha1 = file["size"], file["sha1"]
-        image.path = image.file
         image.name, image.version, image.state = v2["name"], v2["version"], v2["state"]
-        image.order = (order_of(v2["published_at"]), image.uuid)
+        image.order = order_of(v2["published_at"]), image.uuid
         image.type, image.os = sys.intern(v2["type"]), sys.intern(v2["os"])
         image.owner = sys.intern(v2["owner"])
         image.origin, image.public = v2.get("origin"), v2["public"]
@@ -2186,7 +2175,6 @@ def list_etag(images, api, view) -> str:
 # `gzip -cdfq`, `bzip2 -cdfq` or `xz -cdfq` and `zfs receive`.
 
 CHUNK = 256 << 10             # bytes of an image file fed at once; a bomb makes 256 MiB of them
-PIECE = 1 << 20               # bytes decompressed at once
 LZMA_MEMORY = 256 << 20       # bytes; xz -9 needs 65 MiB to decompress, a bomb asks for more
 MAGIC_LENGTH = 6              # bytes: the longest of MAGIC
 
@@ -2264,9 +2252,9 @@ class SendStream:
 
     def problem(self):
         """The same by the whole stream, once all of it was fed."""
-        return self.head_problem() or self._tail_problem()
-
-    def _tail_problem(self):
+        problem = self.head_problem()
+        if problem:
+            return problem
         # An END names its snapshot by guid.  One more, of none, ends a package; libzfs writes
         # that even where it has failed before.
         at = self._last_end()
@@ -2297,7 +2285,10 @@ class SendStream:
 
 
 class Decompressor:
-    """The bytes inside a gzip, bzip2 or xz file (of one member or several), in small pieces."""
+    """The bytes inside a gzip, bzip2 or xz file (of one member or several), in small pieces.
+
+    Those of a file of kind none are its own.
+    """
 
     def __init__(self, kind):
         self.kind = kind
@@ -2307,6 +2298,9 @@ class Decompressor:
         self._padding = 0                 # NULs since the last member
 
     # Imported where they are needed: a server that only serves has no use for them.
+
+    def _none(self):
+        return None
 
     def _gzip(self):
         import zlib
@@ -2325,6 +2319,9 @@ class Decompressor:
 
     def feed(self, data):
         """Yield the decompressed bytes of `data`, PIECE at most at a time.  Raises BadImage."""
+        if self.kind == "none":
+            yield data
+            return
         self._head = self._head or data[:64]
         try:
             while data or (self._member and not getattr(self._member, "needs_input", True)):
@@ -2401,13 +2398,11 @@ def stream_problem(kind, stream, required, whole=True):
 
 def read_stream(path, compression) -> SendStream:
     """The stream in an image file as far as its beginning tells.  Raises BadImage, OSError."""
-    stream = SendStream()
-    inside = Decompressor(compression) if compression != "none" else None
+    stream, inside = SendStream(), Decompressor(compression)
     fd, _ = open_regular(path)
     with open(fd, "rb", buffering=0) as file:
         for _ in range(PROLOGUE // CHUNK):
-            chunk = file.read(CHUNK)
-            for piece in [chunk] if inside is None else inside.feed(chunk):
+            for piece in inside.feed(file.read(CHUNK)):
                 stream.feed(piece)
                 if stream.type is not None:
                     return stream
@@ -2446,16 +2441,14 @@ class FileScan:
         if self.compression is None:
             self._begin()
             self._feed_stream(self._head)
-        if self._decompressor is not None:
-            self._decompressor.close()
+        self._decompressor.close()
 
     def _begin(self):
         self.compression = compression_of(self._head, "")
-        if self.compression != "none":
-            self._decompressor = Decompressor(self.compression)
+        self._decompressor = Decompressor(self.compression)
 
     def _feed_stream(self, chunk):
-        for piece in [chunk] if self._decompressor is None else self._decompressor.feed(chunk):
+        for piece in self._decompressor.feed(chunk):
             self.stream.feed(piece)
 
 
