@@ -850,8 +850,8 @@ def _requirements(value):
 
 
 def _file_members(files):
-    mended, invalid = mend(files[0], FILE_FIELDS, "files[0].")
-    return [mended], invalid
+    file, invalid = mend(files[0], FILE_FIELDS, "files[0].")
+    return [file], invalid
 
 
 # A field: its mender, the rule in words, whether it may be set when an image is created, and
@@ -1334,8 +1334,7 @@ class Hasher:
         self._later = later
         self._lock = threading.Lock()
         self._results = {}                # (path, stat_key): (sha1, md5), or an OSError
-        self._queue = collections.deque()
-        self._running = False
+        self._queue = collections.deque()     # a thread runs while there are any
 
     def hashes(self, path, key):
         """(sha1 in hexadecimal, md5 as bytes) of a file whose stat_key is `key`; None: later.
@@ -1345,11 +1344,10 @@ class Hasher:
         with self._lock:
             result = self._results.get((path, key))
             if result is None and self._later and key[1] > MD5_LIMIT:
+                if not self._queue:
+                    start_new_thread(self._run, ())
                 if (path, key) not in self._queue:
                     self._queue.append((path, key))
-                if not self._running:
-                    start_new_thread(self._run, ())
-                    self._running = True
                 return None
         if result is None:
             result = self._hash(path, key)
@@ -1374,17 +1372,16 @@ class Hasher:
         return result
 
     def _run(self):
-        while True:
+        is_last = False
+        while not is_last:
             with self._lock:
-                if not self._queue:
-                    self._running = False
-                    return
-                job = self._queue[0]
+                job = self._queue[0]      # it stays there until it is hashed
             try:
                 self._hash(*job)
             finally:
                 with self._lock:
                     self._queue.popleft()
+                    is_last = not self._queue
 
 
 def raise_shortage(error):
