@@ -20,7 +20,7 @@ The parts, each resting only on those above it: constants - errors - log - JSON 
 configuration - manifests - store - image files - publishing - requests and responses -
 routes - connections - servers - commands.
 
-What it does not do: TLS (put nginx in front), authentication, HTTP/2, uploads over HTTP.
+What it does not do: TLS (put nginx in front), HTTP/2, uploads over HTTP.
 
 MIT licence; see LICENSE.
 """
@@ -50,6 +50,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import hmac
 import html
 import http
 import json
@@ -176,6 +177,15 @@ def printable(text, limit=LOG_TARGET_LIMIT) -> str:
     return text.encode("unicode_escape").decode("ascii").replace('"', '\\"')
 
 
+def client_name(peer, headers) -> str:
+    """A client as the log names it: its address, or the one that a proxy on the Unix socket gives.
+
+    That is for the log alone: the header may be made up.
+    """
+    address = peer or headers.get("x-real-ip") or headers.get("x-forwarded-for", "").split(",")[-1]
+    return printable(address.strip(), ADDRESS_LIMIT) or "unix"
+
+
 def stamp(seconds) -> str:
     """A time in seconds since 1970 as the log and manifests have it."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
@@ -269,6 +279,7 @@ class Log:
 # -- JSON --------------------------------------------------------------------------------
 
 NUMBER_LIMIT = 20             # digits of an integer in JSON: 2**64 has 20
+NESTING_LIMIT = 100           # levels of JSON, so that whatever was parsed can be written, too
 
 def _unique(pairs):
     value = dict(pairs)
@@ -298,6 +309,16 @@ _quote = json.encoder.encode_basestring_ascii
 compact_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
+def _is_deeper(value, levels) -> bool:
+    """Whether arrays and objects are nested in more levels."""
+    level = [value]
+    while level and levels >= 0:
+        levels -= 1
+        level = [item for each in level if isinstance(each, (dict, list))
+                 for item in (each.values() if isinstance(each, dict) else each)]
+    return bool(level)
+
+
 def parse_json(data: bytes, unique=False):
     """The value of strict JSON in UTF-8, with or without a byte-order mark.  Raises ValueError.
 
@@ -308,6 +329,8 @@ def parse_json(data: bytes, unique=False):
     try:
         text = data.decode("utf-8").removeprefix("\ufeff")
         value = (_UNIQUE_DECODER if unique else _DECODER).decode(text)
+        if text.count("{") + text.count("[") > NESTING_LIMIT and _is_deeper(value, NESTING_LIMIT):
+            raise ValueError("nested too deep")
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
@@ -417,11 +440,19 @@ def _flag(value):
     return value
 
 
+def _readers(value):
+    if value not in ("anyone", "public", "users"):
+        raise ValueError('must be "anyone", "public" or "users"')
+    return value
+
+
 def _networks(value):
     """A list of addresses, networks and "unix", as ip_network objects and that word."""
-    import ipaddress
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise ValueError('must be a list of addresses, networks and "unix"')
+    if not value:                         # then that module, and 1 MiB for it, can be saved
+        return value
+    import ipaddress
     try:
         return [item if item == "unix" else ipaddress.ip_network(item) for item in value]
     except ValueError as error:
@@ -503,6 +534,8 @@ SETTINGS = {
     "stall_timeout": (300, _number(0.1, 86400, (int, float))),
     "drain_time": (30, _number(0, 3600, (int, float))),
     "channels": ([], _channels),
+    "users": ("", _text),
+    "read": ("anyone", _readers),
     "publish_from": ([], _networks),
     "manage_from": ([], _networks),
     "check_streams": (True, _flag),
@@ -543,6 +576,10 @@ class Config:
                                      "socket may do so, with nginx in front all whom it lets in")
         self.listen = parse_listen(self.listen_port)
         self.serve_dir = os.path.abspath(os.path.join(directory, self.serve_dir))
+        self.users = self.users and os.path.abspath(os.path.join(directory, self.users))
+        if self.read == "users" and not (self.users or self.publish_from or self.manage_from):
+            raise UserError('config: read is "users", but users names no file of them',
+                            EXIT_CONFIG)
 
     @classmethod
     def load(cls, path, must_exist=True):
@@ -1255,6 +1292,8 @@ ZIPPED_LIMIT = 32 << 20       # bytes of gzip forms in use; of 10,000 images one
 MD5_LIMIT = 16 << 20          # bytes; a file up to this size is hashed when it is asked for, or
                               # when it is read without a sha1 in its manifest
 PIECE = 1 << 20               # bytes of a file hashed or decompressed at once
+OPEN_TRIES = 3                # of a file that is replaced between the look at it and open()
+LINKS_IN_LOOP = 100           # origins of an image that the event loop follows, each by 2 stats
 HASHES_KEPT = 10000           # files whose hashes are remembered: 200 bytes each
 
 def trusted_stat(path, serve_dir):
@@ -1277,18 +1316,20 @@ def open_regular(path, serve_dir=None):
 
     With serve_dir, symlinks are followed as trusted_stat does.  Raises OSError.
     """
-    trusted = serve_dir and trusted_stat(path, serve_dir)
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        if trusted and not os.path.samestat(trusted, status):
-            raise OSError(errno.ENOENT, "replaced while it was opened")
-    except OSError:
+    for _ in range(OPEN_TRIES):
+        trusted = serve_dir and trusted_stat(path, serve_dir)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
+        except OSError:
+            os.close(fd)
+            raise
+        if not trusted or os.path.samestat(trusted, status):
+            return fd, status
         os.close(fd)
-        raise
-    return fd, status
+    raise OSError(errno.ENOENT, "replaced while it was opened")
 
 
 def stat_key(status):
@@ -1333,6 +1374,7 @@ class Hasher:
     def __init__(self, later=False):
         self._later = later
         self._lock = threading.Lock()
+        self._computing = threading.Lock()        # taken before _lock
         self._results = {}                # (path, stat_key): (sha1, md5), or an OSError
         self._queue = collections.deque()     # a thread runs while there are any
 
@@ -1355,6 +1397,21 @@ class Hasher:
             raise result
         return result
 
+    def hashes_of(self, fd, path):
+        """The same of an open file, which was opened at `path`; at once.  Raises OSError.
+
+        The first one who asks has it computed, the others wait.
+        """
+        with self._computing:
+            key = stat_key(os.fstat(fd))
+            result = self._results.get((path, key))
+            if not isinstance(result, tuple):
+                sha1, md5 = hash_file(fd, key[1])
+                result = sha1.hexdigest(), md5.digest()
+                if stat_key(os.fstat(fd)) == key:
+                    self._keep(path, key, result)
+        return result
+
     def _hash(self, path, key):
         try:
             fd, _ = open_regular(path)
@@ -1364,12 +1421,17 @@ class Hasher:
                 if stat_key(os.fstat(fd)) != key:
                     return OSError(errno.EAGAIN, "it changed while it was read")
         except OSError as error:
+            if error.errno in SHORTAGE or key[1] <= MD5_LIMIT:
+                return error              # it may be over with the next request
             result = error
+        self._keep(path, key, result)
+        return result
+
+    def _keep(self, path, key, result):
         with self._lock:
             self._results[path, key] = result
             if len(self._results) > HASHES_KEPT:
                 del self._results[next(iter(self._results))]
-        return result
 
     def _run(self):
         is_last = False
@@ -1515,9 +1577,12 @@ def passed_over(serve_dir, name):
     return None
 
 
-def read_manifest(directory):
-    """The manifest of an image directory, with its stat.  Raises BadImage and OSError."""
-    fd, status = open_regular(f"{directory}/{MANIFEST}")
+def read_manifest(directory, serve_dir=None):
+    """The manifest of an image directory, with its stat; serve_dir as open_regular takes it.
+
+    Raises BadImage and OSError.
+    """
+    fd, status = open_regular(f"{directory}/{MANIFEST}", serve_dir)
     try:
         if status.st_size > MANIFEST_LIMIT:
             raise BadImage(f"{MANIFEST} is larger than {MANIFEST_LIMIT} bytes")
@@ -1554,8 +1619,7 @@ class ImageReader:
         try:
             status = trusted_stat(directory, self.serve_dir)
             image.directory_changed, image.device = status.st_ctime_ns, status.st_dev
-            trusted_stat(f"{directory}/{MANIFEST}", self.serve_dir)
-            manifest, status = read_manifest(directory)
+            manifest, status = read_manifest(directory, self.serve_dir)
             image.manifest_key = stat_key(status)
             if status.st_dev != image.device:
                 image.device = None
@@ -1836,7 +1900,6 @@ class Store:
         self.log = log
         self._in_background = in_background
         self._reader = ImageReader(config, Hasher(later=True))
-        self._hashing = threading.Lock()
         self._told = set()            # warnings of names and of origins that were logged once
         self._images = {}             # uuid: Image, sound or not; written under _lock
         self._lock = threading.Lock()
@@ -1869,7 +1932,8 @@ class Store:
         if image is None or image.try_again:
             os.stat(f"{self.directory}/.")            # is it serve_dir that cannot be read?
         if image is None or image.problem or image.origin and self._is_cyclic(
-                image, lambda origin: self._known(origin, api, may_block)):
+                image, lambda origin: self._known(origin, api, may_block),
+                math.inf if may_block else LINKS_IN_LOOP):
             raise not_found(f"image {uuid} not found")
         return image
 
@@ -1977,27 +2041,34 @@ class Store:
                 self._told.add((image.uuid, origin.uuid))
                 self.log.warn(f"image {image.uuid}: {no_common_channel(origin.uuid)}")
 
+    def hashes_of(self, fd, image, name):
+        """(sha1 in hexadecimal, md5 as bytes) of a file of an image, open as fd; kept.
+
+        Raises OSError.
+        """
+        return self._reader.hasher.hashes_of(fd, f"{image.directory}/{name}")
+
     def content_md5(self, image, fd):
         """The MD5 of an image's file, open as fd, as bytes; None where that takes too long.
 
-        Raises OSError.  The first one who asks has it computed, the others wait.
+        Raises OSError.
         """
         if image.md5 is not None or image.size > MD5_LIMIT:
             return image.md5
-        with self._hashing:
-            if image.md5 is None:
-                md5 = hash_file(fd, image.size)[1].digest()
-                if stat_key(os.fstat(fd)) != image.file_key:
-                    return md5            # of a file that is not this image's any more
-                image.md5 = md5
-        return image.md5
+        return self.hashes_of(fd, image, image.file)[1]
 
-    def _is_cyclic(self, image, find) -> bool:
-        """Whether its chain of origins never ends: imgadm would follow it for ever."""
-        now = time.monotonic()
+    def _is_cyclic(self, image, find, limit=math.inf) -> bool:
+        """Whether its chain of origins never ends: imgadm would follow it for ever.
+
+        It is followed for each change of an image, and once a second, by one thread, while the
+        others go on with the verdict before.  Raises NeedsThread for more than `limit` links.
+        """
+        now, before = time.monotonic(), self._cyclic
+        memo, chain, link = before, [], image
         if now - self._cyclic_since >= RECHECK:
-            self._cyclic, self._cyclic_since = {}, now
-        memo, chain, link = self._cyclic, [], image
+            memo = {}
+            if limit == math.inf:
+                self._cyclic_since = now
         seen = set()
         while True:
             if link is None or link.problem or not link.origin:
@@ -2008,11 +2079,15 @@ class Store:
                 verdict = memo.get(link.uuid)
             if verdict is not None:
                 break
+            if len(chain) >= limit:
+                raise NeedsThread
             seen.add(link.uuid)
             chain.append(link.uuid)
             link = find(link.origin)
         for uuid in chain:
             memo[uuid] = verdict
+        if memo is not before and self._cyclic is before:
+            self._cyclic, self._cyclic_since = memo, now
         if not verdict:
             self._cycles_logged.discard(image.uuid)
         elif image.uuid not in self._cycles_logged:
@@ -2202,11 +2277,13 @@ class SendStream:
         self._order = None
         self._is_compound = self._is_clone = self._is_resumed = False
         self._head = bytearray()
-        self._tail = b""
+        self._tail = bytearray()
 
     def feed(self, data):
         """Feed the next bytes of the stream, decompressed."""
-        self._tail = data if len(data) >= TAIL else (self._tail + data)[-TAIL:]
+        self._tail += data[-TAIL:]
+        if len(self._tail) > 2 * TAIL:    # not each time: pieces may be single bytes
+            del self._tail[:-TAIL]
         if self._head is not None and len(self._head) < PROLOGUE:
             self._head += data[:PROLOGUE]
             self._read_begin()
@@ -2514,18 +2591,19 @@ def new_file(name, directory=None, mode=0o644):
         os.fsync(fd)
 
 
-def replace_at(directory, name, data, owner=None, keep_time=False):
+def replace_at(directory, name, data, owner=None, keep_time=False, mode=0o644):
     """Put a file in the place of `name` in an open directory, by rename.  Raises OSError.
 
-    Mode and owner of the file before stay; `owner` is for one that is new.  keep_time: the
-    mtime stays, too.  The directory is left to be synced.
+    Permissions and owner of the file before stay; `owner` and `mode` are for one that is new,
+    or takes the place of a symlink.  keep_time: the mtime stays, too.  The directory is left
+    to be synced.
     """
-    aside, mode = temporary_name(name), 0o644
-    try:
-        before = os.stat(name, dir_fd=directory)
-        mode, owner = stat.S_IMODE(before.st_mode), (before.st_uid, before.st_gid)
-    except FileNotFoundError:
-        before = None
+    aside, before = temporary_name(name), None
+    with contextlib.suppress(FileNotFoundError):
+        status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        if stat.S_ISREG(status.st_mode):          # never a set-uid bit: the bytes are others'
+            before = status
+            mode, owner = status.st_mode & 0o777, (status.st_uid, status.st_gid)
     try:
         with new_file(aside, directory, mode) as file:
             file.write(data)
@@ -2544,7 +2622,16 @@ def replace_at(directory, name, data, owner=None, keep_time=False):
         raise
 
 
-def replace_file(path, data, keep_time=False):
+def manifest_bytes(manifest) -> bytes:
+    """A manifest as it is stored.  Raises ApiError where it is larger than one can be read."""
+    data = (render_json(manifest) + "\n").encode()
+    if len(data) > MANIFEST_LIMIT:
+        raise ApiError(422, "ValidationFailed", f"the manifest would have {len(data)} bytes, "
+                                                f"of which {MANIFEST_LIMIT} are the most")
+    return data
+
+
+def replace_file(path, data, keep_time=False, owner=None, mode=0o644):
     """replace_at by path, and synced.  Behind a symlink, it is the file there that is replaced.
 
     Raises ApiError.
@@ -2554,10 +2641,21 @@ def replace_file(path, data, keep_time=False):
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with storing(f"cannot write {name}"):
-            replace_at(fd, name, data, keep_time=keep_time)
+            replace_at(fd, name, data, owner, keep_time, mode)
         sync(fd, f"{name} is written, but not surely on disk")
     finally:
         os.close(fd)
+
+
+def remove_tree(path):
+    """Remove a directory, or what else stands in its place; of a symlink the link alone.
+
+    Raises OSError.
+    """
+    if stat.S_ISDIR(os.lstat(path).st_mode):
+        shutil.rmtree(path)
+    else:
+        os.unlink(path)
 
 
 def is_still(path, fd) -> bool:
@@ -2806,16 +2904,10 @@ class Publisher:
     def delete(self, uuid, force=False):
         """Remove an image in any state; `force`: even where other images build on it."""
         with self._locked(uuid, ("", INCOMING), LOCK_PATIENCE) as image:
-            others = [] if force else self.dependents(uuid)
-            if others:
-                more = len(others) - DEPENDENTS_NAMED
-                raise ApiError(
-                    422, "ImageHasDependentImages",
-                    f'image "{uuid}" has {len(others)} dependent incremental image(s): '
-                    + ", ".join(others[:DEPENDENTS_NAMED])
-                    + (f", and {more} more..." if more > 0 else ""))
+            if not force:
+                self.refuse_dependents(uuid)
             with storing(f"image {uuid} cannot be removed"):
-                aside = self._set_aside(image.path, uuid)
+                aside = self._set_aside(image.path, uuid, image.fd)
         self._remove(aside, uuid)
 
     def discard(self, uuid):
@@ -2826,6 +2918,22 @@ class Publisher:
             except FileNotFoundError:
                 raise not_found(f"no image {uuid} waits to be activated")
         self._remove(aside, uuid)
+
+    def refuse_existing(self, uuid):
+        """Raise ApiError (409) where an image of this uuid is on show."""
+        if os.path.lexists(self._path(uuid)):
+            raise ApiError(409, "ImageUuidAlreadyExists", f'image uuid "{uuid}" already exists')
+
+    def refuse_dependents(self, uuid):
+        """Raise ApiError (422) where other images build on this one."""
+        others = self.dependents(uuid)
+        if others:
+            more = len(others) - DEPENDENTS_NAMED
+            raise ApiError(
+                422, "ImageHasDependentImages",
+                f'image "{uuid}" has {len(others)} dependent incremental image(s): '
+                + ", ".join(others[:DEPENDENTS_NAMED])
+                + (f", and {more} more..." if more > 0 else ""))
 
     def dependents(self, uuid) -> list:
         """The uuids of all images, in any state, that build on this one."""
@@ -2877,14 +2985,10 @@ class Publisher:
     def _created(self, manifest):
         """A new unactivated image, locked; nothing stays of it where the block raises."""
         uuid = manifest["uuid"]
-        if os.path.lexists(self._path(uuid)):
-            raise ApiError(409, "ImageUuidAlreadyExists", f'image uuid "{uuid}" already exists')
+        self.refuse_existing(uuid)
         manifest = validate(manifest, IMPORT)
-        origin = manifest.get("origin")
-        if origin and not any(os.path.exists(os.path.join(self._path(origin, prefix), MANIFEST))
-                              for prefix in ("", INCOMING)):
-            raise ApiError(422, "OriginDoesNotExist",
-                           f'origin image "{origin}" does not exist on this server')
+        if manifest.get("origin"):
+            self._check_chain(uuid, manifest["origin"])
         with storing("the image cannot be stored"):
             image = self._make_directory(uuid)
         try:
@@ -2893,11 +2997,32 @@ class Publisher:
             yield image
         except BaseException:
             if is_still(image.path, image.fd):
-                with contextlib.suppress(OSError):
-                    shutil.rmtree(self._set_aside(image.path, uuid), ignore_errors=True)
+                with contextlib.suppress(OSError, ApiError):
+                    remove_tree(self._set_aside(image.path, uuid, image.fd))
             raise
         finally:
             os.close(image.fd)
+
+    def _check_chain(self, uuid, origin):
+        """Raise ApiError (422) where a new image's origin is not here, or builds on that image:
+        in a cycle, an image that waits for its origin would no longer be shown.
+        """
+        seen, link = {None}, origin
+        while link not in seen:
+            seen.add(link)
+            for prefix in ("", INCOMING):
+                with contextlib.suppress(OSError, BadImage, RecursionError):
+                    link = read_manifest(self._path(link, prefix))[0].get("origin") or None
+                    break
+            else:
+                if link == origin:
+                    raise ApiError(422, "OriginDoesNotExist",
+                                   f'origin image "{origin}" does not exist on this server')
+                break
+            link = link if isinstance(link, str) else None
+        if uuid in seen:
+            raise ApiError(422, "OriginDoesNotExist",
+                           f'origin image "{origin}" builds on image "{uuid}" itself')
 
     def _make_directory(self, uuid) -> LockedImage:
         """A new staging directory, locked; a leftover goes.  Raises ApiError and OSError."""
@@ -2910,12 +3035,16 @@ class Publisher:
                     fd = lock_directory(path)
                 except BlockingIOError:
                     raise busy(uuid)
-                if fd is not None:
-                    try:
-                        aside = self._set_aside(path, uuid)
-                    finally:
+                try:                      # without fd it is gone, or no directory
+                    if fd is not None or not os.path.isdir(path):
+                        aside = self._set_aside(path, uuid, fd)
+                        with contextlib.suppress(OSError):
+                            remove_tree(aside)
+                except FileNotFoundError:
+                    pass
+                finally:
+                    if fd is not None:
                         os.close(fd)
-                    shutil.rmtree(aside, ignore_errors=True)
                 continue
             fd = None
             try:
@@ -2934,17 +3063,24 @@ class Publisher:
                 raise
         raise busy(uuid)
 
-    def _set_aside(self, path, uuid) -> str:
-        """Rename an image's directory so that nobody finds it; the new path.  Raises OSError."""
+    def _set_aside(self, path, uuid, fd=None) -> str:
+        """Rename an image's directory so that nobody finds it; the new path.
+
+        fd: the directory that is meant; another one that has come in its place is put back.
+        Raises OSError, ApiError.
+        """
         aside = self._path(f"{uuid}.{os.urandom(8).hex()}", DISCARDED)
         os.rename(path, aside)
+        if fd is not None and not is_still(aside, fd):
+            os.rename(aside, path)
+            raise busy(uuid)
         return aside
 
     def _remove(self, aside, uuid):
         """Remove the files of an image that was set aside."""
         self._sync(f"image {uuid} is removed, but not surely on disk")
         with storing(f"image {uuid} is removed, but not all of its files"):
-            shutil.rmtree(aside)
+            remove_tree(aside)
 
     def _sync(self, action):
         """fsync serve_dir.  Raises ApiError."""
@@ -2974,7 +3110,10 @@ class Publisher:
                     raise already_active(uuid)
                 raise
             if not is_still(path, image.fd):          # another one has come in its place
-                os.rename(path, image.path)
+                try:
+                    os.rename(path, image.path)
+                except OSError:                       # and a third one in the place of that
+                    self._set_aside(path, uuid)
                 raise busy(uuid)
         self._sync(f"image {uuid} is on show, but not surely on disk")
 
@@ -2983,8 +3122,7 @@ class Publisher:
     def _write_manifest(self, image, manifest):
         """Store the manifest of a locked image in its own directory.  Raises ApiError."""
         with storing("the image cannot be stored"):
-            replace_at(image.fd, MANIFEST, (render_json(manifest) + "\n").encode(),
-                       self._owner())
+            replace_at(image.fd, MANIFEST, manifest_bytes(manifest), self._owner())
         sync(image.fd, "the image is stored, but not surely on disk")
 
     def _change(self, uuid, change) -> dict:
@@ -2996,8 +3134,8 @@ class Publisher:
             before = image.manifest()
             manifest = change(before)
             if manifest != before:
-                replace_file(os.path.join(image.path, MANIFEST),
-                             (render_json(manifest) + "\n").encode(), keep_time=True)
+                replace_file(os.path.join(image.path, MANIFEST), manifest_bytes(manifest),
+                             keep_time=True)
             return manifest
 
     def _without_state(self, manifest):
@@ -3137,23 +3275,214 @@ class Publisher:
 # -- users -------------------------------------------------------------------------------
 #
 # Rights over HTTP, each with those before it: to read, to publish images that are not on show
-# yet, to manage those that are.
+# yet, to manage those that are.  A client has them by its address, or as a user, of whom a
+# line of a file has the name, the right and a hash of the password (HTTP Basic, RFC 7617).
 
 ANYONE, READ, PUBLISH, MANAGE = range(4)
+RIGHTS = {"read": READ, "publish": PUBLISH, "manage": MANAGE}
 PEERS_KEPT = 1024             # addresses of which the right is remembered
+EVERYBODY, SAME_CREDENTIALS, CLIENT = range(3)    # audiences: whom a cache may give an answer
+
+SCRYPT = {"n": 1 << 14, "r": 8, "p": 1, "dklen": 32}      # takes 16 MiB, and some 70 ms
+SALT_SIZE = 16                # bytes
+USERS_LIMIT = 1 << 20         # bytes of the file: some 7,000 users
+PASSWORD_LIMIT = 1024         # bytes of a new password
+CHECKS_WAITING = 8            # passwords that wait to be checked, some 0.6 s; further ones: 503
+CHECKS_OF_ONE = 4             # of these for one address, so that others get their turn
+FITTED = 600.0                # seconds that a password that fitted is remembered
+WRONG = 5.0                   # seconds that a wrong one is
+
+_USER_NAME = "[A-Za-z0-9._@-]{1,64}"
+_USER = re.compile(rf"({_USER_NAME}) ({'|'.join(RIGHTS)}) "
+                   r"scrypt\$16384\$8\$1\$([0-9a-f]{32})\$([0-9a-f]{64})")
+
+User = collections.namedtuple("User", "name rights salt hash")
+
+
+def hash_password(password: bytes, salt: bytes) -> bytes:
+    """scrypt of a password without NUL: its HMAC would ignore one at the end (RFC 2104)."""
+    return hashlib.scrypt(password, salt=salt, **SCRYPT)
+
+
+def parse_basic(header):
+    """(name, password as bytes) of an Authorization header; None, None of another scheme.
+
+    The password is None where it is none (RFC 7617 §2).
+    """
+    scheme, _, text = header.partition(" ")
+    if scheme.lower() != "basic":
+        return None, None
+    try:
+        name, colon, password = base64.b64decode(text.strip(" "), validate=True).partition(b":")
+    except ValueError:
+        return "", None
+    return name.decode("ascii", "replace"), password if colon and b"\0" not in password else None
+
+
+def read_users(path) -> dict:
+    """The users of a file: name: User.  Raises UserError, which shows no hash."""
+    if not hasattr(hashlib, "scrypt"):
+        raise UserError("users need a Python with hashlib.scrypt (OpenSSL 1.1)", EXIT_CONFIG)
+    try:
+        fd, status = open_regular(path)
+        with open(fd, "rb") as file:
+            lines = file.read(USERS_LIMIT).decode("ascii", "replace").split("\n")
+    except OSError as error:
+        raise UserError(f"cannot read the users in {path}: {error.strerror}", EXIT_CONFIG)
+    if status.st_mode & (stat.S_IROTH | stat.S_IWOTH):
+        raise UserError(f"others may read or write {path}, which has passwords: chmod 600 it",
+                        EXIT_CONFIG)
+    users = {}
+    for number, line in enumerate(lines, 1):
+        match = _USER.fullmatch(line)
+        if match and match[1] not in users:
+            users[match[1]] = User(match[1], match[2], *map(bytes.fromhex, match.groups()[2:]))
+        elif line:
+            raise UserError(f"{path}: line {number} is not a user, or one that is there already",
+                            EXIT_CONFIG)
+    return users
+
+
+def write_users(path, users, serve_dir):
+    """Replace the file of users; a new one is its owner's alone.  Raises ApiError."""
+    text = "".join(f"{user.name} {user.rights} scrypt$16384$8$1${user.salt.hex()}"
+                   f"${user.hash.hex()}\n" for user in users.values())
+    status = os.stat(serve_dir)
+    owner = (status.st_uid, status.st_gid) if os.geteuid() == 0 else None
+    replace_file(path, text.encode(), owner=owner, mode=0o600)
+
+
+class Users:
+    """The users of a file, read again when it changes, and passwords checked lately.
+
+    One password is checked at a time, while the thread of a request waits; the event loop only
+    remembers.  The same pair is not checked twice, and an unknown user takes as long as a
+    wrong password.
+    """
+
+    def __init__(self, path, log):
+        """Raises UserError where the file cannot be used."""
+        self.path, self.log = path, log
+        self._key = os.urandom(32)        # of the hashes in memory
+        self._lock = threading.Lock()     # for _waiting, and for reading the file
+        self._waiting = []                # addresses of clients whose passwords wait
+        self._checking = threading.Lock()
+        self._jobs = None                 # for _hash
+        key = stat_key_at(path)
+        # stat_key of the file, its users, {hash of a header: (until (monotonic), User or None)}
+        self._state = key, read_users(path), {}
+
+    def user_of(self, request) -> User | None:
+        """The User whose name and password a request has; None where it has none that fit.
+
+        A wrong password is a line in the log.  Raises NeedsThread, and ApiError (503) where
+        too many passwords wait to be checked.
+        """
+        header = request.headers["authorization"]
+        users, checked = self._current(request.may_block)
+        digest = hashlib.blake2b(header.encode("latin-1"), key=self._key).digest()
+        until, user = checked.get(digest, (-math.inf, None))
+        if user is None or until <= time.monotonic():
+            name, password = parse_basic(header)
+            if name is None:
+                return None
+            if password is not None and until <= time.monotonic():
+                user = self._check(request, users.get(name), password, digest, checked)
+            if user is None:              # a name that is unknown may be a password
+                self.log.warn(f"{client_name(request.peer, request.headers)} gave a wrong "
+                              f"password {f'for user {name}' if name in users else 'or user'}")
+        return user
+
+    def _current(self, may_block):
+        """(users, headers checked) of the file as it is now.  Raises NeedsThread."""
+        key = stat_key_at(self.path)
+        if key != self._state[0]:
+            if not may_block:
+                raise NeedsThread
+            with self._lock:
+                if key != self._state[0]:
+                    try:
+                        users = read_users(self.path)
+                    except UserError as error:
+                        users = self._state[1]
+                        self.log.error(f"the users stay as they were: {printable(str(error))}")
+                    self._state = key, users, {}
+        return self._state[1:]
+
+    def _check(self, request, user, password, digest, checked):
+        """`user`, if that is the password, else None; checked once.  Raises as user_of."""
+        with self._lock:
+            if len(self._waiting) >= CHECKS_WAITING or request.peer and \
+                    self._waiting.count(request.peer) >= CHECKS_OF_ONE:
+                raise ApiError(503, "ServiceUnavailableError",
+                               "too many passwords wait to be checked",
+                               fields=b"Retry-After: 1\r\n")
+            if not request.may_block:
+                raise NeedsThread
+            self._waiting.append(request.peer)
+        try:
+            with self._checking:
+                now = time.monotonic()
+                until, known = checked.get(digest, (-math.inf, None))
+                if until > now:           # another request with the same was faster
+                    return known
+                found = self._hash(password, user.salt if user else bytes(SALT_SIZE))
+                if user is None or not hmac.compare_digest(found, user.hash):
+                    user = None
+                for old in [old for old, (until, _) in checked.items() if until <= now]:
+                    del checked[old]
+                checked[digest] = time.monotonic() + (FITTED if user else WRONG), user
+                return user
+        finally:
+            with self._lock:
+                self._waiting.remove(request.peer)
+
+    def _hash(self, password, salt) -> bytes:
+        """hash_password, in one thread for all: malloc may keep its 16 MiB for each thread.
+
+        Raises RuntimeError and MemoryError; _checking is held.
+        """
+        if self._jobs is None:
+            jobs = queue.SimpleQueue()
+            start_new_thread(self._run, (jobs,))
+            self._jobs = jobs
+        reply = queue.SimpleQueue()
+        self._jobs.put((password, salt, reply))
+        found = reply.get()
+        if found is None:
+            raise MemoryError("a password cannot be checked")
+        return found
+
+    @staticmethod
+    def _run(jobs):
+        while True:
+            password, salt, reply = jobs.get()
+            try:
+                reply.put(hash_password(password, salt))
+            except Exception:
+                reply.put(None)
 
 
 class Rights:
-    """Who may do what, as the configuration says."""
+    """Who may do what, as the configuration says.
 
-    def __init__(self, config):
+    hides     whether there are images that strangers may not know of
+    least     the right of strangers
+    matter    whether a request that changes nothing may be refused, or has a user
+    """
+
+    def __init__(self, config, log):
         self.config = config
+        self.users = Users(config.users, log) if config.users else None
+        self.hides = config.read != "anyone"
+        self.least = ANYONE if self.hides else READ
+        self.matter = self.hides or self.users is not None
         self.of_address = functools.lru_cache(PEERS_KEPT)(self._of_address)
 
     @property
     def publishing(self) -> bool:
         """Whether anybody may publish over HTTP at all."""
-        return bool(self.config.publish_from or self.config.manage_from)
+        return bool(self.users or self.config.publish_from or self.config.manage_from)
 
     def _of_address(self, peer) -> int:
         """The right of a client by its address; "" is the Unix socket.  Never by a header."""
@@ -3161,13 +3490,58 @@ class Rights:
                                 (PUBLISH, self.config.publish_from)):
             if is_among(peer, networks):
                 return right
-        return READ
+        return self.least
 
     def of(self, request) -> int:
-        """The right of the client that a request came from."""
+        """The right of the client that a request came from.  Raises as Users.user_of."""
         if request.right is None:
-            request.right = self.of_address(request.peer)
+            right = self.of_address(request.peer)
+            if self.users is not None and "authorization" in request.headers:
+                user = self.users.user_of(request)
+                if user is not None:
+                    request.user, right = user.name, max(right, RIGHTS[user.rights])
+            request.right = right
         return request.right
+
+    def need(self, request, right):
+        """Raise ApiError where the client lacks a right: 401 where a user may have it."""
+        if self.of(request) < right:
+            if self.users is None or request.user:
+                raise operator_only()
+            raise ApiError(401, "UnauthorizedError", "a user and a password are needed",
+                           fields=b'WWW-Authenticate: Basic realm="imgserver"\r\n')
+
+    def admit(self, request):
+        """Find out who sends a request, before anything of it is answered.
+
+        Raises ApiError (401) where all reading needs a user, and as Users.user_of: but what
+        everybody may read does not depend on a password.
+        """
+        if self.config.read == "users":
+            request.audience = CLIENT
+            self.need(request, READ)
+        elif "authorization" in request.headers:
+            try:
+                self.of(request)
+            except ApiError:
+                if self.hides or request.method not in ("GET", "HEAD"):
+                    raise
+
+    def visible(self, request, image):
+        """`image`, where the client may know of it.  Raises ApiError, as where there is none."""
+        if self.hides and not image.public:
+            request.audience = CLIENT
+            if self.of(request) < READ:
+                raise not_found(f"image {image.uuid} not found")
+        return image
+
+    def lists_all(self, request) -> bool:
+        """Whether a list has the private images, too."""
+        if not self.hides:
+            return True
+        all_of_them = self.of(request) >= READ
+        request.audience = max(request.audience, CLIENT if all_of_them else SAME_CREDENTIALS)
+        return all_of_them
 
 
 # -- HTTP messages -----------------------------------------------------------------------
@@ -3193,6 +3567,7 @@ _HOST = re.compile(r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{0
 _LENGTH = re.compile("[0-9]{1,19}")
 _RANGE = re.compile("bytes=([0-9]{0,19})-([0-9]{0,19})")
 _TARGET_HOST = re.compile("https?://[^/?]*", re.IGNORECASE)
+_USER_INFO = re.compile(r"(://|^\S+ )[^/?#]*@")    # in a request line
 
 METHODS = frozenset(("GET", "HEAD", "OPTIONS", "POST", "PUT", "DELETE", "PATCH", "TRACE",
                      "CONNECT"))
@@ -3211,13 +3586,15 @@ class Request:
     body        an object with read(n), as Body has it; None until a thread answers it
     peer        the address of the client; "" on a Unix socket
     right       the right of the client, once it was asked for
+    user        the name of its user, once that is sure; or None
+    audience    whom the answer may be given to by a cache, as Rights tells
     may_block   whether answering may take its time: True in a thread, False in the event loop
     route, arguments    the row of the route table that answers it, once it was found
     """
 
     __slots__ = ("line", "method", "target", "is_1_0", "headers", "segments", "query", "host",
-                 "keep_alive", "length", "body", "peer", "right", "may_block", "route",
-                 "arguments")
+                 "keep_alive", "length", "body", "peer", "right", "user", "audience", "may_block",
+                 "route", "arguments")
 
 
 def parse_request(match) -> Request:
@@ -3228,7 +3605,7 @@ def parse_request(match) -> Request:
     """
     request = Request()
     request.may_block, request.body, request.route = False, None, None
-    request.peer, request.right = "", None
+    request.peer, request.right, request.user, request.audience = "", None, None, EVERYBODY
     request.line, request.method, request.target, version, block = match.groups()
     if version[0] != "1":
         raise ApiError(505, "HttpVersionNotSupported", "HTTP/1.0 and HTTP/1.1 are spoken here")
@@ -3252,6 +3629,11 @@ def parse_request(match) -> Request:
         raise ApiError(417, "ExpectationFailed", "only 100-continue can be expected")
     request.segments, request.query = split_target(request.target)
     return request
+
+
+def without_credentials(line) -> str:
+    """A request line for the log: a URL as its target may hold a password."""
+    return _USER_INFO.sub(r"\1", line) if "@" in line else line
 
 
 def explain_head(data):
@@ -3510,7 +3892,9 @@ CACHE_NOTHING = b"Cache-Control: private, no-store\r\n"   # for one user alone
 JSON_LIMIT = 1 << 20          # bytes of a JSON body, as of a manifest
 UPLOADS = 32                  # files that are uploaded at once, each with a thread
 SPACE_LEFT = 1 << 30          # bytes of the disk that an upload must leave free
-SPACE_STEP = 64 << 20         # bytes of an upload of unknown length between two looks at the disk
+SPACE_STEP = 16 << 20         # bytes of an upload between two checks; of all UPLOADS, < SPACE_LEFT
+
+_ADDRESS = re.compile(r"[0-9.]+(:|$)|\[")       # a host that is no name
 
 # method (GET includes HEAD), pattern, handler(request, *the uuid and name in the path)
 Route = collections.namedtuple("Route", "method pattern handler flags right")
@@ -3681,12 +4065,12 @@ def check_admin_fields(query):
 def open_of(image, name, kind, fits, serve_dir=None):
     """Open a file of an image: (fd, its stat).
 
-    Raises ApiError (404) where it has no such file, or fits(its size in bytes) is false.
+    Raises ApiError (404) where it has no such file, or fits(its stat) is false.
     """
     try:
         if name is not None:
             fd, status = open_regular(os.path.join(image.directory, name), serve_dir)
-            if fits(status.st_size):
+            if fits(status):
                 return fd, status
             os.close(fd)
     except OSError as error:
@@ -3694,12 +4078,23 @@ def open_of(image, name, kind, fits, serve_dir=None):
     raise not_found(f'image "{image.uuid}" has no {kind}')
 
 
-def file_of(request, image, store) -> Response:
-    """The file of an image; its manifest may have been true until a moment ago only."""
-    fd, status = open_of(image, image.file, "file", lambda size: size == image.size)
-    return file_response(request, fd, status, image.sha1,
-                         b"Content-Type: application/octet-stream\r\n" + CACHE_FILES,
-                         lambda: store.content_md5(image, fd), image.title)
+def file_of(request, find, store) -> Response:
+    """The file of the image that find() gives, whose ETag goes with that state of the file alone.
+
+    Where it was replaced between the two, find() is asked again.
+    """
+    for _ in range(OPEN_TRIES):
+        image = find()
+        try:
+            fd, status = open_of(image, image.file, "file",
+                                 lambda status: stat_key(status) == image.file_key)
+        except ApiError as error:
+            refusal = error
+            continue
+        return file_response(request, fd, status, image.sha1,
+                             b"Content-Type: application/octet-stream\r\n" + CACHE_FILES,
+                             lambda: store.content_md5(image, fd), image.title)
+    raise refusal
 
 
 def check_if_match(headers, etag):
@@ -3776,8 +4171,8 @@ def read_json(request, kind):
 class Dsapi:
     """The API of 2012: everything is below /datasets, and files have names."""
 
-    def __init__(self, config, store):
-        self.config, self.store = config, store
+    def __init__(self, config, store, rights):
+        self.config, self.store, self.rights = config, store, rights
         # prefix + Host + suffix, as JSON: the beginning of files[].url
         self.url_base = functools.lru_cache(HOSTS_KEPT)(self._make_url_base)
         # The suffix was made to add a port: not to a Host header that has one.
@@ -3799,6 +4194,7 @@ class Dsapi:
     def list(self, request):
         """All active images; filters as dsapid has them: by prefix, or ~part."""
         base, api = self.url_base(request.host), dsapi_of(request.headers)
+        all_of_them = self.rights.lists_all(request)
 
         def text_of(image):
             return base.join(getattr(image, api)[:2])
@@ -3813,28 +4209,39 @@ class Dsapi:
                 images = self.store.snapshot(api, True).images
                 with self.store.rendering:
                     numbers = [number for number, image in enumerate(images)
-                               if all(value is None or matches_text(getattr(image, name), value,
-                                                                    name != "type")
-                                      for name, value in wanted.items())]
+                               if (all_of_them or image.public)
+                               and all(value is None or matches_text(getattr(image, name), value,
+                                                                     name != "type")
+                                       for name, value in wanted.items())]
                     return filtered_response(images, numbers, text_of, VARY + CACHE_NEVER)
-        listing = self.store.listing(api, (), lambda images: images, text_of,
-                                     request.may_block, base)
+        listing = self.store.listing(
+            api, (all_of_them,),
+            lambda images: [image for image in images if all_of_them or image.public],
+            text_of, request.may_block, base)
         return list_response(request, self.store, listing, b"Accept, Accept-Encoding",
                              CACHE_NEVER)
 
     def manifest(self, request, uuid):
         """One manifest, also of a disabled image."""
         api = dsapi_of(request.headers)
-        before, after, etag = getattr(self.store.image(uuid, api, request.may_block), api)
+        image = self.rights.visible(request, self.store.image(uuid, api, request.may_block))
+        before, after, etag = getattr(image, api)
         return manifest_response(request, etag, VARY + CACHE_NEVER, before,
                                  self.url_base(request.host), after)
 
     def file(self, request, uuid, name):
         """The file of an image, by the name that its v1 manifest gives."""
-        image = self.store.image(uuid, DSAPI, True)
-        if name != image.path:
-            raise not_found(f"{request.target} does not exist")
-        return file_of(request, image, self.store)
+        def find():
+            image = self.rights.visible(request, self.store.image(uuid, DSAPI, True))
+            if name != image.path:
+                raise not_found(f"{request.target} does not exist")
+            return image
+        return file_of(request, find, self.store)
+
+
+def unknown_channel(name) -> ApiError:
+    return ApiError(422, "ValidationFailed", f"unknown channel: {name}",
+                    [{"field": "channel", "code": "Invalid"}])
 
 
 class Imgapi:
@@ -3869,8 +4276,7 @@ class Imgapi:
                                [{"field": "channel", "code": "MissingParameter"}])
             return self.config.default_channel
         if name not in self.channels and name != "*":
-            raise ApiError(422, "ValidationFailed", f"unknown channel: {name}",
-                           [{"field": "channel", "code": "Invalid"}])
+            raise unknown_channel(name)
         return name
 
     def in_channel(self, image, channel) -> bool:
@@ -3899,9 +4305,11 @@ class Imgapi:
                     numbers = [number for number in numbers if check(images[number])]
                 numbers = numbers[::-1 if backwards else 1][:limit]
                 return filtered_response(images, numbers, self.text_of(version), CACHE_MANIFESTS)
+        all_of_them = self.rights.lists_all(request)
         listing = self.store.listing(
-            IMGAPI, (channel, version if self.channels else None),
-            lambda images: [image for image in images if self.in_channel(image, channel)],
+            IMGAPI, (channel, version if self.channels else None, all_of_them),
+            lambda images: [image for image in images if self.in_channel(image, channel)
+                            and (all_of_them or image.public)],
             self.text_of(version), request.may_block)
         return list_response(request, self.store, listing, b"Accept-Encoding", CACHE_MANIFESTS)
 
@@ -3912,6 +4320,8 @@ class Imgapi:
         state = single_value(query, "state") or "active"
         if state != "all" and state not in STATES:
             raise invalid("state", f'invalid state: "{state}"')
+        if state != "active":
+            request.audience = CLIENT
         may_see_all = self.rights.of(request) >= PUBLISH
         if state not in ("active", "all") and not may_see_all:
             return (), (), False, None
@@ -3922,17 +4332,19 @@ class Imgapi:
         else:
             images = [image for image in self.store.all_images() if state in ("all", image.state)]
         checks = [lambda image: self.in_channel(image, channel), *image_filters(query, account)]
+        if not self.rights.lists_all(request):
+            checks.insert(0, lambda image: image.public)
         marker = single_value(query, "marker")
         if marker is not None:
-            first = self._marker(marker, backwards)
+            first = self._marker(request, marker, backwards)
             checks.append(lambda image: image.order <= first if backwards
                           else image.order >= first)
         return images, checks, backwards, limit
 
-    def _marker(self, marker, backwards):
+    def _marker(self, request, marker, backwards):
         """The place in the order where a list is to begin.  Raises ApiError."""
         if is_uuid(marker):
-            return self.store.image(marker, IMGAPI, True).order
+            return self.rights.visible(request, self.store.image(marker, IMGAPI, True)).order
         try:
             return parse_marker(marker), "~" if backwards else ""
         except ValueError:
@@ -3961,6 +4373,7 @@ class Imgapi:
             if not request.may_block:
                 raise NeedsThread
             image = self.store.unactivated(uuid)
+        self.rights.visible(request, image)
         if channel and not self.in_channel(image, channel) \
                 or account and not may_see(image, account):
             raise not_found("image not found")
@@ -3976,25 +4389,27 @@ class Imgapi:
 
     def file(self, request, uuid):
         """The file of an image; ?index=0 is the only one."""
-        image, _, query = self.find(request, uuid)
-        index = single_value(query, "index") or "0"
-        if re.fullmatch("[0-9]+", index) and index.strip("0"):
-            raise not_found(f'image "{uuid}" has no file at index {index.lstrip("0")}')
-        return file_of(request, image, self.store)
+        def find():
+            image, _, query = self.find(request, uuid)
+            index = single_value(query, "index") or "0"
+            if re.fullmatch("[0-9]+", index) and index.strip("0"):
+                raise not_found(f'image "{uuid}" has no file at index {index.lstrip("0")}')
+            return image
+        return file_of(request, find, self.store)
 
     def icon(self, request, uuid):
         """The icon of an image, with the Content-MD5 that sdc-clients insist on."""
         image, _, _ = self.find(request, uuid)
-        fd, status = open_of(image, image.icon, "icon", lambda size: size <= MD5_LIMIT,
-                             self.config.serve_dir)
+        fd, status = open_of(image, image.icon, "icon",
+                             lambda status: status.st_size <= MD5_LIMIT, self.config.serve_dir)
         try:
-            data = os.pread(fd, status.st_size, 0)
+            sha1, md5 = self.store.hashes_of(fd, image, image.icon)
         except OSError:
             os.close(fd)
             raise
-        return file_response(request, fd, status, hashlib.sha1(data).hexdigest(),
+        return file_response(request, fd, status, sha1,
                              header_line("Content-Type", ICONS[image.icon]) + CACHE_MANIFESTS
-                             + CORS, hashlib.md5(data).digest)
+                             + CORS, lambda: md5)
 
     def channel_list(self, request):
         """The channels as they are configured."""
@@ -4028,34 +4443,53 @@ class ImgapiPublishing:
 
     # parts of several routes
 
-    def _answer(self, request, uuid, image=None) -> Response:
+    @staticmethod
+    def _query(request) -> dict:
+        """The parameters of a request.  Raises ApiError, also for a version that is none:
+        _answer would find that too late.
+        """
+        parse_accept_version(request)
+        return parse_query(request.query)
+
+    def _answer(self, request, uuid) -> Response:
         """The image as it is now, in any state."""
-        image = image or self.store.in_any_state(uuid)
-        version = parse_accept_version(request)
-        before, channels, etag = image.imgapi
+        before, channels, etag = self.store.in_any_state(uuid).imgapi
+        if parse_accept_version(request) == 1 and channels:
+            channels, etag = b"", etag + b"-1"
         return Response(200, b'%bETag: "%b"\r\n' % (JSON_TYPE, etag) + CACHE_NOTHING,
-                        b"%b%b\n}" % (before, channels if version == 2 else b""))
+                        b"%b%b\n}" % (before, channels))
+
+    def _channel_of(self, query):
+        """The channel that a change is about, which is never all of them.  Raises ApiError."""
+        channel = self.imgapi.channel_of(query)
+        if channel == "*":
+            raise unknown_channel(channel)
+        return channel
+
+    @staticmethod
+    def _waits(image) -> bool:
+        """Whether an image is not on show yet.  One in its own directory is, even where its
+        manifest says "unactivated": such are for those who manage.
+        """
+        return image.place.endswith(INCOMING)
 
     def _find(self, request, uuid, query):
         """The image to be changed, in any state, where its channel shows it.
 
-        Raises ApiError: 404, 412 where If-Match names another version of it, 403 where it is
-        on show and the client may only publish.
+        One that waits to be activated need not be in the default channel: imgadm publish
+        names none.  Raises ApiError: 404, 412 where If-Match names another version of it.
         """
         image = self.store.in_any_state(uuid)
-        if not self.imgapi.in_channel(image, self.imgapi.channel_of(query)):
-            raise not_found("image not found")
+        if not self._waits(image) or "channel" in query:
+            channel = self._channel_of(query)
+            if not self.imgapi.in_channel(image, channel):
+                raise not_found("image not found")
         check_if_match(request.headers, image.imgapi[2].decode())
         return image
 
-    def _need(self, request, right):
-        """Raise ApiError (403) where the client lacks a right."""
-        if self.rights.of(request) < right:
-            raise operator_only()
-
     def _need_for(self, request, image):
-        """What is on show is for who may manage."""
-        self._need(request, PUBLISH if image.state == "unactivated" else MANAGE)
+        """An image that is not in staging is for who may manage."""
+        self.rights.need(request, PUBLISH if self._waits(image) else MANAGE)
 
     def not_available(self, request, *_):
         """Parts of IMGAPI that need a data centre."""
@@ -4066,7 +4500,7 @@ class ImgapiPublishing:
 
     def post(self, request):
         """CreateImage; ?action=publish takes a whole image in one request."""
-        query = parse_query(request.query)
+        query = self._query(request)
         action = single_value(query, "action")
         if action == "publish":
             return self.publish(request, query)
@@ -4081,15 +4515,30 @@ class ImgapiPublishing:
         if account is not None:
             if fields.setdefault("owner", account) != account:
                 raise invalid("owner", f'"owner", {fields["owner"]}, is not the account')
-        manifest = {"v": 2, "uuid": new_uuid(), "owner": NOBODY, "public": True,
-                    "disabled": False, **validate(fields, CREATE)}
-        self._choose_channels(manifest, query)
-        self.publisher.create(manifest)
-        return self._answer(request, manifest["uuid"])
+        return self._create(request, query, new_uuid(), validate(fields, CREATE))
+
+    def _create(self, request, query, uuid, fields):
+        """Make an image that has no file yet of checked fields, and answer it."""
+        self.publisher.create(self._manifest(query, uuid, fields))
+        return self._answer(request, uuid)
+
+    def _manifest(self, query, uuid, fields) -> dict:
+        """A v2 manifest of checked fields; its channels: its own, or that of the query, or the
+        default one.
+        """
+        manifest = {"v": 2, "uuid": uuid, "owner": NOBODY, "public": True, "disabled": False,
+                    **fields}
+        if not self.imgapi.channels:
+            manifest.pop("channels", None)
+        elif "channel" in query or not manifest.get("channels"):
+            channel = self._channel_of(query)
+            manifest["channels"] = manifest.get("channels") or [channel]
+        choose_channels(self.config, manifest)
+        return manifest
 
     def post_image(self, request, uuid):
         """?action=...: a verb for one image."""
-        query = parse_query(request.query)
+        query = self._query(request)
         action = single_value(query, "action")
         if action is None:
             raise invalid("action", 'no image "action" was specified', "MissingParameter")
@@ -4099,7 +4548,7 @@ class ImgapiPublishing:
         if verb is None or action == "channel-add" and not self.imgapi.channels:
             raise invalid("action", f'"{action}" is not a valid action')
         right, verb = verb
-        self._need(request, right)
+        self.rights.need(request, right)
         return verb(self, request, uuid, query)
 
     def import_image(self, request, uuid, query):
@@ -4113,35 +4562,32 @@ class ImgapiPublishing:
         if manifest.get("uuid") != uuid:
             raise invalid("uuid", f'URL UUID, "{uuid}" and body UUID, "{manifest.get("uuid")}" '
                                   "do not match")
+        self.publisher.refuse_existing(uuid)
         manifest = validate({name: value for name, value in manifest.items()
                              if name not in ("icon", "state", "error")}, IMPORT)
         if is_v1(manifest):
             manifest = upgrade(manifest)
             manifest.pop("state", None)
-        manifest = {"v": 2, "uuid": uuid, "owner": NOBODY, "public": True, "disabled": False,
-                    **manifest}
-        self._choose_channels(manifest, query)
-        self.publisher.create(manifest)
-        return self._answer(request, uuid)
-
-    def _choose_channels(self, manifest, query):
-        """Channels of a new image: its own, or that of the query, or the default one."""
-        if not self.imgapi.channels:
-            manifest.pop("channels", None)
-        choose_channels(self.config, manifest, single_value(query, "channel"))
+        return self._create(request, query, uuid, manifest)
 
     def activate(self, request, uuid, query):
-        self._find(request, uuid, query)
+        """ActivateImage; its body, and that of the next two, is read for the connection's sake."""
+        image = self._find(request, uuid, query)
+        if image.state == "unactivated":
+            self._need_for(request, image)
+        read_json(request, object)
         self.publisher.activate(uuid)
         return self._answer(request, uuid)
 
     def enable(self, request, uuid, query):
         self._find(request, uuid, query)
+        read_json(request, object)
         self.publisher.enable(uuid)
         return self._answer(request, uuid)
 
     def disable(self, request, uuid, query):
         self._find(request, uuid, query)
+        read_json(request, object)
         self.publisher.disable(uuid)
         return self._answer(request, uuid)
 
@@ -4158,8 +4604,7 @@ class ImgapiPublishing:
         image = self._find(request, uuid, query)
         name = read_json(request, dict).get("channel")
         if not isinstance(name, str) or name not in self.imgapi.channels:
-            raise ApiError(422, "ValidationFailed", f"unknown channel: {name}",
-                           [{"field": "channel", "code": "Invalid"}])
+            raise unknown_channel(name)
         if name not in image.channels:
             self.publisher.update(uuid, {"channels": [*image.channels, name]})
         return self._answer(request, uuid)
@@ -4172,7 +4617,7 @@ class ImgapiPublishing:
 
     def post_acl(self, request, uuid):
         """?action=add (the default) or remove, with a list of account UUIDs."""
-        query = parse_query(request.query)
+        query = self._query(request)
         image = self._find(request, uuid, query)
         accounts = read_json(request, object)
         if not isinstance(accounts, list):
@@ -4185,7 +4630,8 @@ class ImgapiPublishing:
         if action == "add":
             acl = list(dict.fromkeys((*image.acl, *accounts)))
         elif action == "remove":
-            acl = [account for account in image.acl if account not in accounts]
+            removed = set(accounts)
+            acl = [account for account in image.acl if account not in removed]
         else:
             raise invalid("action", f'"{action}" is not a valid action')
         self.publisher.update(uuid, {"acl": acl or None})
@@ -4195,13 +4641,10 @@ class ImgapiPublishing:
 
     def put_file(self, request, uuid):
         """AddImageFile: straight to disk, examined on the way; the Content-Type is ignored."""
-        query = parse_query(request.query)
-        compression = single_value(query, "compression")
+        query = self._query(request)
+        compression = self._compression(query)
         if compression is None:
             raise invalid("compression", 'missing "compression"', "Missing")
-        if compression not in COMPRESSIONS:
-            raise invalid("compression", f'invalid compression "{compression}" (must be one of '
-                                         "gzip, bzip2, xz, none)")
         if single_value(query, "storage") not in (None, "local", "manta"):
             raise invalid("storage", "invalid storage: must be local")
         if "source" in query:
@@ -4217,12 +4660,23 @@ class ImgapiPublishing:
             self.publisher.add_file(uuid, read, expected, self.config.check_streams, self._turn)
         return self._answer(request, uuid)
 
+    @staticmethod
+    def _compression(query):
+        """The compression that a query names, or None.  Raises ApiError."""
+        compression = single_value(query, "compression")
+        if compression not in (None, *COMPRESSIONS):
+            raise invalid("compression", f'invalid compression "{compression}" (must be one of '
+                                         "gzip, bzip2, xz, none)")
+        return compression
+
     @contextlib.contextmanager
     def _upload(self, request):
         """Gives the read(n) of a file that is uploaded; refusals come before its first byte.
 
-        Raises ApiError where it is too large, or too many are on their way.
+        Raises ApiError where it is too large, or too many are on their way, and ClientGone.
         """
+        if "content-range" in request.headers:        # curl -C -; RFC 9110 §14.4
+            raise bad_request("an upload cannot be resumed: it must be the whole file")
         limit = self.config.max_upload
         too_large = ApiError(400, "Upload", f"image file size exceeds max_upload, {limit} bytes")
         if limit and (request.length or 0) > limit:
@@ -4239,13 +4693,17 @@ class ImgapiPublishing:
             unchecked += len(data)
             if limit and request.body.received > limit:
                 raise too_large
-            if request.length is None and unchecked > SPACE_STEP:
+            if unchecked > SPACE_STEP:        # others are written at the same time
                 unchecked = 0
                 self._check_space(0)
             return data
 
         try:
             yield read
+        except ApiError as error:
+            if isinstance(error.__cause__, ClientGone):
+                raise error.__cause__         # nobody is there to read that
+            raise
         finally:
             self._uploads.release()
 
@@ -4269,12 +4727,12 @@ class ImgapiPublishing:
                     raise invalid(name, str(error))
                 fields[field] = value
         uuid = single_value(query, "uuid") or new_uuid()
-        if not is_uuid(uuid):
-            raise invalid("uuid", f'invalid "uuid": not a UUID: "{uuid}"')
-        manifest = validate(new_manifest(self.config, uuid, fields), IMPORT)
-        self._choose_channels(manifest, query)
-        manifest["files"] = [{"compression": single_value(query, "compression"),
-                              "sha1": single_value(query, "sha1"), "size": request.length}]
+        manifest = self._manifest(query, uuid, validate({
+            "v": 2, "uuid": uuid, "owner": self.config.image_creator_uuid or NOBODY,
+            "type": "zone-dataset", "os": "smartos",
+            **{name: value for name, value in fields.items() if value is not None}}, IMPORT))
+        manifest["files"] = [{"compression": self._compression(query), "size": request.length,
+                              "sha1": single_value(query, "sha1")}]
         with self._upload(request) as read:
             self.publisher.import_image(manifest, read, True, self.config.check_streams,
                                         self._turn)
@@ -4282,7 +4740,7 @@ class ImgapiPublishing:
 
     def put_icon(self, request, uuid):
         """AddImageIcon, in place of the one before."""
-        query = parse_query(request.query)
+        query = self._query(request)
         self._need_for(request, self._find(request, uuid, query))
         if (request.length or 0) > ICON_LIMIT:
             raise ApiError(400, "Upload", f"icon size {request.length} (from Content-Length) "
@@ -4292,11 +4750,12 @@ class ImgapiPublishing:
         if wanted is not None and wanted.lower() != sha1:
             raise ApiError(400, "Upload", f'"sha1" hash, {wanted}, does not match the uploaded '
                            f"icon file sha1 hash, {sha1}")
+        self._need_for(request, self._find(request, uuid, query))     # the body took its time
         self.publisher.add_icon(uuid, request.headers.get("content-type", ""), data)
         return self._answer(request, uuid)
 
     def delete_icon(self, request, uuid):
-        self._need_for(request, self._find(request, uuid, parse_query(request.query)))
+        self._need_for(request, self._find(request, uuid, self._query(request)))
         self.publisher.remove_icon(uuid)
         return self._answer(request, uuid)
 
@@ -4304,7 +4763,7 @@ class ImgapiPublishing:
 
     def delete(self, request, uuid):
         """DeleteImage: out of its channel, and altogether where that was the last one."""
-        query = parse_query(request.query)
+        query = self._query(request)
         image = self._find(request, uuid, query)
         self._need_for(request, image)
         account = single_value(query, "account")
@@ -4314,11 +4773,13 @@ class ImgapiPublishing:
         force = single_value(query, "force_all_channels")
         if force not in (None, "true", "false"):
             raise invalid("force_all_channels", f'invalid "force_all_channels": "{force}"')
-        channel = self.imgapi.channel_of(query)
-        others = [name for name in image.channels if name != channel]
-        if image.state == "unactivated":
+        channel = None if self._waits(image) else self._channel_of(query)
+        others = [name for name in image.channels if name != channel
+                  and name in self.imgapi.channels]
+        if self._waits(image):
+            self.publisher.refuse_dependents(uuid)
             self.publisher.discard(uuid)
-        elif channel is not None and others and force != "true":
+        elif others and force != "true":
             self.publisher.update(uuid, {"channels": others})
         else:
             self.publisher.delete(uuid)
@@ -4333,14 +4794,16 @@ class Site:
 
     def __init__(self, config, store, log, routes=()):
         self.config, self.store, self.log = config, store, log
-        self.rights = Rights(config)
+        self.rights = Rights(config, log)
         imgapi = Imgapi(config, store, self.rights)
         if self.rights.publishing:
+            if not os.access(config.serve_dir, os.W_OK | os.X_OK):
+                log.warn("nothing can be published over HTTP: serve_dir cannot be written")
             routes = [*routes, *ImgapiPublishing(config, store, imgapi, self.rights).routes()]
         self.table = {}                   # pattern: {method: Route}
         for route in (Route("GET", "", self.root, THREAD, ANYONE),
                       Route("GET", "ping", self.ping, MEMORY, ANYONE),
-                      *Dsapi(config, store).routes(), *imgapi.routes(), *routes):
+                      *Dsapi(config, store, self.rights).routes(), *imgapi.routes(), *routes):
             self.table.setdefault(route.pattern, {})[route.method] = route
 
     def answer(self, request) -> Response:
@@ -4349,20 +4812,43 @@ class Site:
         Raises NeedsThread in the event loop; then it is called again in a thread.
         """
         try:
+            if self.rights.matter and request.method != "OPTIONS":
+                self.rights.admit(request)
             route = request.route or self._find(request)
             if route.flags and not request.may_block:
                 raise NeedsThread
-            return route.handler(request, *request.arguments)
+            response = route.handler(request, *request.arguments)
         except ApiError as error:
-            return error_response(error)
+            response = error_response(error)
+            if self.rights.hides:         # it may say that an image is not there
+                request.audience = CLIENT
         except ClientGone:
             raise
         except OSError as error:
-            self.log.error(f"cannot answer {printable(request.target)} from serve_dir "
+            target = printable(without_credentials(request.target))
+            self.log.error(f"cannot answer {target} from serve_dir "
                            f"{printable(self.config.serve_dir)}: {error.strerror}")
-            return error_response(ApiError(503, "ServiceUnavailableError",
-                                           "the image directory cannot be read",
-                                           fields=b"Retry-After: 10\r\n"))
+            response = error_response(ApiError(503, "ServiceUnavailableError",
+                                               "the image directory cannot be read",
+                                               fields=b"Retry-After: 10\r\n"))
+        if request.audience != EVERYBODY:
+            self._restrict(request, response)
+        return response
+
+    def _restrict(self, request, response):
+        """Have caches give an answer to its audience alone.
+
+        Scripts of other sites may not read it where an address has sufficed.
+        """
+        fields, count = re.subn(rb"(?m)^Vary: ([^\r]*)", rb"Vary: \1, Authorization",
+                                response.fields)
+        if not count:
+            fields += b"Vary: Authorization\r\n"
+        if request.audience == CLIENT:
+            fields = re.sub(rb"(?m)^Cache-Control: .*\n", b"", fields) + CACHE_NOTHING
+            if request.user is None and (request.right or ANYONE) > self.rights.least:
+                fields = fields.replace(CORS, b"")
+        response.fields = fields
 
     def _find(self, request) -> Route:
         """The row for a request; it is noted there, with the arguments.  Raises ApiError."""
@@ -4403,7 +4889,7 @@ class Site:
         if request.method not in METHODS:
             raise ApiError(501, "NotImplemented", "the method is not known here")
         hint = ("" if self.rights.publishing or request.segments[0] != "images" else
-                ": publishing over HTTP is off, until publish_from or manage_from of the "
+                ": publishing over HTTP is off, until users, publish_from or manage_from of the "
                 "configuration says who may")
         raise ApiError(405, "MethodNotAllowedError", f"{request.method} is not allowed{hint}",
                        fields=header_line("Allow", allow))
@@ -4412,16 +4898,18 @@ class Site:
         """Refuse a client without the right for a route, and web pages of other sites.
 
         A page may make a browser ask anything, with the address and login of its user; but a
-        browser tells where the page is from (Origin, Fetch Metadata).  Raises ApiError (403).
+        browser tells where the page is from (Origin, Fetch Metadata).  A name without TLS says
+        nothing: a page's owner may let its own name lead here (DNS rebinding).  Raises
+        ApiError (403).
         """
         headers = request.headers
-        origin = headers.get("origin")
-        if request.method != "GET" and (
-                headers.get("sec-fetch-site") == "cross-site" or origin is not None
-                and origin.partition("://")[2].lower() != request.host.lower()):
+        scheme, _, host = headers.get("origin", "").lower().partition("://")
+        if request.method not in ("GET", "HEAD") and (
+                headers.get("sec-fetch-site") == "cross-site" or "origin" in headers and (
+                    host != request.host.lower()
+                    or scheme != "https" and not _ADDRESS.match(host))):
             raise ApiError(403, "OperatorOnly", "pages of other sites may change nothing here")
-        if self.rights.of(request) < route.right:
-            raise operator_only()
+        self.rights.need(request, route.right)
 
     @staticmethod
     def _check_body(request, route):
@@ -4430,6 +4918,19 @@ class Site:
             raise ApiError(411, "LengthRequired", "a body needs a Content-Length here")
         if request.method in ("GET", "HEAD", "OPTIONS"):
             raise bad_request(f"a {request.method} has no body here")
+
+    def log_hidden(self):
+        """Log how many images strangers do not see: builders write `public: false` by default."""
+        try:
+            images = self.store.snapshot(IMGAPI, True).images
+        except OSError:                   # the first request meets it, too
+            return
+        hidden = {image.uuid for image in images
+                  if self.config.read == "users" or not image.public}
+        cut_off = sum(image.origin in hidden and image.uuid not in hidden for image in images)
+        self.log.info(f'read is "{self.config.read}": {len(hidden)} of {len(images)} images are '
+                      "hidden from strangers" + (f", who cannot import {cut_off} that build on "
+                                                 "them" if cut_off else ""))
 
     def options(self, request, allow):
         """The methods of a path; scripts of other sites may read, and no more (CORS)."""
@@ -4448,7 +4949,8 @@ class Site:
             names.insert(0, "index.html")
         for name in names:
             try:
-                fd, status = open_regular(os.path.join(self.config.serve_dir, name))
+                fd, status = open_regular(os.path.join(self.config.serve_dir, name),
+                                          self.config.serve_dir)
             except OSError as error:
                 raise_shortage(error)
                 continue
@@ -4865,7 +5367,7 @@ class Connection:
             self._wait_for_more(text)
             return False
         end = match.end()
-        self.line = match[1]
+        self.line = without_credentials(match[1])
         if end > HEAD_LINE_LIMIT:
             check_size(text[:end])
         self.buffer = self.buffer[end:]
@@ -4886,7 +5388,7 @@ class Connection:
             has_line = text.find("\n", 0, HEAD_LINE_LIMIT + 1) >= 0
             if len(text) <= (HEAD_LIMIT if has_line else HEAD_LINE_LIMIT):
                 return                    # nothing that could be judged is new
-        self.line = text[:HEAD_LINE_LIMIT].partition("\n")[0].rstrip("\r")
+        self.line = without_credentials(text[:HEAD_LINE_LIMIT].partition("\n")[0].rstrip("\r"))
         explain_head(text)
         self.scanned = max(0, len(text) - 2)
         if not self.partial:
@@ -4939,7 +5441,7 @@ class Connection:
                 transport.queue(response.body, size)
         self.answered += 1
         self.unlogged += ((end, self.line, response.status, size, self.started,
-                           response.title, self.peer or self._proxied()),)
+                           response.title, self._client()),)
         return not self.closing
 
     def flush(self):
@@ -4991,7 +5493,9 @@ class Connection:
         loop.unwatch(self.transport.sock)
         self.state, self.deadline = WORKING, math.inf
         try:
-            loop.workers.submit(self._answer_in_thread, self.request.length == 0)
+            # Lists wait for each other, and nobody else for them.
+            workers = loop.list_workers if len(self.request.segments) == 1 else loop.workers
+            workers.submit(self._answer_in_thread, self.request.length == 0)
         except (RuntimeError, MemoryError):       # can't start new thread
             self.state = READING
             loop.watch(self.transport.sock, selectors.EVENT_READ, self.readable)
@@ -5003,9 +5507,8 @@ class Connection:
         request.may_block = True
         response = None
         try:
-            if request.route.flags & BODY == BODY:
-                request.body = Body(self.transport, self.buffer, request,
-                                    self.loop.config.stall_timeout)
+            request.body = Body(self.transport, self.buffer, request,
+                                self.loop.config.stall_timeout)
             response = self.loop.site.answer(request)
             if response.file is not None and (not self._wants_body
                                               or response.length <= ONE_PIECE):
@@ -5038,7 +5541,7 @@ class Connection:
             self.buffer = self.request.body.rest
         if response is None:              # nobody is there to be answered
             self.unlogged += ((math.inf, self.line, GONE, 0, self.started, "",
-                               self.peer or self._proxied()),)
+                               self._client()),)
             self._log_answers()
             self.close()
             return
@@ -5150,11 +5653,13 @@ class Connection:
 
     # log
 
-    def _proxied(self):
-        """Behind a Unix socket the client is whom the proxy names; for the log alone."""
-        headers = self.request.headers if self.request is not None else {}
-        address = headers.get("x-real-ip") or headers.get("x-forwarded-for", "").split(",")[-1]
-        return printable(address.strip(), ADDRESS_LIMIT) or "unix"
+    def _client(self) -> str:
+        """The client, after its user and "@" where there is one."""
+        request = self.request
+        if request is None:
+            return client_name(self.peer, {})
+        name = self.peer or client_name("", request.headers)
+        return f"{request.user}@{name}" if request.user else name
 
     def _log_answers(self):
         """A line for each answer: client, request, status, bytes of the body, time, image.
@@ -5296,6 +5801,7 @@ OVERFLOW = 256                # connections above the limit that are told 503 be
 SPARE_FILES = 64              # file descriptors kept for images, directories and the log
 THREAD_IDLE = 10.0            # seconds until a thread without work ends
 WORKERS = 24                  # threads for short jobs: more only wait for the interpreter's lock
+LIST_WORKERS = 4              # threads for lists, of which one is computed at a time
 MANY_EVENTS = 32              # ready sockets after which the time of a turn is checked
 TURN_TIME = 0.02              # seconds of a turn after which answers go out and others get theirs
 GIVEN_BACK = 64               # connections taken back from threads in one turn, some 3 ms
@@ -5311,14 +5817,15 @@ NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)       # a machine wi
 class Workers:
     """Threads for jobs that may block: started when none is idle, ended when idle for long.
 
-    Of short jobs at most WORKERS run at once, unless a disk hangs: then watch() adds some.
+    Of short jobs at most `limit` run at once, unless a disk hangs: then watch() adds some.
     """
 
-    def __init__(self):
+    def __init__(self, limit=None):
+        self._limit = limit or WORKERS
         self._jobs = queue.SimpleQueue()  # one for each thread that was taken from the idle ones
         self._idle = threading.Semaphore(0)
         self._lock = threading.Lock()     # for all that follows
-        self._waiting = collections.deque()       # short jobs above WORKERS
+        self._waiting = collections.deque()       # short jobs above the limit
         self._running = 0                 # short jobs that run
         self._finished = self._seen = 0   # short jobs finished, and at the last watch()
 
@@ -5326,7 +5833,7 @@ class Workers:
         """Have a thread call job().  Raises RuntimeError, MemoryError where none can be had."""
         if is_short:
             with self._lock:
-                if self._running >= WORKERS:
+                if self._running >= self._limit:
                     self._waiting.append(job)
                     return
                 self._running += 1
@@ -5348,7 +5855,8 @@ class Workers:
         with self._lock:
             jobs = []
             if self._finished == self._seen:
-                jobs = [self._waiting.popleft() for _ in range(min(WORKERS, len(self._waiting)))]
+                jobs = [self._waiting.popleft()
+                        for _ in range(min(self._limit, len(self._waiting)))]
             self._running += len(jobs)
             self._seen = self._finished
         for job in jobs:
@@ -5395,7 +5903,7 @@ class EventLoop:
 
     def __init__(self, config, log):
         self.config, self.log = config, log
-        self.workers = Workers()
+        self.workers, self.list_workers = Workers(), Workers(LIST_WORKERS)
         self.site = Site(config, Store(config, log, self.workers.submit), log)
         self.servers = []
         self.draining = False
@@ -5524,6 +6032,7 @@ class EventLoop:
             except Exception:
                 self.fault(connection)
         self.workers.watch()
+        self.list_workers.watch()
         for sender in self._senders:
             sender.watch(now, sum(each.threads for each in self._senders) < SENDER_THREADS)
         if self._accept_again is not None and now >= self._accept_again and not self.draining:
@@ -5861,6 +6370,8 @@ def run_serve(config, _):
     log.info(f"imgserver {__version__} serves {printable(config.serve_dir)} on "
              + ", ".join(printable(server.describe()) for server in loop.servers))
     log.flush()
+    if loop.site.rights.hides:
+        loop.workers.submit(loop.site.log_hidden, False)
     loop.run()
     log.info("ended")
     log.flush()
@@ -6253,7 +6764,8 @@ class Check:
             self.signals.check()
             path = os.path.join(serve_dir, name)
             if name.startswith(DISCARDED):
-                shutil.rmtree(path, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    remove_tree(path)
             elif is_uuid(name):
                 with contextlib.suppress(OSError):
                     for entry in os.scandir(path):
@@ -6290,8 +6802,8 @@ def record_facts(directory, found):
     kept = {key: file[key] for key in ("size", "sha1") if file.get(key)}
     if {**file, **facts, **kept} != file:
         file.update(facts, **kept)
-        replace_file(os.path.join(directory, MANIFEST),
-                     (render_json(manifest) + "\n").encode(), keep_time=True)
+        replace_file(os.path.join(directory, MANIFEST), manifest_bytes(manifest),
+                     keep_time=True)
 
 
 def incoming(config, reader):
@@ -6355,6 +6867,73 @@ def run_config(config, options):
     if values != before:
         replace_file(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
     print(f"creator {values['image-creator-uuid']}, vendor {values['image-vendor-uuid']}")
+    return 0
+
+
+def ask_password(name, signals) -> bytes:
+    """A new password, from the terminal, or the first line of standard input.
+
+    Raises UserError.
+    """
+    if os.isatty(0):
+        import getpass
+
+        def end(number, frame):           # getpass lets the terminal echo again
+            raise UserError(f"ended by {signal.Signals(number).name}", 128 + number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, end)
+        try:
+            password, again = (getpass.getpass(f"{text} for {name}: ").encode(
+                "utf-8", "surrogateescape") for text in ("Password", "Again, the password"))
+        except EOFError:
+            raise UserError("no password was given")
+        if password != again:
+            raise UserError("the two passwords differ: nothing was changed")
+    else:
+        source, password = Input(None, signals), b""
+        while b"\n" not in password and len(password) <= PASSWORD_LIMIT:
+            more = source.read(CHUNK)
+            password += more or b"\n"
+        password = password.partition(b"\n")[0].removesuffix(b"\r")
+    if not 1 <= len(password) <= PASSWORD_LIMIT or b"\0" in password:
+        raise UserError(f"a password has 1 to {PASSWORD_LIMIT} bytes, and no NUL")
+    return password
+
+
+def run_user(config, options):
+    """List the users, or make, change or delete one."""
+    path, name = config.users, options.name
+    if not path:
+        raise UserError("the configuration names no file for users: add the line "
+                        f'"users": "users", to {options.config or default_config()}', EXIT_CONFIG)
+    config.check_serve_dir()
+    users = read_users(path) if os.path.lexists(path) else {}
+    if name is None:
+        if options.rights or options.delete:
+            raise UserError("say the NAME of the user, too", 2)
+        for user in users.values():
+            options.signals.say(f"{user.name} {user.rights}")
+        return 0
+    if not re.fullmatch(_USER_NAME, name):
+        raise UserError(f"{name!a} is no name for a user: 1 to 64 letters, digits and . _ @ -", 2)
+    if options.delete and name not in users:
+        raise UserError(f"there is no user {name}")
+    password = None
+    if not options.delete and not (options.rights and name in users):
+        password = ask_password(name, options.signals)
+    # Another command may change the file while a password is typed.
+    lock = lock_directory(os.path.dirname(os.path.realpath(path)), LOCK_PATIENCE)
+    try:
+        users = read_users(path) if os.path.lexists(path) else {}
+        user = users.pop(name, User(name, "read", b"", b""))
+        if not options.delete:
+            salt = os.urandom(SALT_SIZE) if password else user.salt
+            users[name] = User(name, options.rights or user.rights, salt,
+                               hash_password(password, salt) if password else user.hash)
+        write_users(path, users, config.serve_dir)
+    finally:
+        if lock is not None:
+            os.close(lock)
     return 0
 
 
@@ -6553,6 +7132,14 @@ def option_parser() -> argparse.ArgumentParser:
                      help="remove images that were never finished, a day after their last change")
     sub.add_argument("-q", "--quiet", action="store_true",
                      help="print nothing when all is well, and no progress")
+    sub = command("user", run_user, "list the users, or make, change or delete one; a password "
+                  "is asked for, or is a line of standard input")
+    sub.add_argument("name", nargs="?", metavar="NAME")
+    choice = sub.add_mutually_exclusive_group()
+    choice.add_argument("--rights", choices=RIGHTS,
+                        help="what NAME may do, each with those before it (default: read); the "
+                             "password of one who is there stays")
+    choice.add_argument("--delete", action="store_true", help="delete NAME")
     command("config", run_config, "write creator and vendor UUIDs into config.json, once")
     sub = command("smf", run_smf, "print the SMF manifest for this directory and Python")
     sub.add_argument("--directory", help="where imgserver.py is installed (default: here)")
