@@ -337,15 +337,11 @@ def _integer(text):
 def _real(text):
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"the number {text[:40]} is too large")
+        raise ValueError(f"{text[:40]} is not JSON, or too large")
     return value
 
 
-def _constant(name):
-    raise ValueError(f"{name} is not JSON")
-
-
-_HOOKS = {"parse_int": _integer, "parse_float": _real, "parse_constant": _constant}
+_HOOKS = {"parse_int": _integer, "parse_float": _real, "parse_constant": _real}
 _DECODER = json.JSONDecoder(**_HOOKS)
 _UNIQUE_DECODER = json.JSONDecoder(object_pairs_hook=_unique, **_HOOKS)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -664,9 +660,9 @@ class Config:
 # Two formats of one thing.  A manifest without `v` is v1, DSAPI's; imgadm and IMGAPI have
 # v2.  Everything here is a function of dicts and touches no file.
 #
-# Any manifest, stored or given, goes through normalise or validate first: both mend it into
-# the one that imgadm and IMGAPI make of it; then the first drops optional fields that break
-# a rule, for serving, and the second refuses them, for publishing.
+# Any manifest, stored or given, is mended first: every field gets the value that imgadm and
+# IMGAPI make of it, or is invalid.  Then normalise drops invalid optional fields, for serving;
+# validate refuses them, for publishing.
 
 COMPRESSIONS = {"gzip": ".gz", "bzip2": ".bz2", "xz": ".xz", "none": ""}
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz"}
@@ -693,19 +689,14 @@ PUBLIC_FIELDS = ("v", "uuid", "owner", "name", "version", "state", "disabled", "
 PUBLIC_FILE_FIELDS = ("sha1", "size", "compression", "dataset_guid")
 
 _DAY, _MINUTE = r"\d{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12]\d|3[01])", r"(?:[01]\d|2[0-3]):[0-5]\d"
-_DATE = re.compile(rf"{_DAY}T{_MINUTE}:[0-5]\d(?:\.\d{{3}})?Z", re.ASCII)
-_V1_DATE = re.compile(rf"{_DAY}T{_MINUTE}(?::[0-5]\d(?:\.\d{{3}})?)?Z", re.ASCII)
-_PLATFORM = re.compile(r"20(1[2-9]|[2-9]\d)\d{4}T\d{6}Z", re.ASCII)
-_SHA1 = re.compile("[0-9a-f]{40}")
-_MD5 = re.compile("[0-9a-f]{32}")
-_NAME = re.compile(r"[A-Za-z0-9._/ -]{1,1024}")
-_VERSION = re.compile(r"[A-Za-z0-9._/+-]{1,512}")
-_PART = re.compile(r'[^:{}\[\]"\\\x00-\x1f\x7f]{1,1024}')     # of an urn
-_GUID = re.compile("[0-9]{1,20}")
+_DATE = rf"(?a){_DAY}T{_MINUTE}:[0-5]\d(?:\.\d{{3}})?Z"
+_V1_DATE = rf"(?a){_DAY}T{_MINUTE}(?::[0-5]\d(?:\.\d{{3}})?)?Z"
+_is_platform = re.compile(r"20(1[2-9]|[2-9]\d)\d{4}T\d{6}Z", re.ASCII).fullmatch
 _DIGITS = re.compile(r"\s*(-?[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]{1,2})?)\s*")
 # ISO 8601: a date of the calendar, a week date or an ordinal one, a time, an offset.
-_ISO = re.compile(r"(\d{4})(?:(-?)(?:W(\d\d)(?:-?(\d))?|(\d{3})|(\d\d)(?:\2(\d\d))?))?"
-                  r"(?:[Tt ](\d\d)(?::?(\d\d)(?::?(\d\d))?)?(?:[.,](\d{1,30}))?\s*"
+_ISO = re.compile(r"(\d{4})(?:(-?)(?:W(\d\d)(?:-?(\d))?|((?!000)[0-2]\d\d|3[0-5]\d|36[0-6])"
+                  r"|(\d\d)(?:\2(\d\d))?))?(?:[Tt ]([01]\d|2[0-4])(?::?([0-5]\d)"
+                  r"(?::?([0-5]\d|60))?)?(?:[.,](\d{1,30}))?\s*"
                   r"(?:[Zz]|([+\u2212-])(\d\d):?(\d\d)?)?)?", re.ASCII)
 
 
@@ -740,8 +731,6 @@ def spell(value) -> str:
     return text if len(text) <= SPELL_LIMIT else text[:SPELL_LIMIT] + "..."
 
 
-# Menders: each makes of a value the one that its author meant, or returns it as it is.
-
 def number_text(value) -> str:
     """A number as JavaScript prints it: 1.0 is 1, 1e21 is 1e+21 (ECMA-262 Number::toString).
 
@@ -772,15 +761,11 @@ def moment(text):
         else:
             date = datetime.date(int(year), int(month or 1), int(day or 1))
             date += datetime.timedelta(int(ordinal or 1) - 1)
-        if int(ordinal or 1) not in range(1, 367) or int(hour or 0) > 24 \
-                or int(minute or 0) > 59 or int(second or 0) > 60:
-            return None
         unit = 1000 if second else 60_000 if minute else 3_600_000       # of the decimals, in ms
-        time_of_day = datetime.timedelta(
+        moment = datetime.datetime.combine(date, datetime.time()) + datetime.timedelta(
             hours=int(hour or 0), minutes=int(minute or 0), seconds=int(second or 0),
             milliseconds=unit * int(part or 0) // 10 ** len(part or ""))
         east = datetime.timedelta(hours=int(offset[0] or 0), minutes=int(offset[1] or 0))
-        moment = datetime.datetime.combine(date, datetime.time()) + time_of_day
         moment += east if sign and sign != "+" else -east
     except (ValueError, OverflowError):
         return None
@@ -788,353 +773,287 @@ def moment(text):
                             else "seconds") + "Z"
 
 
-def _mend_text(value):
+# Menders: each returns the value that the author of the given one meant, the same where it is
+# right, or INVALID.
+
+INVALID = object()
+UNSET = (None, "", [], {})    # values of a field that is not set
+
+
+def _as_text(value):
+    """A text, number or flag as a text; None for anything else."""
+    if isinstance(value, str):
+        return value
     if isinstance(value, bool):
         return "true" if value else "false"
-    return number_text(value) if isinstance(value, (int, float)) else value
+    return number_text(value) if isinstance(value, (int, float)) else None
 
 
-def _mend_word(value):
-    value = _mend_text(value)
-    return value.strip().lower() if isinstance(value, str) else value
+def _text(pattern, mend=str):
+    """A mender of texts that match a pattern, as they are or as `mend` makes them."""
+    matches = re.compile(pattern).fullmatch
+
+    def mend_text(value):
+        if type(value) is str and matches(value):
+            return value
+        text = mend(_as_text(value) or "") or ""
+        return text if matches(text) else INVALID
+    return mend_text
 
 
-def _mend_state(value):
-    value = _mend_word(value)
-    return DSAPID_STATES.get(value, value) if isinstance(value, str) else value
+def _word(pattern, others=()):
+    """A mender of texts in lower case; others: (text, the one that is meant) ..."""
+    def fold(text):
+        text = text.strip().lower()
+        return dict(others).get(text, text)
+    return _text(pattern, fold)
 
 
-def _mend_moment(value):
-    return isinstance(value, str) and moment(value) or value
+def _flag(value):
+    if type(value) is bool:
+        return value
+    return {"true": True, "1": True, "false": False, "0": False}.get(
+        (_as_text(value) or "").strip().lower(), INVALID)
 
 
-def _mend_flag(value):
-    flag = {"true": True, "1": True, "false": False, "0": False}.get(
-        _mend_word(value) if isinstance(value, (str, int, float)) else None)
-    return value if flag is None else flag
-
-
-def _mend_number(value):
-    if isinstance(value, str) and len(value) <= NUMBER_LIMIT and _DIGITS.fullmatch(value):
+def _number(value):
+    if type(value) is str and len(value) <= NUMBER_LIMIT and _DIGITS.fullmatch(value):
         value = float(value) if set(value) & set(".eE") else int(value)
-    if isinstance(value, float) and value.is_integer():
+    if type(value) is float and value.is_integer():
         value = int(value)
-    return value
+    return value if type(value) is int and 0 <= value <= SAFE_INTEGER else INVALID
 
 
-def _mend_list(mend_item):
-    def mend_value(value):
-        if not isinstance(value, list):
-            value = [value] if value else []          # {} is an empty list to SDC 6
-        return [mend_item(item) for item in value if item not in (None, "")]
-    return mend_value
+def _memory(value):
+    number = _number(value)
+    return None if number == 0 else number        # 0 is unset to imgmanifest
 
 
-def _mend_object(mend_members):
-    def mend_value(value):
-        return {} if value == [] else mend_members(value) if isinstance(value, dict) else value
-    return mend_value
+def _version(value):
+    number = _number(value)
+    return INVALID if number in (INVALID, 0) else min(number, 2)  # imgadm takes 3 as it can
 
 
-def _is_unset(value):
-    return value is None or value == "" or value == [] or value == {}
+def _list(mend_item):
+    def mend_list(value):
+        if type(value) is not list:
+            value = [value] if value else []      # {} is an empty list to SDC 6
+        items = [mend_item(item) for item in value if item not in (None, "")]
+        return INVALID if INVALID in items else items
+    return mend_list
 
 
-def _mend_by(fields):
-    """A mender of the members of an object, by their rules; unset ones are dropped."""
-    def mend_members(value):
-        result = {}
-        for name, item in value.items():
-            if name in fields:
-                if item is not None and item != "" and not fields[name].check(item):
-                    item = fields[name].mend(item)
-                if _is_unset(item) and (item is None or name != "path"):
-                    continue              # but "" is no name for a file
-            result[name] = item
-        return result
-    return _mend_object(mend_members)
+def _record(*keys):
+    keys = set(keys)
+
+    def mend_record(value):
+        if type(value) is not dict or value.keys() != keys:
+            return INVALID
+        texts = {name: _as_text(item) for name, item in value.items()}
+        return INVALID if None in texts.values() else texts
+    return mend_record
 
 
-def _mend_requirements(value):
-    value = _mend_by(REQUIREMENTS)(value)
-    if isinstance(value, dict):           # 0 is unset to imgmanifest, as null is
-        value = {name: item for name, item in value.items()
-                 if item or item is False or name not in REQUIREMENTS}
-    return value
+def _only(check):
+    """A mender of values that are right as they stand or not at all."""
+    return lambda value: value if check(value) else INVALID
 
 
-_mend_traits = _mend_object(lambda value: {
-    name: item if _is_trait(item) else _mend_text(item) for name, item in value.items()})
-
-
-def _mend_record(value):
-    return {name: _mend_text(item) for name, item in value.items()} \
-        if isinstance(value, dict) else value
-
-
-def _same(value):
-    return value
-
-
-# Checks: whether a value is right as it stands.
-
-def _is_text(limit):
-    return lambda value: type(value) is str and 0 < len(value) <= limit
-
-
-def _is_one_of(names):
-    return lambda value: type(value) is str and value in names
-
-
-def _is_flag(value):
-    return type(value) is bool
-
-
-def _is_int(value):
-    return type(value) is int
-
-
-def _is_size(value):
-    return type(value) is int and 0 <= value <= SAFE_INTEGER
+def _traits(value):
+    if type(value) is not dict:
+        return INVALID
+    traits = {name: item if isinstance(item, (bool, list)) else _as_text(item)
+              for name, item in value.items()}
+    return INVALID if None in traits.values() else traits
 
 
 def _is_object(value):
     return type(value) is dict
 
 
-def _is_url(value):
-    return (type(value) is str and len(value) <= 1024
-            and re.match(r"https?://[^\s/]", value) is not None)
-
-
-def _matches(pattern):
-    fullmatch = pattern.fullmatch
-    return lambda value: type(value) is str and fullmatch(value)
-
-
-def _is_list_of(check):
-    return lambda value: type(value) is list and all(map(check, value))
-
-
-def _is_record(*keys):
-    keys = set(keys)
-    return lambda value: (type(value) is dict and value.keys() == keys
-                          and all(type(item) is str for item in value.values()))
-
-
-def _is_trait(value):
-    return isinstance(value, (str, bool, list))
-
-
-_is_platform = _matches(_PLATFORM)
-
-
-def _is_platforms(value):
-    return type(value) is dict and len(value) > 0 and all(map(_is_platform, value.values()))
-
-
 def _is_tags(value):
     if type(value) is not dict:
         return False
     text = compact_json(value)            # JavaScript counts in units of UTF-16
-    return len(text) + sum(letter > "\uffff" for letter in text) <= TAGS_LIMIT
+    return len(text.encode("utf-16-le", "surrogatepass")) // 2 <= TAGS_LIMIT
 
 
-def _is_requirements(value):
-    return type(value) is dict and not invalid_requirements(value)
+def _is_platforms(value):
+    return type(value) is dict and value != {} and all(
+        type(item) is str and _is_platform(item) for item in value.values())
 
 
-def _is_files(value):
-    return (type(value) is list and len(value) == 1 and type(value[0]) is dict
-            and not invalid_members(value[0], FILE_FIELDS, "files[0]."))
+def _one_file(value):
+    files = [value] if value and type(value) is dict else value
+    return files if type(files) is list and len(files) == 1 and type(files[0]) is dict \
+        else INVALID
 
 
-# A field: how its value is mended and checked, the rule in words, and whether it may be set
-# when an image is created, and when it is updated (sdc-imgapi, lib/images.js).
-Field = collections.namedtuple("Field", "mend check rule create update", defaults=(True, True))
+def mend(manifest: dict, fields: dict, prefix="") -> tuple[dict, list]:
+    """(manifest, invalid): the fields with the values that their rules ask for.
+
+    Those that are unset are left out, and those that break a rule, which invalid has as
+    (prefix + name, value, rule).  Unknown ones stay as they are.
+    """
+    result, invalid = {}, []
+    for name, value in manifest.items():
+        if name not in fields:
+            result[name] = value
+            continue
+        field = fields[name]
+        mended = field.mend(value)
+        if mended is INVALID:
+            if value not in UNSET or (name, value) == ("path", ""):      # no name for a file
+                invalid.append((prefix + name, value, field.rule))
+            continue
+        if field.members:
+            mended, more = field.members(mended)
+            invalid += more
+        if mended or mended not in UNSET or mended == value:
+            result[name] = mended
+    return result, invalid
 
 
-def _words(names) -> str:
-    return "must be one of " + ", ".join(names)
+def _remove_misplaced(manifest, prefix="") -> list:
+    """Remove the fields that such an image cannot have; returns them as mend does."""
+    if ONLY_FOR.keys().isdisjoint(manifest):
+        return []
+    return [(prefix + name, manifest.pop(name), f"is for {other} {value} only")
+            for name, (other, value) in ONLY_FOR.items()
+            if name in manifest and manifest.get(other) != value]
 
 
-_ID = Field(_mend_word, _matches(_UUID), "must be a UUID in lower case")
-_URL = Field(lambda value: value.strip() if type(value) is str else value, _is_url,
+def _requirements(value):
+    mended, invalid = mend(value, REQUIREMENTS, "requirements.")
+    invalid += [("requirements." + name, mended.pop(name), "is no requirement")
+                for name in value if name not in REQUIREMENTS]
+    if mended.get("min_ram", 0) > mended.get("max_ram", SAFE_INTEGER):
+        invalid.append(("requirements.max_ram", mended.pop("max_ram"),
+                        "must not be below min_ram"))
+    return mended, invalid + _remove_misplaced(mended, "requirements.")
+
+
+def _file_members(files):
+    file, invalid = mend(files[0], FILE_FIELDS, "files[0].")
+    return [file], invalid
+
+
+# A field: its mender, the rule in words, whether it may be set when an image is created, and
+# when it is updated (sdc-imgapi, lib/images.js); members: mend for those of the value.
+Field = collections.namedtuple("Field", "mend rule create update members",
+                               defaults=(True, True, None))
+
+
+def _one_of(names, create=True, update=True) -> Field:
+    return Field(_word("|".join(names)), "must be one of " + ", ".join(names), create, update)
+
+
+_UP_TO_1024 = _text("(?s).{1,1024}")
+_ID = Field(_word(_UUID), "must be a UUID in lower case")
+_URL = Field(_text(r"https?://[^\s/](?s:.{0,1015})", str.strip),
              "must be an http(s) URL of at most 1024 characters")
-_FLAG = Field(_mend_flag, _is_flag, "must be true or false")
-_SHORT = Field(_mend_text, _is_text(1024), "must be a text of at most 1024 characters")
-_COUNT = Field(_mend_number, _is_size, "must be a whole number")
-_TEXTS = Field(_mend_list(_mend_text), _is_list_of(_is_text(1024)), "must be a list of texts")
-_MOMENT = Field(_mend_moment, _matches(_DATE), "must look like 2026-01-31T12:00:00Z", False,
-                False)
-_V1_MOMENT = _MOMENT._replace(check=_matches(_V1_DATE))
-_URN_PART = Field(_mend_text, _matches(_PART),
+_FLAG = Field(_flag, "must be true or false")
+_SHORT = Field(_UP_TO_1024, "must be a text of at most 1024 characters")
+_COUNT = Field(_number, "must be a whole number")
+_TEXTS = Field(_list(_UP_TO_1024), "must be a list of texts")
+_MOMENT = Field(_text(_DATE, moment), "must look like 2026-01-31T12:00:00Z", False, False)
+_V1_MOMENT = _MOMENT._replace(mend=_text(_V1_DATE, moment))
+_URN_PART = Field(_text(r'[^:{}\[\]"\\\x00-\x1f\x7f]{1,1024}'),
                   'must be a text without any of : { } [ ] " \\', True, False)
-_PLATFORMS = Field(_same, _is_platforms, 'must be {"7.0": "YYYYMMDDTHHMMSSZ"}')
-ZVOL_FIELDS = ("nic_driver", "disk_driver", "cpu_type", "image_size")
-_ZVOL = frozenset(ZVOL_FIELDS)
+_PLATFORMS = Field(_only(_is_platforms), 'must be {"7.0": "YYYYMMDDTHHMMSSZ"}')
 
 REQUIREMENTS = {
-    "networks": Field(_mend_list(_mend_record), _is_list_of(_is_record("name", "description")),
+    "networks": Field(_list(_record("name", "description")),
                       'must be a list of {"name", "description"}'),
-    "brand": _SHORT, "ssh_key": _FLAG, "min_ram": _COUNT, "max_ram": _COUNT,
-    "min_platform": _PLATFORMS, "max_platform": _PLATFORMS,
-    "bootrom": Field(_mend_word, _is_one_of(("bios", "uefi")), "must be bios or uefi"),
+    "brand": _SHORT, "ssh_key": _FLAG, "min_ram": _COUNT._replace(mend=_memory),
+    "max_ram": _COUNT._replace(mend=_memory), "min_platform": _PLATFORMS,
+    "max_platform": _PLATFORMS, "bootrom": _one_of(("bios", "uefi")),
 }
 
 FILE_FIELDS = {
-    "path": Field(_same, is_file_name, "must be a plain file name"),
-    "size": Field(_mend_number, _is_size, "must be a number of bytes"),
-    "sha1": Field(_mend_word, _matches(_SHA1), "must have 40 hexadecimal digits"),
-    "md5": Field(_mend_word, _matches(_MD5), "must have 32 hexadecimal digits"),
-    "compression": Field(_mend_word, _is_one_of(COMPRESSIONS), _words(COMPRESSIONS)),
-    "dataset_guid": Field(_mend_text, _matches(_GUID), "must be a number of at most 20 digits"),
+    "path": Field(_only(is_file_name), "must be a plain file name"),
+    "size": Field(_number, "must be a number of bytes"),
+    "sha1": Field(_word("[0-9a-f]{40}"), "must have 40 hexadecimal digits"),
+    "md5": Field(_word("[0-9a-f]{32}"), "must have 32 hexadecimal digits"),
+    "compression": _one_of(COMPRESSIONS),
+    "dataset_guid": Field(_text("[0-9]{1,20}"), "must be a number of at most 20 digits"),
 }
 
 # Every field of a v2 manifest (imgmanifest 3.1.0, sdc-imgapi).
 FIELDS = {
-    "v": Field(_mend_number, lambda value: value == 2 and _is_int(value), "must be 1 or 2",
-               True, False),
+    "v": Field(_version, "must be 1 or 2", True, False),
     "uuid": _ID._replace(create=False, update=False), "owner": _ID,
     "origin": _ID._replace(update=False),
-    "name": Field(_mend_text, _matches(_NAME), 'takes letters, digits, ".", "_", "/", "-" and '
-                  'spaces, 1 to 1024 of them'),
-    "version": Field(_mend_text, _matches(_VERSION), 'takes letters, digits, ".", "_", "/", "+" '
-                     'and "-", 1 to 512 of them'),
-    "description": Field(_mend_text, _is_text(10240),
-                         "takes a text of at most 10240 characters"),
-    "homepage": _URL, "eula": _URL, "urn": _SHORT._replace(check=_is_text(2048), create=False,
-                                                              update=False),
-    "type": Field(_mend_word, _is_one_of(TYPES), _words(TYPES), True, False),
-    "os": Field(_mend_word, _is_one_of(SYSTEMS), _words(SYSTEMS)),
-    "state": Field(_mend_state, _is_one_of(STATES), _words(STATES), False, False),
+    "name": Field(_text(r"[A-Za-z0-9._/ -]{1,1024}"),
+                  'takes letters, digits, ".", "_", "/", "-" and spaces, 1 to 1024 of them'),
+    "version": Field(_text(r"[A-Za-z0-9._/+-]{1,512}"),
+                     'takes letters, digits, ".", "_", "/", "+" and "-", 1 to 512 of them'),
+    "description": Field(_text("(?s).{1,10240}"), "takes a text of at most 10240 characters"),
+    "homepage": _URL, "eula": _URL,
+    "urn": Field(_text("(?s).{1,2048}"), "must be a text of at most 2048 characters", False,
+                 False),
+    "type": _one_of(TYPES, update=False), "os": _one_of(SYSTEMS),
+    "state": Field(_word("|".join(STATES), DSAPID_STATES.items()),
+                   "must be one of " + ", ".join(STATES), False, False),
     "disabled": _FLAG._replace(update=False), "public": _FLAG, "published_at": _MOMENT,
-    "files": Field(_mend_list(lambda file: _mend_by(FILE_FIELDS)(file)), _is_files,
-                   "must hold one file", True, False),
-    "acl": Field(_mend_list(_mend_word), _is_list_of(_matches(_UUID)),
-                 "must be a list of UUIDs in lower case"),
+    "files": Field(_one_file, "must hold one file", True, False, _file_members),
+    "acl": Field(_list(_ID.mend), "must be a list of UUIDs in lower case"),
     "icon": _FLAG._replace(create=False, update=False),
-    "requirements": Field(_mend_requirements, _is_requirements, "must be a JSON object"),
-    "users": Field(_mend_list(_mend_record), _is_list_of(_is_record("name")),
-                   'must be a list of {"name"}'),
-    "billing_tags": _TEXTS._replace(check=_is_list_of(_is_text(128))),
-    "traits": Field(_mend_traits, lambda value: _is_object(value)
-                    and all(map(_is_trait, value.values())),
-                    "must be a JSON object of texts, flags and lists"),
-    "tags": Field(_mend_object(_same), _is_tags, "must be a JSON object of at most 100 KiB"),
+    "requirements": Field(_only(_is_object), "must be a JSON object", members=_requirements),
+    "users": Field(_list(_record("name")), 'must be a list of {"name"}'),
+    "billing_tags": _TEXTS._replace(mend=_list(_text("(?s).{1,128}"))),
+    "traits": Field(_traits, "must be a JSON object of texts, flags and lists"),
+    "tags": Field(_only(_is_tags), "must be a JSON object of at most 100 KiB"),
     "generate_passwords": _FLAG, "inherited_directories": _TEXTS,
     "nic_driver": _SHORT, "disk_driver": _SHORT, "cpu_type": _SHORT, "image_size": _COUNT,
-    "error": Field(_same, _is_object, "must be a JSON object", False, False),
+    "error": Field(_only(_is_object), "must be a JSON object", False, False),
     "channels": _TEXTS,
 }
 
-# And of a v1 manifest.  `options` is dsapid's: its own place for a zvol's fields.
+# And of a v1 manifest, whose image_size may be a text.  `options` is dsapid's: its own place
+# for a zvol's fields.
 V1_FIELDS = {
-    **FIELDS,
-    "v": FIELDS["v"]._replace(check=lambda value: value == 1 and _is_int(value)),
-    "image_size": _COUNT._replace(check=lambda value: _is_size(value) or (
-        type(value) is str and value.isascii() and value.isdigit() and len(value) <= 15)),
+    **FIELDS, "image_size": _COUNT._replace(
+        mend=lambda value: value if type(value) is str and re.fullmatch("[0-9]{1,15}", value)
+        else _number(value)),
     "published_at": _V1_MOMENT, "created_at": _V1_MOMENT, "updated_at": _V1_MOMENT,
     "creator_uuid": _ID, "vendor_uuid": _ID, "owner_uuid": _ID, "restricted_to_uuid": _ID,
     "creator_name": _URN_PART, "cloud_name": _URN_PART, "platform_type": _SHORT,
-    "options": Field(_mend_object(_same), lambda value: False, "must be a JSON object", False),
+    "options": Field(lambda value: INVALID, "must be a JSON object", False),
 }
 
+ZVOL_FIELDS = ("nic_driver", "disk_driver", "cpu_type", "image_size")
+ONLY_FOR = {**dict.fromkeys(ZVOL_FIELDS, ("type", "zvol")), "error": ("state", "failed"),
+            "inherited_directories": ("type", "zone-dataset"), "bootrom": ("brand", "bhyve")}
 REQUIRED = ("uuid", "name", "version", "type", "os", "files")
-_REQUIRED = frozenset(REQUIRED)
 # What stays as it is where only our rule for it is broken: imgadm does not mind.
 TOLERATED = frozenset(("name", "version", "creator_name", "cloud_name", "creator_uuid",
                        "vendor_uuid", "owner_uuid", "platform_type"))
 # Without these imgadm cannot import an image.
-ESSENTIAL = _REQUIRED | {"origin", "files[0].path", "files[0].size", "files[0].sha1",
-                         "files[0].compression"}
+ESSENTIAL = frozenset((*REQUIRED, "origin", "files[0].path", "files[0].size", "files[0].sha1",
+                       "files[0].compression"))
+# Fields that restrict do so even where they are invalid: the field and value that stand then.
+RESTRICTING = {"disabled": ("disabled", True), "public": ("public", False),
+               "acl": ("public", False), "restricted_to_uuid": ("public", False)}
 
 
-def fields_of(manifest) -> dict:
-    """The rules for a manifest's fields, by its format."""
-    return V1_FIELDS if is_v1(manifest) else FIELDS
+def mend_manifest(manifest: dict, required=REQUIRED) -> tuple[dict, list]:
+    """(manifest, invalid): mend, and the rules for fields together.
 
-
-def invalid_members(value, fields, prefix) -> list:
-    return [(prefix + name, item, fields[name].rule) for name, item in value.items()
-            if name in fields and not fields[name].check(item)]
-
-
-def invalid_requirements(value) -> list:
-    """invalid_fields of a manifest's requirements."""
-    bad = [(f"requirements.{name}", item, "is no requirement") for name, item in value.items()
-           if name not in REQUIREMENTS]
-    bad += invalid_members(value, REQUIREMENTS, "requirements.")
-    least, most = value.get("min_ram"), value.get("max_ram")
-    if _is_size(least) and _is_size(most) and least > most:
-        bad.append(("requirements.max_ram", most, "must not be below min_ram"))
-    if "bootrom" in value and value.get("brand") != "bhyve":
-        bad.append(("requirements.bootrom", value["bootrom"], "is for brand bhyve only"))
-    return bad
-
-
-def invalid_fields(manifest: dict, required=_REQUIRED) -> list:
-    """(name, value, rule) of every field of a manifest that breaks a rule; none: it is sound.
-
-    Required fields that are missing have the value None.
+    Required fields that are missing are invalid with the value None.
     """
-    fields = fields_of(manifest)
-    bad = []
-    for name, value in manifest.items():
-        if name in fields and not fields[name].check(value):
-            bad.append((name, value, fields[name].rule))
-    if not manifest.keys() >= required:
-        bad += [(name, None, "is missing") for name in REQUIRED
-                if name in required and name not in manifest]
-    if manifest.get("type") != "zvol" and not _ZVOL.isdisjoint(manifest):
-        bad += [(name, manifest[name], "is for type zvol only") for name in ZVOL_FIELDS
-                if name in manifest]
-    if "inherited_directories" in manifest and manifest.get("type") != "zone-dataset":
-        bad.append(("inherited_directories", manifest["inherited_directories"],
-                    "is for type zone-dataset only"))
-    if "error" in manifest and manifest.get("state") != "failed":
-        bad.append(("error", manifest["error"], "is for state failed only"))
-    return _in_detail(bad)
-
-
-def _in_detail(bad) -> list:
-    """Name the broken members of requirements and files instead of these."""
-    result = {}
-    for name, value, rule in bad:
-        details = [(name, value, rule)]
-        if name == "requirements" and isinstance(value, dict):
-            details = invalid_requirements(value)
-        elif name == "files" and type(value) is list and len(value) == 1 \
-                and isinstance(value[0], dict):
-            details = invalid_members(value[0], FILE_FIELDS, "files[0].")
-        for detail in details:
-            result.setdefault(detail[0], detail)
-    return list(result.values())
-
-
-def mend(manifest: dict) -> dict:
-    """A copy in which every known field has the kind of value that its rule asks for, where
-    its author's can be read so, and unset ones are gone: as imgmanifest and IMGAPI take them.
-    """
-    manifest = dict(manifest)
-    version = _mend_number(manifest.get("v"))
-    if _is_unset(version):
-        manifest.pop("v", None)
-    elif _is_int(version) and version >= 1:
-        manifest["v"] = min(version, 2)   # imgadm takes 3 for what it knows, too
-    if is_v1(manifest) and isinstance(manifest.get("options"), dict):
-        options = manifest.pop("options")
+    fields = V1_FIELDS if _version(manifest.get("v", 1)) in (1, INVALID) else FIELDS
+    options = manifest.get("options")
+    if fields is V1_FIELDS and isinstance(options, dict):
         manifest = {**{name: options[name] for name in ZVOL_FIELDS if name in options},
                     **manifest}
-    fields = fields_of(manifest)
-    for name, value in list(manifest.items()):
-        if name not in fields or value is not None and fields[name].check(value):
-            continue
-        if value is not None and value != "":
-            manifest[name] = value = fields[name].mend(value)
-        if _is_unset(value):
-            del manifest[name]
-    return manifest
+        del manifest["options"]
+    result, invalid = mend(manifest, fields)
+    invalid += _remove_misplaced(result)
+    named = {name for name, *_ in invalid}
+    invalid += [(name, None, "is missing") for name in required
+                if name not in result and name not in named]
+    return result, invalid
 
 
 def normalise(manifest: dict):
@@ -1142,52 +1061,32 @@ def normalise(manifest: dict):
 
     The manifest stays v1 or v2.  notes has a sentence for each field that breaks a rule and
     was dropped, or read as what lets fewer see the image; reasons has one for each without
-    which imgadm cannot import it, and is empty for an image that can be shown.  A manifest
-    that is right comes back as it is.
+    which imgadm cannot import it, and is empty for an image that can be shown.
     """
-    if not invalid_fields(manifest):
-        return manifest, (), ()
-    stored, notes, reasons = manifest, [], []
-    manifest = mend(stored)
-    if "v" in manifest and not (_is_int(manifest["v"]) and manifest["v"] in (1, 2)):
-        notes.append(f"v {spell(manifest.pop('v'))} must be 1 or 2: it is left out")
-        manifest = mend(manifest)         # by the rules of v1
+    notes, reasons = [], []
     files = manifest.get("files")
     if isinstance(files, list) and len(files) > 1:
         notes.append(f"files has {len(files)} of them: the first is the image, the others are "
                      "not served")
-        manifest["files"] = files[:1]
-    for name, value, rule in invalid_fields(manifest):
-        text = f"{name} {rule}" if value is None else \
-            f"{name} {spell(stored.get(name, value))} {rule}"
+        manifest = {**manifest, "files": files[:1]}
+    manifest, invalid = mend_manifest(manifest)
+    for name, value, rule in invalid:
+        text = f"{name} {rule}" if value is None else f"{name} {spell(value)} {rule}"
         if name in TOLERATED and isinstance(value, str) and value.isprintable():
+            manifest[name] = value
             if name in REQUIRED:
                 notes.append(f"{text}: it is shown as it is")
         elif name in ESSENTIAL:
             reasons.append(text)
+        elif name in RESTRICTING:
+            field, instead = RESTRICTING[name]
+            notes.append(f"{text}: {field} is taken for {json.dumps(instead)}")
+            manifest[field] = instead
+            if name == "acl" and isinstance(value, list):
+                manifest["acl"] = [uuid for uuid in map(_ID.mend, value) if uuid is not INVALID]
         else:
-            notes.append(f"{text}: {_drop(manifest, name, value)}")
+            notes.append(f"{text}: it is left out")
     return manifest, tuple(notes), tuple(reasons)
-
-
-def _drop(manifest, name, value) -> str:
-    """Drop a field that breaks a rule; one that restricts is taken to do so.  Says which."""
-    head, _, member = name.partition(".")
-    if member:
-        place = manifest["files"][0] if head == "files[0]" else manifest[head]
-        del place[member]                 # mend made a copy
-        return "it is left out"
-    manifest.pop(name, None)
-    if name == "disabled":
-        manifest["disabled"] = True
-        return "taken for true"
-    if name in ("public", "acl", "restricted_to_uuid"):
-        manifest["public"] = False
-        if name == "acl" and isinstance(value, list):
-            is_member = _matches(_UUID)
-            manifest["acl"] = [item for item in value if is_member(item)]
-        return "public is taken for false"
-    return "it is left out"
 
 
 CREATE, IMPORT, UPDATE = "create", "import", "update"
@@ -1202,18 +1101,21 @@ def validate(manifest: dict, action) -> dict:
     """
     if action == UPDATE:
         return _validate_update(manifest)
-    manifest = mend({"v": 2, **manifest} if action == CREATE else manifest)
     if action == CREATE:
-        _refuse("invalid image data: ", "ValidationFailed", [
-            ("state", "NotAllowed", "Parameter cannot be set")] if "state" in manifest else [])
+        manifest = {"v": 2, **manifest}
+        fixed = [name for name, value in manifest.items() if name not in FIELDS
+                 or value not in UNSET and not FIELDS[name].create]
+        if "state" in fixed:
+            _refuse("invalid image data: ", "ValidationFailed",
+                    [("state", "NotAllowed", "Parameter cannot be set")])
         _refuse("invalid extra parameters: ", "InvalidParameter", [
             (name, "Invalid", f"{name} cannot be set" if name in FIELDS else
-             f"{name} is no field of a manifest") for name in manifest
-            if name not in FIELDS or not FIELDS[name].create])
-    required = _REQUIRED - {"files"} if action == IMPORT else _REQUIRED - {"files", "uuid"}
+             f"{name} is no field of a manifest") for name in fixed])
+    later = ("files",) if action == IMPORT else ("files", "uuid")
+    manifest, invalid = mend_manifest(manifest, [name for name in REQUIRED if name not in later])
     _refuse("invalid image data: ", "ValidationFailed", [
         (name, "MissingParameter" if value is None else "Invalid", f"{name} {rule}")
-        for name, value, rule in invalid_fields(manifest, required)])
+        for name, value, rule in invalid])
     return manifest
 
 
@@ -1221,24 +1123,16 @@ def _validate_update(changes):
     if not changes:
         raise ApiError(422, "ValidationFailed",
                        "invalid image update data: no parameters provided", [])
-    errors, result = [], {}
-    for name, value in changes.items():
-        field = FIELDS.get(name)
-        if field is None or not field.update:
-            errors.append((name, "NotAllowed", f"{name} is no field of a manifest"
-                           if name not in V1_FIELDS else "Parameter cannot be updated"))
-            continue
-        if value is not None and not field.check(value):
-            value = field.mend(value) if value != "" else None
-        result[name] = value
-        if value is None:
-            if name in REQUIRED:
-                errors.append((name, "Invalid", f"{name} cannot be removed"))
-        elif not field.check(value):
-            errors += [(member, "Invalid", f"{member} {rule}")
-                       for member, _, rule in _in_detail([(name, value, field.rule)])]
+    fixed = [name for name in changes if name not in FIELDS or not FIELDS[name].update]
+    errors = [(name, "NotAllowed", f"{name} is no field of a manifest" if name not in V1_FIELDS
+               else "Parameter cannot be updated") for name in fixed]
+    given = {name: value for name, value in changes.items() if name not in fixed}
+    mended, invalid = mend(given, FIELDS)
+    errors += [(name, "Invalid", f"{name} {rule}") for name, _, rule in invalid]
+    errors += [(name, "Invalid", f"{name} cannot be removed") for name in REQUIRED
+               if name in given and given[name] in UNSET]
     _refuse("invalid image update data: ", "ValidationFailed", errors)
-    return result
+    return {name: mended.get(name) for name in given}
 
 
 def _refuse(message, code, errors):
@@ -1266,20 +1160,15 @@ def parse_field(text):
         raise ValueError(f"{name} is no field of a manifest")
     if value == "":
         return name, None
-    if field.mend in (_mend_text, _mend_word, _URL.mend, _mend_moment):
+    if isinstance(field.mend(value), str) and name != "image_size":
         return name, value
-    if field.mend is _mend_flag:
-        if value not in ("true", "false"):
-            raise ValueError(f"{name} {field.rule}, not {value!a}")
-        return name, value == "true"
     try:
-        value = parse_json(os.fsencode(value))
+        parsed = parse_json(os.fsencode(value))
     except ValueError:
-        raise ValueError(f"{name} {field.rule}" if "list" in field.rule or field.mend
-                         is _mend_number else f"{name} is not JSON")
-    if "must be a list" in field.rule and not isinstance(value, list):
-        raise ValueError(f"{name} {field.rule}")
-    return name, value
+        parsed = INVALID
+    if parsed is INVALID or type(field.mend(parsed)) is not type(parsed):
+        raise ValueError(f"{name} {field.rule}, not {spell(value)}")
+    return name, parsed
 
 
 def upgrade(v1: dict) -> dict:
@@ -1427,7 +1316,7 @@ def recorded_md5(file: dict):
     """The MD5 of a file as bytes, where md5_record wrote it for this very one; else None."""
     md5 = file.get("md5")
     of_this = "md5_of" in file and file["md5_of"] == str(file.get("sha1")).lower()
-    return bytes.fromhex(md5) if of_this and FILE_FIELDS["md5"].check(md5) else None
+    return bytes.fromhex(md5) if of_this and FILE_FIELDS["md5"].mend(md5) is md5 else None
 
 
 def matches_text(value, wanted, prefix=False) -> bool:
@@ -1456,7 +1345,7 @@ LIST_PARTS = 32               # pieces of a list given to one sendmsg: POSIX all
 ZIPPED_LIMIT = 32 << 20       # bytes of gzip forms in use; of 10,000 images one has 1 MB
 MD5_LIMIT = 16 << 20          # bytes; a file up to this size is hashed when it is asked for, or
                               # when it is read without a sha1 in its manifest
-PIECE = 1 << 20               # bytes of a file in memory at once while it is hashed
+PIECE = 1 << 20               # bytes of a file hashed or decompressed at once
 OPEN_TRIES = 3                # of a file that is replaced between the look at it and open()
 LINKS_IN_LOOP = 100           # origins of an image that the event loop follows, each by 2 stats
 HASHES_KEPT = 10000           # files whose hashes are remembered: 200 bytes each
@@ -1542,8 +1431,7 @@ class Hasher:
         self._lock = threading.Lock()
         self._computing = threading.Lock()        # taken before _lock
         self._results = {}                # (path, stat_key): (sha1, md5), or an OSError
-        self._queue = collections.deque()
-        self._running = False
+        self._queue = collections.deque()     # a thread runs while there are any
 
     def hashes(self, path, key):
         """(sha1 in hexadecimal, md5 as bytes) of a file whose stat_key is `key`; None: later.
@@ -1553,11 +1441,10 @@ class Hasher:
         with self._lock:
             result = self._results.get((path, key))
             if result is None and self._later and key[1] > MD5_LIMIT:
+                if not self._queue:
+                    start_new_thread(self._run, ())
                 if (path, key) not in self._queue:
                     self._queue.append((path, key))
-                if not self._running:
-                    start_new_thread(self._run, ())
-                    self._running = True
                 return None
         if result is None:
             result = self._hash(path, key)
@@ -1602,17 +1489,16 @@ class Hasher:
                 del self._results[next(iter(self._results))]
 
     def _run(self):
-        while True:
+        is_last = False
+        while not is_last:
             with self._lock:
-                if not self._queue:
-                    self._running = False
-                    return
-                job = self._queue[0]
+                job = self._queue[0]      # it stays there until it is hashed
             try:
                 self._hash(*job)
             finally:
                 with self._lock:
                     self._queue.popleft()
+                    is_last = not self._queue
 
 
 def raise_shortage(error):
@@ -1654,7 +1540,7 @@ class Image:
         self.uuid, self.place = uuid, place
         self.manifest_key = self.file_key = self.directory_changed = None
         self.checked, self.try_again = 0.0, False
-        self.problem = self.file = self.origin = self.icon = self.device = None
+        self.problem = self.file = self.path = self.origin = self.icon = self.device = None
         self.dsapi = self.dsapi_v2 = self.imgapi = None
         self.notes = ()
 
@@ -1762,6 +1648,9 @@ def read_manifest(directory, serve_dir=None, name=MANIFEST):
         os.close(fd)
 
 
+NO_FILE = {"size": 0, "sha1": "0" * 40, "compression": "none"}     # one that is still to come
+
+
 class ImageReader:
     """Reads image directories into Images, for one configuration."""
 
@@ -1773,19 +1662,19 @@ class ImageReader:
         # Stands for prefix + Host + suffix in a rendered manifest until a request gives them.
         self.host_placeholder = "http-" + os.urandom(16).hex()
 
-    def read(self, uuid, place, apis) -> Image | None:
+    def read(self, uuid, place, apis, needs_file=True) -> Image | None:
         """The image in `place` + uuid, rendered for `apis`; None where there is no manifest.
 
         Raises OSError only where the system is short of something: that says nothing
         about the image.
         """
         for _ in range(OPEN_TRIES):
-            image = self._read(uuid, place, apis)
+            image = self._read(uuid, place, apis, needs_file)
             if image is None or image.problem != REPLACED:
                 break
         return image
 
-    def _read(self, uuid, place, apis) -> Image | None:
+    def _read(self, uuid, place, apis, needs_file) -> Image | None:
         """Read it once; where its manifest is replaced on the way its problem is REPLACED."""
         image = Image(uuid, place)
         directory = place + uuid
@@ -1797,7 +1686,7 @@ class ImageReader:
             image.manifest_key = stat_key(status)
             if status.st_dev != image.device:
                 image.device = None
-            self._fill(image, manifest, os.listdir(directory), status.st_mtime, apis)
+            self._fill(image, manifest, status.st_mtime, apis, needs_file)
             if stat_key_at(f"{directory}/{MANIFEST}") != image.manifest_key:
                 image.try_again = True    # or the file may be that of another manifest
                 raise BadImage(REPLACED)
@@ -1824,52 +1713,33 @@ class ImageReader:
 
     def read_unactivated(self, uuid) -> Image | None:
         """The image in .incoming-<uuid>, which may have no file yet; for IMGAPI alone."""
-        place = os.path.join(self.serve_dir, INCOMING)
-        image = self.read(uuid, place, (IMGAPI,))
-        if image is None or not image.problem or image.file is not None:
-            return image
-        try:
-            manifest, status = read_manifest(image.directory)
-            if manifest.get("files"):
-                return image
-            file = {"size": 0, "sha1": "0" * 40, "compression": "none"}
-            manifest, _, reasons = normalise({**manifest, "files": [file]})
-            if not reasons:
-                image.problem = None
-                v2 = complete(manifest, stamp(status.st_mtime))
-                self._keep(image, v2, file)
-                v2.update(state="unactivated", files=[])
-                if "published_at" not in manifest:
-                    del v2["published_at"]
-                image.state, image.imgapi = v2["state"], self._render_v2(v2)
-        except (OSError, BadImage):
-            pass                          # it was whole, or gone, a moment ago
-        return image
+        return self.read(uuid, os.path.join(self.serve_dir, INCOMING), (IMGAPI,),
+                         needs_file=False)
 
-    def _fill(self, image, manifest, names, mtime, apis):
-        """Understand the manifest and check the file.  Raises BadImage."""
+    def _fill(self, image, manifest, mtime, apis, needs_file):
+        """Understand the manifest and check the file.  Raises BadImage and OSError."""
+        is_whole = needs_file or manifest.get("files")
+        if not is_whole:
+            manifest = {**manifest, "files": [NO_FILE]}
+        said = manifest.get("uuid")
         manifest, image.notes, reasons = normalise(manifest)
         if manifest.get("uuid") != image.uuid:
-            raise BadImage(f"{MANIFEST}: its uuid {spell(manifest.get('uuid'))} is not "
-                           f"{image.uuid}")
+            raise BadImage(f"{MANIFEST}: its uuid {spell(said)} is not {image.uuid}")
         if reasons:
             raise BadImage(f"{MANIFEST}: " + ", ".join(reasons))
-        stored = manifest["files"][0]
-        image.file = name = stored.get("path") or sole_file(image.directory, names,
-                                                            stored.get("size"))
-        file = self._check_file(image, stored)
+        file, names = manifest["files"][0], os.listdir(image.directory)
+        if is_whole:
+            file = self._check_file(image, file, names)
         v2 = complete({**manifest, "files": [file]}, stamp(mtime))
-        icons = [icon for icon in names if icon in ICONS and icon != name
-                 and self._is_trusted(f"{image.directory}/{icon}")]
-        if icons:
-            image.icon, v2["icon"] = icons[0], True
-        else:
-            v2.pop("icon", None)
-        self._keep(image, v2, file)
-        if "path" not in stored and not name.endswith(COMPRESSIONS[file["compression"]]):
-            image.path += COMPRESSIONS[file["compression"]]   # all that imgadm 1 goes by
         if image.place.endswith(INCOMING):
-            v2["state"] = image.state = "unactivated"
+            v2["state"] = "unactivated"
+        v2.pop("icon", None)
+        for name in names:
+            if name in ICONS and name != image.file and self._is_trusted(
+                    f"{image.directory}/{name}"):
+                image.icon, v2["icon"] = name, True
+                break
+        self._keep(image, v2, file)
         shown_file = {**file, "path": image.path, "url": self.host_placeholder}
         if DSAPI in apis:
             image.dsapi = self._render_dsapi(
@@ -1879,7 +1749,7 @@ class ImageReader:
         if DSAPI_V2 in apis:
             image.dsapi_v2 = self._render_dsapi(as_v2(v2, shown_file), image)
         if IMGAPI in apis:
-            image.imgapi = self._render_v2(v2)
+            image.imgapi = self._render_v2(v2 if is_whole else {**v2, "files": []})
 
     def _is_trusted(self, path) -> bool:
         try:
@@ -1888,8 +1758,13 @@ class ImageReader:
             return False
         return True
 
-    def _check_file(self, image, stored) -> dict:
-        """files[0] as every client can take it, held against the file on disk."""
+    def _check_file(self, image, stored, names) -> dict:
+        """files[0] with all that clients need, compared with the file on disk.
+
+        Raises BadImage and OSError.
+        """
+        image.file = image.path = stored.get("path") or sole_file(
+            image.directory, names, stored.get("size"))
         path = f"{image.directory}/{image.file}"
         status = trusted_stat(path, self.serve_dir)
         image.file_key = stat_key(status)
@@ -1916,14 +1791,16 @@ class ImageReader:
                 image.try_again = True
                 raise BadImage(f"{image.file}: being checked, since {MANIFEST} has no sha1")
             file["sha1"], image.md5 = hashes
+        suffix = COMPRESSIONS[file["compression"]]
+        if "path" not in stored and not image.file.endswith(suffix):
+            image.path += suffix          # all that imgadm 1 goes by
         return file
 
     def _keep(self, image, v2, file):
         """What filters, order and downloads need of a manifest without reading it again."""
         image.size, image.sha1 = file["size"], file["sha1"]
-        image.path = image.file
         image.name, image.version, image.state = v2["name"], v2["version"], v2["state"]
-        image.order = (order_of(v2["published_at"]), image.uuid)
+        image.order = order_of(v2["published_at"]), image.uuid
         image.type, image.os = sys.intern(v2["type"]), sys.intern(v2["os"])
         image.owner = sys.intern(v2["owner"])
         image.origin, image.public = v2.get("origin"), v2["public"]
@@ -2436,7 +2313,6 @@ def list_etag(images, api, view) -> str:
 # `gzip -cdfq`, `bzip2 -cdfq` or `xz -cdfq` and `zfs receive`.
 
 CHUNK = 256 << 10             # bytes of an image file fed at once; a bomb makes 256 MiB of them
-PIECE = 1 << 20               # bytes decompressed at once
 LZMA_MEMORY = 256 << 20       # bytes; xz -9 needs 65 MiB to decompress, a bomb asks for more
 MAGIC_LENGTH = 6              # bytes: the longest of MAGIC
 
@@ -2516,9 +2392,9 @@ class SendStream:
 
     def problem(self):
         """The same by the whole stream, once all of it was fed."""
-        return self.head_problem() or self._tail_problem()
-
-    def _tail_problem(self):
+        problem = self.head_problem()
+        if problem:
+            return problem
         # An END names its snapshot by guid.  One more, of none, ends a package; libzfs writes
         # that even where it has failed before.
         at = self._last_end()
@@ -2549,7 +2425,10 @@ class SendStream:
 
 
 class Decompressor:
-    """The bytes inside a gzip, bzip2 or xz file (of one member or several), in small pieces."""
+    """The bytes inside a gzip, bzip2 or xz file (of one member or several), in small pieces.
+
+    Those of a file of kind none are its own.
+    """
 
     def __init__(self, kind):
         self.kind = kind
@@ -2559,6 +2438,9 @@ class Decompressor:
         self._padding = 0                 # NULs since the last member
 
     # Imported where they are needed: a server that only serves has no use for them.
+
+    def _none(self):
+        return None
 
     def _gzip(self):
         import zlib
@@ -2577,6 +2459,9 @@ class Decompressor:
 
     def feed(self, data):
         """Yield the decompressed bytes of `data`, PIECE at most at a time.  Raises BadImage."""
+        if self.kind == "none":
+            yield data
+            return
         self._head = self._head or data[:64]
         try:
             while data or (self._member and not getattr(self._member, "needs_input", True)):
@@ -2653,13 +2538,11 @@ def stream_problem(kind, stream, required, whole=True):
 
 def read_stream(path, compression) -> SendStream:
     """The stream in an image file as far as its beginning tells.  Raises BadImage, OSError."""
-    stream = SendStream()
-    inside = Decompressor(compression) if compression != "none" else None
+    stream, inside = SendStream(), Decompressor(compression)
     fd, _ = open_regular(path)
     with open(fd, "rb", buffering=0) as file:
         for _ in range(PROLOGUE // CHUNK):
-            chunk = file.read(CHUNK)
-            for piece in [chunk] if inside is None else inside.feed(chunk):
+            for piece in inside.feed(file.read(CHUNK)):
                 stream.feed(piece)
                 if stream.type is not None:
                     return stream
@@ -2698,16 +2581,14 @@ class FileScan:
         if self.compression is None:
             self._begin()
             self._feed_stream(self._head)
-        if self._decompressor is not None:
-            self._decompressor.close()
+        self._decompressor.close()
 
     def _begin(self):
         self.compression = compression_of(self._head, "")
-        if self.compression != "none":
-            self._decompressor = Decompressor(self.compression)
+        self._decompressor = Decompressor(self.compression)
 
     def _feed_stream(self, chunk):
-        for piece in [chunk] if self._decompressor is None else self._decompressor.feed(chunk):
+        for piece in self._decompressor.feed(chunk):
             self.stream.feed(piece)
 
 

@@ -299,8 +299,8 @@ class Client(support.ServerCase):
 
     def test_spoilt_answers(self):
         spoil = ("was = imgserver.ImageReader._check_file\n"
-                 "def check(reader, image, stored):\n"
-                 "    file = was(reader, image, stored)\n"
+                 "def check(*args):\n"
+                 "    file = was(*args)\n"
                  "    {}\n"
                  "    return file\n"
                  "imgserver.ImageReader._check_file = check\n")
