@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import functools
 import gzip
 import io
 import json
@@ -15,11 +14,9 @@ import threading
 import unittest
 
 import imgserver
-from tests import support, test_nginx
-from tests.support import (PATIENCE, Connection, ServerCase, command, default_signals, log_of,
+from tests import test_nginx
+from tests.support import (PATIENCE, Connection, ServerCase, ask, command, default_signals, log_of,
                            need, parse, uuid_of, wait_for, write_image, write_v2)
-
-ask = functools.partial(support.ask, peer="")    # a client of the Unix socket
 
 PUBLIC, PRIVATE, PRIVATE_V1, CHILD, WAITING, UNKNOWN = map(uuid_of, range(1, 7))
 OWNER = "352971aa-31ba-496c-9ade-a379feaecd52"
@@ -743,8 +740,7 @@ class OnUnixSocket(Serving):
 class BehindNginx(Serving):
 
     unix = True
-    changes = test_nginx.Nginx.changes
-    start_nginx = test_nginx.Nginx.start_nginx
+    start_nginx, text = test_nginx.Nginx.start_nginx, test_nginx.Nginx.text
     changes = (('        proxy_set_header Authorization "";\n', ""),
                ("""        limit_except GET OPTIONS {
             auth_basic "imgserver";
