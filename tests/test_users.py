@@ -740,8 +740,7 @@ class OnUnixSocket(Serving):
 class BehindNginx(Serving):
 
     unix = True
-    changes = test_nginx.Nginx.changes
-    start_nginx = test_nginx.Nginx.start_nginx
+    start_nginx, text = test_nginx.Nginx.start_nginx, test_nginx.Nginx.text
     changes = (('        proxy_set_header Authorization "";\n', ""),
                ("""        limit_except GET OPTIONS {
             auth_basic "imgserver";
