@@ -88,6 +88,7 @@ ICONS = {"icon.png": "image/png", "icon.jpg": "image/jpeg", "icon.gif": "image/g
 JSON_TYPE = b"Content-Type: application/json\r\n"      # exactly: imgadm's dsapi ping compares it
 CORS = b"Access-Control-Allow-Origin: *\r\n"
 VARY = b"Vary: Accept\r\n"                       # DSAPI's manifests: v1 or v2
+CACHE_NOTHING = b"Cache-Control: private, no-store\r\n"   # for one user, or one moment, alone
 
 # What errno says of the system rather than of the file.
 SHORTAGE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
@@ -388,6 +389,12 @@ def _directory(value):
     return value
 
 
+def _accel(value):
+    if not isinstance(value, str) or not re.fullmatch("(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*", value):
+        raise ValueError('must be the path of an internal location, such as "/files", or empty')
+    return value
+
+
 def _uuid_or_empty(value):
     if value != "" and not (isinstance(value, str) and is_uuid(value)):
         raise ValueError("must be a UUID in lower case, or empty")
@@ -460,8 +467,16 @@ def parse_listen(value, any_port=False) -> list:
     """Where to listen, one or more: (address, port), address "" for all; or a socket's path.
 
     Takes 8080, "8080", "ADDRESS:PORT", "[IPV6]:PORT", "*:PORT", "localhost:PORT" (both of its
-    addresses; nobody is asked for names) and "/path".  Raises ValueError.
+    addresses; nobody is asked for names) and "/path", or a list of these.  Raises ValueError.
     """
+    if isinstance(value, list) and value:
+        if any(isinstance(item, list) for item in value):
+            raise ValueError("must not have a list in its list")
+        addresses = [address for item in value for address in parse_listen(item, any_port)]
+        for address in addresses:
+            if addresses.count(address) > 1 and address[1] != 0:
+                raise ValueError(f"must name {listen_text(address)} once")
+        return addresses
     if isinstance(value, str) and value.startswith("/"):
         if "\0" in value:
             raise ValueError("is no path")
@@ -484,6 +499,14 @@ def parse_listen(value, any_port=False) -> list:
     return [(each, port) for each in hosts]
 
 
+def listen_text(address) -> str:
+    """One address of parse_listen, as the configuration has it."""
+    if isinstance(address, str):
+        return address
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host or '*'}:{port}"
+
+
 def _listen(value):
     parse_listen(value)
     return value
@@ -500,6 +523,7 @@ SETTINGS = {
     "image-creator-uuid": ("", _uuid_or_empty),
     "image-vendor-uuid": ("", _uuid_or_empty),
     "socket_mode": ("0666", _socket_mode),
+    "accel": ("", _accel),
     "max_connections": (10000, _number(1, 1000000)),
     "header_timeout": (30, _number(0.1, 86400, (int, float))),
     "idle_timeout": (300, _number(0.1, 86400, (int, float))),
@@ -3492,8 +3516,8 @@ def header_line(name, value) -> bytes:
     return f"{name}: {value}\r\n".encode("latin-1")
 
 
-def json_response(value, status=200, fields=CORS) -> Response:
-    return Response(status, JSON_TYPE + fields, render_json(value).encode())
+def json_response(value, status=200, fields=CACHE_NOTHING) -> Response:
+    return Response(status, JSON_TYPE + fields + CORS, render_json(value).encode())
 
 
 def error_response(error) -> Response:
@@ -3501,7 +3525,7 @@ def error_response(error) -> Response:
     value = {"code": error.code, "message": error.message}
     if error.errors is not None:
         value["errors"] = error.errors
-    return json_response(value, error.status, CORS + error.fields)
+    return json_response(value, error.status, CACHE_NOTHING + error.fields)
 
 
 def etag_matches(header, etag) -> bool:
@@ -3612,7 +3636,6 @@ MEMORY, THREAD, BODY, CHUNKED = 0, 1, 3, 7        # THREAD is a bit of BODY, BOD
 CACHE_FILES = b"Cache-Control: public, max-age=86400\r\n"
 CACHE_MANIFESTS = b"Cache-Control: public, max-age=1, stale-if-error=86400\r\n"
 CACHE_NEVER = b"Cache-Control: private, no-cache\r\n"     # holds the Host header of a client
-CACHE_NOTHING = b"Cache-Control: private, no-store\r\n"   # for one user alone
 
 JSON_LIMIT = 1 << 20          # bytes of a JSON body, as of a manifest
 UPLOADS = 32                  # files that are uploaded at once, each with a thread
@@ -3790,12 +3813,25 @@ def open_of(image, name, kind, fits, serve_dir=None):
     raise not_found(f'image "{image.uuid}" has no {kind}')
 
 
-def file_of(request, image, store) -> Response:
-    """The file of an image; its manifest may have been true until a moment ago only."""
+def file_of(request, image, store, accel) -> Response:
+    """The file of an image; its manifest may have been true until a moment ago only.
+
+    With accel, nginx on the Unix socket is told which file to send in place of its bytes: all
+    checks, conditions and the error for a range behind the end are ours, the ranges its own.
+    """
     fd, status = open_of(image, image.file, "file", lambda size: size == image.size)
-    return file_response(request, fd, status, image.sha1,
-                         b"Content-Type: application/octet-stream\r\n" + CACHE_FILES,
-                         lambda: store.content_md5(image, fd), image.title)
+    fields = (b"Content-Type: application/octet-stream\r\n"
+              + (CACHE_NOTHING if image.state == "unactivated" else CACHE_FILES))
+    accel = accel if not request.peer else ""
+    if accel:
+        path = f"{accel}/{os.path.basename(image.directory)}/{image.file}"
+        fields += header_line("X-Accel-Redirect", urllib.parse.quote(path))
+    response = file_response(request, fd, status, image.sha1, fields,
+                             lambda: store.content_md5(image, fd), image.title)
+    if accel and response.file is not None:
+        response.close()
+        response.length = 0
+    return response
 
 
 def check_if_match(headers, etag):
@@ -3934,7 +3970,7 @@ class Dsapi:
         image = self.store.image(uuid, DSAPI, True)
         if name != image.path:
             raise not_found(f"{request.target} does not exist")
-        return file_of(request, image, self.store)
+        return file_of(request, image, self.store, self.config.accel)
 
 
 class Imgapi:
@@ -3943,6 +3979,7 @@ class Imgapi:
     def __init__(self, config, store, rights):
         self.config, self.store, self.rights = config, store, rights
         self.channels = {channel["name"]: channel for channel in config.channels}
+        self.vary = b"Accept-Version" if self.channels else b""     # whether it has `channels`
 
     def routes(self):
         return [
@@ -3985,6 +4022,15 @@ class Imgapi:
             return lambda image: b"%b%b\n}" % image.imgapi[:2]
         return lambda image: image.imgapi[0] + b"\n}"
 
+    def cache_fields(self, image=None) -> bytes:
+        """Cache-Control and Vary of a manifest or filtered list.
+
+        An image that is not active yet may still be changed, so no cache is to keep it.
+        """
+        if image is not None and image.state == "unactivated":
+            return CACHE_NOTHING
+        return CACHE_MANIFESTS + (self.vary and b"Vary: %b\r\n" % self.vary)
+
     def list(self, request):
         """All active images, as ListImages: filtered, sorted, marked, limited."""
         version = parse_accept_version(request.headers, f"{request.method} /images")
@@ -3993,12 +4039,16 @@ class Imgapi:
         channel = self.channel_of(query)
         if set(query) - {"channel", "inclAdminFields"}:
             images, numbers = self._select(request, query, channel)
-            return filtered_response(images, numbers, self.text_of(version), CACHE_MANIFESTS)
+            # Who may publish sees more by state= than others.
+            fields = CACHE_NOTHING if "state" in query else self.cache_fields()
+            return filtered_response(images, numbers, self.text_of(version), fields)
         listing = self.store.listing(
             IMGAPI, (channel, version if self.channels else None),
             lambda images: [image for image in images if self.in_channel(image, channel)],
             self.text_of(version), request.may_block)
-        return list_response(request, self.store, listing, b"Accept-Encoding", CACHE_MANIFESTS)
+        return list_response(request, self.store, listing,
+                             b"Accept-Encoding" + (self.vary and b", " + self.vary),
+                             CACHE_MANIFESTS)
 
     def _select(self, request, query, channel):
         """The images of a snapshot, and the places of those that a query asks for: filtered,
@@ -4069,7 +4119,8 @@ class Imgapi:
         before, channels, etag = image.imgapi
         if version == 1 and channels:
             channels, etag = b"", etag + b"-1"
-        return manifest_response(request, etag, CACHE_MANIFESTS, before, channels, b"\n}")
+        return manifest_response(request, etag, self.cache_fields(image), before, channels,
+                                 b"\n}")
 
     def file(self, request, uuid):
         """The file of an image; ?index=0 is the only one."""
@@ -4077,7 +4128,7 @@ class Imgapi:
         index = single_value(query, "index") or "0"
         if re.fullmatch("[0-9]+", index) and index.strip("0"):
             raise not_found(f'image "{uuid}" has no file at index {index.lstrip("0")}')
-        return file_of(request, image, self.store)
+        return file_of(request, image, self.store, self.config.accel)
 
     def icon(self, request, uuid):
         """The icon of an image, with the Content-MD5 that sdc-clients insist on."""
@@ -4090,12 +4141,12 @@ class Imgapi:
             os.close(fd)
             raise
         return file_response(request, fd, status, hashlib.sha1(data).hexdigest(),
-                             header_line("Content-Type", ICONS[image.icon]) + CACHE_MANIFESTS
-                             + CORS, hashlib.md5(data).digest)
+                             header_line("Content-Type", ICONS[image.icon])
+                             + self.cache_fields(image) + CORS, hashlib.md5(data).digest)
 
     def channel_list(self, request):
         """The channels as they are configured."""
-        return json_response(self.config.channels)
+        return json_response(self.config.channels, fields=CACHE_MANIFESTS)
 
     def state(self, request):
         """For operators of the official server: refused, as it does."""
@@ -4554,7 +4605,8 @@ class Site:
                                  header_line("Content-Type", kind) + b"Vary: Accept\r\n"
                                  + CACHE_MANIFESTS + CORS)
         return json_response({"server": f"imgserver/{__version__}", "datasets": "/datasets",
-                              "images": "/images", "ping": "/ping"})
+                              "images": "/images", "ping": "/ping"},
+                             fields=CACHE_MANIFESTS)
 
     def ping(self, request):
         """Tells both kinds of source that this is one; ?error=NAME is answered by a sample."""
@@ -5896,31 +5948,48 @@ PROGRESS_EVERY = 0.25         # seconds between two figures on a terminal
 
 
 def start(config, log) -> EventLoop:
-    """An event loop with servers that listen.
+    """An event loop with a server for each address.
 
-    Raises UserError: status 96 where trying again will not help.
+    Raises UserError where one cannot listen: status 96 where trying again will not help.
     """
+    if config.accel and not any(isinstance(address, str) for address in config.listen):
+        raise UserError("config: accel is for nginx on a Unix socket, and listen_port names none",
+                        EXIT_CONFIG)
     loop = EventLoop(config, log)
-    listen = list(config.listen)
-    for address in listen:
-        is_path = isinstance(address, str)
-        try:
-            server = (UnixImageServer if is_path else ImageServer)(address, loop)
-            if not is_path and not address[1]:    # any port, but the same one on all addresses
-                listen[1:] = [(host, server.server_address[1]) for host, _ in listen[1:]]
-        except OSError as error:
-            reason = error.strerror or error
-            if loop.servers and address[0] == "::1" and error.errno in NO_SUCH_ADDRESS:
-                continue                          # localhost, and there is no IPv6
-            if error.filename is not None:        # the lock file of a Unix socket
-                reason = f"{error.filename}: {reason}"
-            if isinstance(error, PermissionError) and not is_path and address[1] < 1024:
-                reason = (f"{reason}; a port below 1024 needs the privilege net_privaddr, or "
-                          "choose --listen 8080")
-            transient = error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
-            raise UserError(f"cannot listen on {config.listen_port}: {reason}",
-                            1 if transient else EXIT_CONFIG)
+    try:
+        before = None
+        for address in config.listen:
+            # localhost: both addresses have one port, and there may be no IPv6.
+            second = before is not None and address[0] == "::1" and before == ("127.0.0.1",
+                                                                               address[1])
+            before = address
+            if second:
+                address = "::1", loop.servers[-1].server_address[1]
+            add_server(loop, address, second)
+    except BaseException:
+        for server in loop.servers:
+            server.server_close()             # and remove the files of Unix sockets
+        raise
     return loop
+
+
+def add_server(loop, address, may_be_missing):
+    """Listen on one address.  Raises UserError as `start` does."""
+    is_path = isinstance(address, str)
+    try:
+        (UnixImageServer if is_path else ImageServer)(address, loop)
+    except OSError as error:
+        reason = error.strerror or error
+        if may_be_missing and error.errno in NO_SUCH_ADDRESS:
+            return
+        if error.filename is not None:        # the lock file of a Unix socket
+            reason = f"{error.filename}: {reason}"
+        if isinstance(error, PermissionError) and not is_path and address[1] < 1024:
+            reason = (f"{reason}; a port below 1024 needs the privilege net_privaddr, or "
+                      "choose --listen 8080")
+        transient = error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
+        raise UserError(f"cannot listen on {listen_text(address)}: {reason}",
+                        1 if transient else EXIT_CONFIG)
 
 
 def raise_file_limit(config, log):
@@ -6540,14 +6609,14 @@ def run_smf(config, options):
     words = [] if not options.config else ["--config", os.path.abspath(options.config)]
     if options.dir is not None:
         words += ["--dir", config.serve_dir]
-    if options.listen is not None:
-        words += ["--listen", options.listen]
+    for address in options.listen or []:
+        words += ["--listen", address]
     if options.loglevel is not None:
         words += ["--loglevel", options.loglevel]
     python = shlex.quote(options.python or sys.executable)
     command = " ".join([python, f'-IS -c "{SMF_START}"', *map(shlex.quote, words)])
     privileges = "basic,!file_link_any,!proc_info,!proc_session"
-    if not isinstance(config.listen[0], str) and config.listen[0][1] < 1024:
+    if any(not isinstance(address, str) and address[1] < 1024 for address in config.listen):
         privileges += ",net_privaddr"
     user, group = smf_credential(options)
     values = {"directory": directory, "user": user, "group": group,
@@ -6618,9 +6687,10 @@ def option_parser() -> argparse.ArgumentParser:
 
     serve = command("serve", run_serve, "serve the images (the default)")
     for each in (parser, serve):
-        each.add_argument("--listen", metavar="PORT|ADDRESS:PORT|/PATH", default=argparse.SUPPRESS,
-                          help="where to listen: TCP, or a Unix socket; port 0 takes any "
-                               "(default: listen_port of the configuration, 80)")
+        each.add_argument("--listen", metavar="PORT|ADDRESS:PORT|/PATH", action="append",
+                          default=argparse.SUPPRESS,
+                          help="where to listen: TCP, or a Unix socket; port 0 takes any; may be "
+                               "repeated (default: listen_port of the configuration, 80)")
         each.add_argument("--loglevel", metavar="LEVEL", default=argparse.SUPPRESS,
                           help="least level to log: " + ", ".join(LEVELS)
                                + " (default: loglevel of the configuration, info)")
@@ -6675,10 +6745,10 @@ def load_config(options) -> Config:
         config.serve_dir = os.path.abspath(options.dir)
     if options.listen is not None:
         try:
-            config.listen_port = options.listen
             config.listen = parse_listen(options.listen, any_port=True)
         except ValueError as error:
-            raise UserError(f"--listen {error}, not {options.listen!a}", EXIT_CONFIG)
+            raise UserError(f"--listen {error}, not {', '.join(map(ascii, options.listen))}",
+                            EXIT_CONFIG)
     if options.loglevel is not None:
         if options.loglevel not in LEVELS:
             raise UserError(f"--loglevel must be one of {', '.join(LEVELS)}", EXIT_CONFIG)

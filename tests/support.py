@@ -356,7 +356,8 @@ class Server:
         number = len([name for name in os.listdir(directory) if name.startswith("log")])
         self.log_path = os.path.join(directory, f"log{number}")
         self.address = os.path.join(directory, f"s{number}.sock") if unix else None
-        arguments = ["--listen", self.address or "127.0.0.1:0", "--dir", serve_dir, *options]
+        listen = [] if "--listen" in options else ["--listen", self.address or "127.0.0.1:0"]
+        arguments = [*listen, "--dir", serve_dir, *options]
         config_path = os.path.join(directory, f"config{number}.json")
         with open(config_path, "w") as file:
             json.dump(config or {}, file)
@@ -366,7 +367,7 @@ class Server:
                 [*wrapper, *command(*arguments, prelude=prelude, python=python)], stderr=log,
                 stdin=subprocess.DEVNULL, env={**os.environ, **(environment or {})})
         try:
-            match = self.wait_log(r"imgserver \S+ serves .* on (\S+)")
+            match = self.wait_log(r"imgserver \S+ serves .* on ([^\s,]+)")
         except AssertionError:
             self.kill()
             raise AssertionError(f"the server did not start: {self.log()}")
