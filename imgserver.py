@@ -3831,6 +3831,8 @@ def file_of(request, image, store, accel) -> Response:
     if accel and response.file is not None:
         response.close()
         response.length = 0
+        # nginx passes this one on, and adds its own.
+        response.fields = response.fields.replace(b"Accept-Ranges: bytes\r\n", b"")
     return response
 
 

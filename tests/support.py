@@ -20,6 +20,7 @@ Where a new test belongs, by its topic (without a socket if that can fail as wel
     commands that write or check the directory           test_import, test_publish, test_check
     beside another program                               test_mkimg, test_make, test_nginx,
                                                          test_zfs, test_imgadm (imgadm.py)
+    caches, X-Accel-Redirect, several listeners          test_front
     random input or load for minutes                     fuzz.py, soak.py; not in the suite
 
 A test or class that is random, large or slow carries @check_only: `make check` alone runs it.
@@ -39,6 +40,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
 
@@ -367,13 +369,12 @@ class Server:
                 [*wrapper, *command(*arguments, prelude=prelude, python=python)], stderr=log,
                 stdin=subprocess.DEVNULL, env={**os.environ, **(environment or {})})
         try:
-            match = self.wait_log(r"imgserver \S+ serves .* on ([^\s,]+)")
+            match = self.wait_log(r"imgserver \S+ serves .* on .*")
         except AssertionError:
             self.kill()
             raise AssertionError(f"the server did not start: {self.log()}")
-        if not unix:
-            host, port = re.fullmatch(r"http://(.*):(\d+)", match[1]).groups()
-            self.address = ("127.0.0.1", int(port))
+        if not unix:                  # of several addresses the first that is a port
+            self.address = ("127.0.0.1", int(re.search(r" http://\S+?:(\d+)(,|$)", match[0])[1]))
 
     # asking
 
@@ -462,7 +463,10 @@ class ServerCase(unittest.TestCase):
         self.addCleanup(file.close)
         config = imgserver.Config({"serve_dir": self.serve_dir, **config})
         log = imgserver.Log("info", file.fileno())
-        return imgserver.Site(config, imgserver.Store(config, log), log)
+        def in_background(job):
+            threading.Thread(target=job, daemon=True).start()
+
+        return imgserver.Site(config, imgserver.Store(config, log, in_background), log)
 
     def serve(self, **options):
         """Start a server on self.serve_dir; it must still be well when the test ends."""

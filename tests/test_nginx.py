@@ -6,6 +6,7 @@ import re
 import shutil
 import socket
 import subprocess
+import tempfile
 import unittest
 
 from tests.support import PATIENCE, ROOT, Connection, ServerCase, need, uuid_of, write_image
@@ -14,32 +15,36 @@ U = uuid_of(1)
 FILE = f"/datasets/{U}/image.zfs.gz"
 
 
-def snippet():
-    """The nginx configuration that the README shows."""
+def snippet(name=None):
+    """An nginx configuration that the README shows, as it stands."""
+    mark = "<!-- nginx snippet" + (f' "{name}"' if name else "") + ": tested as it stands -->\n"
     with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
-        return re.search(r"```nginx\n(.*?)```", file.read(), re.DOTALL)[1]
+        return re.search(re.escape(mark) + r"```nginx\n(.*?)```", file.read(), re.DOTALL)[1]
 
 
-class Nginx(ServerCase):
+class NginxCase(ServerCase):
+    """A test that starts real nginx, with places of its own for what it writes."""
 
     def setUp(self):
         super().setUp()
         need("nginx")
-        self.data = os.urandom(3 << 20)
-        write_image(self.serve_dir, U, self.data)
-        self.server = self.serve(unix=True)
-        with socket.create_server(("127.0.0.1", 0)) as sock:
-            self.port = sock.getsockname()[1]
-            self.start_nginx(sock.fileno())
 
-    def start_nginx(self, listener):
+    def start_nginx(self, text, **replaced):
+        """Start nginx with the content of its `http { }`; the port that it listens on.
+
+        replaced   pairs (what the README has, what the test has), each there once
+        """
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            port = sock.getsockname()[1]
+            for old, new in [("listen 80;", f"listen 127.0.0.1:{port};"), *replaced.values()]:
+                self.assertEqual(text.count(old), 1, old)
+                text = text.replace(old, new)
+            self._run_nginx(text, sock.fileno())
+        return port
+
+    def _run_nginx(self, text, listener):
         """Start nginx on a socket that listens already: nobody else can take its port."""
-        text = snippet()
-        self.assertEqual(text.count("/var/imgserver/imgserver.sock"), 1)
-        text = text.replace("/var/imgserver/imgserver.sock", self.server.address)
-        text = text.replace("listen 80;", f"listen 127.0.0.1:{self.port};")
-        directory = os.path.join(self.directory, "nginx")
-        os.mkdir(directory)
+        self.nginx = directory = tempfile.mkdtemp(prefix="nginx-", dir=self.directory)
         user = "user root root;\n" if os.getuid() == 0 else ""     # or it may not come in here
         names = ("client_body", "proxy", "fastcgi", "scgi", "uwsgi")
         paths = "".join(f"{name}_temp_path {directory}/{name};\n" for name in names)
@@ -52,6 +57,17 @@ class Nginx(ServerCase):
                                    env={**os.environ, "NGINX": f"{listener};"})
         self.addCleanup(process.wait, PATIENCE)
         self.addCleanup(process.terminate)
+
+
+class Nginx(NginxCase):
+
+    def setUp(self):
+        super().setUp()
+        self.data = os.urandom(3 << 20)
+        write_image(self.serve_dir, U, self.data)
+        self.server = self.serve(unix=True)
+        self.port = self.start_nginx(snippet(), socket=(
+            "/var/imgserver/imgserver.sock", self.server.address))
 
     def connect(self):
         return Connection(("127.0.0.1", self.port))
