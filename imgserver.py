@@ -56,6 +56,7 @@ import json
 import math
 import os
 import queue
+import random
 import re
 import select
 import selectors
@@ -1377,13 +1378,14 @@ def recorded_md5(file: dict):
 
 MANIFEST_LIMIT = 1 << 20      # bytes; tags may take 100 KiB, a description 10: nothing needs more
 RECHECK = 1.0                 # seconds until an edit in place must be seen in a list
-RECHECK_EARLY = 0.5           # seconds until a list asked for starts a re-check in the background
+RECHECK_EARLY = 0.65          # seconds until a list asked for starts a re-check in the background
 RECHECK_SLICE = 0.001         # seconds of such a re-check between two pauses
-RECHECK_PAUSE = 0.001         # seconds of a pause: 10,000 images take some 0.2 s so
+RECHECK_PAUSE = 0.0005        # seconds of a pause: 10,000 images take some 0.2 s so
 RACY = 50_000_000             # ns; a time this young may not move with the next change: file
                               # systems tell it in ticks, of up to 10 ms (Linux before 6.13)
 LISTS_KEPT = 4                # rendered lists kept: each is as large as all manifests together
 LIST_PIECE = 128 << 10        # bytes of a list rendered at once: some 100 images, 100 us
+LIST_PARTS = 32               # pieces of a list given to one sendmsg: POSIX allows 16 at least
 ZIPPED_LIMIT = 32 << 20       # bytes of gzip forms in use; of 10,000 images one has 1 MB
 MD5_LIMIT = 16 << 20          # bytes; a file up to this size is hashed when it is asked for, or
                               # when it is read without a sha1 in its manifest
@@ -1905,18 +1907,24 @@ class Listing:
         text = b",\n".join(map(self._text_of, images)).replace(b"\n", b"\n  ")
         return b"%b\n  %b%b" % (b"," if number else b"[", text, b"" if rest else b"\n]")
 
-    def piece(self, number) -> bytes:
-        """render(), remembered while the list is kept.  For the event loop alone."""
-        pieces = self._pieces
-        if pieces is None:
-            return self.render(number)
-        if pieces[number] is None:
-            pieces[number] = self.render(number)
-        return pieces[number]
+    def parts(self, number, skip, budget) -> list:
+        """Parts to send from `skip` bytes behind the beginning of a piece, of about `budget`.
 
-    def has(self, number) -> bool:
-        """Whether a piece need not be rendered."""
-        return self._pieces is not None and self._pieces[number] is not None
+        At most one of them is rendered, since others wait for that; where nothing is kept it is
+        sent whole, or the rest would be rendered again.  For the event loop alone.
+        """
+        parts, pieces, end = [], self._pieces, len(self._starts)
+        while budget > 0 and number < end and len(parts) < LIST_PARTS:
+            if pieces is None:
+                return [memoryview(self.render(number))[skip:]]
+            piece = pieces[number]
+            if piece is None:
+                pieces[number] = piece = self.render(number)
+                end = 0
+            parts.append(memoryview(piece)[skip:skip + budget])
+            budget -= len(piece) - skip
+            number, skip = number + 1, 0
+        return parts
 
     @property
     def kept(self) -> bool:
@@ -1969,7 +1977,7 @@ class Store:
     for, by one thread at a time.  in_background(job) runs a job in another thread.
     """
 
-    def __init__(self, config, log, in_background):
+    def __init__(self, config, log, in_background=lambda job: start_new_thread(job, ())):
         self.directory = config.serve_dir
         self.place = os.path.join(config.serve_dir, "")
         self.log = log
@@ -1989,6 +1997,9 @@ class Store:
         self._cyclic = {}             # uuid: whether its chain of origins never ends; a memo
         self._cyclic_since = -math.inf
         self._cycles_logged = set()
+        # One thread at a time computes lists: several would trade the interpreter's lock with
+        # the event loop for each other's sake, and be no sooner done.
+        self.rendering = threading.Lock()
         self._lists_lock = threading.Lock()       # for listings of a snapshot, and gzip forms
         self._zipping = threading.Lock()
         self._zipped = weakref.WeakValueDictionary()      # id: ZippedList that is in use
@@ -2256,9 +2267,10 @@ class Store:
         if first is None:
             if not may_block:
                 raise NeedsThread
-            images = select(snapshot.images)
-            listing = Listing(images, text_of, list_etag(images, api, view))
-            snapshot.forms[api, view] = listing, host
+            with self.rendering:
+                images = select(snapshot.images)
+                listing = Listing(images, text_of, list_etag(images, api, view))
+                snapshot.forms[api, view] = listing, host
         else:
             listing = first.for_host(text_of, len(host) - len(first_host))
         with self._lists_lock:
@@ -2891,7 +2903,7 @@ class Publisher:
         def changed(manifest):
             if is_v1(manifest) and V2_ALONE & changes.keys():
                 manifest = upgrade(manifest)
-                manifest.pop("state")
+                manifest.pop("state", None)
             manifest = {**manifest, **changes}
             manifest = {key: value for key, value in manifest.items()
                         if value is not None or key not in changes}
@@ -3762,14 +3774,25 @@ def parse_marker(text):
     return text
 
 
-def parse_accept_version(headers, target) -> int:
+def parse_accept_version(request) -> int:
     """1 or 2: whether `channels` are shown is all that differs.  Raises ApiError."""
-    wanted = headers.get("accept-version", "~1").strip()
-    match = re.fullmatch(r"[~^=v]?\s*([0-9]{1,9})(\.(?:[0-9]{1,9}|[x*])){0,2}", wanted)
+    wanted = request.headers.get("accept-version")
+    version = 1 if wanted is None else parse_version(wanted)
+    if version is None:
+        raise ApiError(400, "InvalidVersion", f"{wanted} is not supported by {request.method} "
+                       + request.target.partition("?")[0])
+    return version
+
+
+@functools.lru_cache(HOSTS_KEPT)
+def parse_version(wanted):
+    """1 or 2, the best of a range of versions as npm writes them; None: neither."""
+    match = re.fullmatch(r"\s*[~^=v]?\s*([0-9]{1,9})(\.(?:[0-9]{1,9}|[x*])){0,2}\s*",
+                         wanted)
     if not match:
         return 2                  # "*", and all that cannot be told: any version will do
     if match[1] not in ("1", "2") or re.search(r"\.0*[1-9]", wanted):
-        raise ApiError(400, "InvalidVersion", f"{wanted} is not supported by {target}")
+        return None
     return int(match[1])
 
 
@@ -3822,17 +3845,15 @@ def file_of(request, image, store, accel) -> Response:
     fd, status = open_of(image, image.file, "file", lambda size: size == image.size)
     fields = (b"Content-Type: application/octet-stream\r\n"
               + (CACHE_NOTHING if image.state == "unactivated" else CACHE_FILES))
-    accel = accel if not request.peer else ""
-    if accel:
-        path = f"{accel}/{os.path.basename(image.directory)}/{image.file}"
-        fields += header_line("X-Accel-Redirect", urllib.parse.quote(path))
     response = file_response(request, fd, status, image.sha1, fields,
                              lambda: store.content_md5(image, fd), image.title)
-    if accel and response.file is not None:
+    if accel and not request.peer and response.file is not None:
         response.close()
         response.length = 0
-        # nginx passes this one on, and adds its own.
-        response.fields = response.fields.replace(b"Accept-Ranges: bytes\r\n", b"")
+        path = f"{accel}/{os.path.basename(image.directory)}/{image.file}"
+        # nginx would pass Accept-Ranges on and add its own.
+        response.fields = (response.fields.replace(b"Accept-Ranges: bytes\r\n", b"")
+                           + header_line("X-Accel-Redirect", urllib.parse.quote(path)))
     return response
 
 
@@ -3858,26 +3879,22 @@ def manifest_response(request, etag, fields, *parts) -> Response:
 
 def list_response(request, store, listing, vary, fields) -> Response:
     """A whole list: with ETag, and as gzip for clients that take it (imgadm does not)."""
-    headers, fields = request.headers, b"Vary: %b\r\n%b" % (vary, fields)
+    headers, body, etag, lines = request.headers, listing, listing.etag, listing.fields
+    if not lines:
+        lines = listing.fields = list_fields(etag, vary, fields)
     if "accept-encoding" in headers and accepts_gzip(headers["accept-encoding"]):
         zipped = store.zipped(listing, request.may_block)
         if zipped is not None:
-            return whole_list(headers, zipped, listing.etag + "-gzip", len(zipped),
-                              list_fields(listing.etag + "-gzip",
-                                          b"Content-Encoding: gzip\r\n" + fields))
-    if not listing.fields:
-        listing.fields = list_fields(listing.etag, fields)
-    return whole_list(headers, listing, listing.etag, listing.length, listing.fields)
-
-
-def list_fields(etag, fields) -> bytes:
-    return b'%bETag: "%b"\r\n%b%b' % (JSON_TYPE, etag.encode(), fields, CORS)
-
-
-def whole_list(headers, body, etag, length, fields) -> Response:
+            body, etag = zipped, etag + "-gzip"
+            lines = list_fields(etag, vary, b"Content-Encoding: gzip\r\n" + fields)
     if "if-none-match" in headers and etag_matches(headers["if-none-match"], etag):
-        return Response(304, fields)
-    return Response(200, fields, body, length=length)
+        return Response(304, lines)
+    return Response(200, lines, body, length=listing.length if body is listing else len(body))
+
+
+def list_fields(etag, vary, fields) -> bytes:
+    """The header lines of a list."""
+    return b'%bETag: "%b"\r\nVary: %b\r\n%b%b' % (JSON_TYPE, etag.encode(), vary, fields, CORS)
 
 
 def filtered_response(images, numbers, text_of, fields) -> Response:
@@ -3949,12 +3966,12 @@ class Dsapi:
                 if not request.may_block:
                     raise NeedsThread     # it is rendered to learn its length
                 images = self.store.snapshot(api, True).images
-                numbers = [number for number, image in enumerate(images)
-                           if all(value is None or matches_text(getattr(image, name), value,
-                                                                name != "type")
-                                  for name, value in wanted.items())]
-                return filtered_response(images, numbers, text_of,
-                                         VARY + CACHE_NEVER)
+                with self.store.rendering:
+                    numbers = [number for number, image in enumerate(images)
+                               if all(value is None or matches_text(getattr(image, name), value,
+                                                                    name != "type")
+                                      for name, value in wanted.items())]
+                    return filtered_response(images, numbers, text_of, VARY + CACHE_NEVER)
         listing = self.store.listing(api, (), lambda images: images, text_of,
                                      request.may_block, base)
         return list_response(request, self.store, listing, b"Accept, Accept-Encoding",
@@ -4035,15 +4052,20 @@ class Imgapi:
 
     def list(self, request):
         """All active images, as ListImages: filtered, sorted, marked, limited."""
-        version = parse_accept_version(request.headers, f"{request.method} /images")
+        version = parse_accept_version(request)
         query = parse_query(request.query) if request.query else {}
         check_admin_fields(query)
         channel = self.channel_of(query)
         if set(query) - {"channel", "inclAdminFields"}:
-            images, numbers = self._select(request, query, channel)
+            images, checks, backwards, limit = self._select(request, query, channel)
             # Who may publish sees more by state= than others.
             fields = CACHE_NOTHING if "state" in query else self.cache_fields()
-            return filtered_response(images, numbers, self.text_of(version), fields)
+            with self.store.rendering:
+                numbers = range(len(images))
+                for check in checks:
+                    numbers = [number for number in numbers if check(images[number])]
+                numbers = numbers[::-1 if backwards else 1][:limit]
+                return filtered_response(images, numbers, self.text_of(version), fields)
         listing = self.store.listing(
             IMGAPI, (channel, version if self.channels else None),
             lambda images: [image for image in images if self.in_channel(image, channel)],
@@ -4053,9 +4075,7 @@ class Imgapi:
                              CACHE_MANIFESTS)
 
     def _select(self, request, query, channel):
-        """The images of a snapshot, and the places of those that a query asks for: filtered,
-        sorted, from the marker on, limited.
-        """
+        """(images of a snapshot, checks that those of the query pass, newest first, limit)."""
         backwards, limit = newest_first(query), limit_of(query)
         account = single_value(query, "account")
         state = single_value(query, "state") or "active"
@@ -4063,7 +4083,7 @@ class Imgapi:
             raise invalid("state", f'invalid state: "{state}"')
         may_see_all = self.rights.of(request) >= PUBLISH
         if state not in ("active", "all") and not may_see_all:
-            return (), ()
+            return (), (), False, None
         if not request.may_block:
             raise NeedsThread     # it is rendered to learn its length
         if state == "active" or not may_see_all:
@@ -4076,10 +4096,7 @@ class Imgapi:
             first = self._marker(marker, backwards)
             checks.append(lambda image: image.order <= first if backwards
                           else image.order >= first)
-        numbers = range(len(images))
-        for check in checks:
-            numbers = [number for number in numbers if check(images[number])]
-        return images, numbers[::-1 if backwards else 1][:limit]
+        return images, checks, backwards, limit
 
     def _marker(self, marker, backwards):
         """The place in the order where a list is to begin.  Raises ApiError."""
@@ -4096,13 +4113,15 @@ class Imgapi:
 
         Raises ApiError (404) where its channel or account does not show it, NeedsThread.
         """
-        query = parse_query(request.query) if request.query else {}
-        version = parse_accept_version(request.headers, f"{request.method} {request.target}")
-        check_admin_fields(query)
-        account = single_value(query, "account")
-        if account is not None and not is_uuid(account):
-            raise invalid("account", f'invalid "account": not a UUID: "{account}"')
-        channel = self.channel_of(query)
+        query, account, channel = {}, None, None
+        version = parse_accept_version(request)
+        if request.query or self.channels:
+            query = parse_query(request.query)
+            check_admin_fields(query)
+            account = single_value(query, "account")
+            if account is not None and not is_uuid(account):
+                raise invalid("account", f'invalid "account": not a UUID: "{account}"')
+            channel = self.channel_of(query)
         try:
             image = self.store.image(uuid, IMGAPI, request.may_block)
         except ApiError:
@@ -4111,7 +4130,8 @@ class Imgapi:
             if not request.may_block:
                 raise NeedsThread
             image = self.store.unactivated(uuid)
-        if not self.in_channel(image, channel) or account and not may_see(image, account):
+        if channel and not self.in_channel(image, channel) \
+                or account and not may_see(image, account):
             raise not_found("image not found")
         return image, version, query
 
@@ -4181,7 +4201,7 @@ class ImgapiPublishing:
     def _answer(self, request, uuid, image=None) -> Response:
         """The image as it is now, in any state."""
         image = image or self.store.in_any_state(uuid)
-        version = parse_accept_version(request.headers, request.target)
+        version = parse_accept_version(request)
         before, channels, etag = image.imgapi
         return Response(200, b'%bETag: "%b"\r\n' % (JSON_TYPE, etag) + CACHE_NOTHING,
                         b"%b%b\n}" % (before, channels if version == 2 else b""))
@@ -4267,7 +4287,7 @@ class ImgapiPublishing:
                              if name not in ("icon", "state", "error")}, IMPORT)
         if is_v1(manifest):
             manifest = upgrade(manifest)
-            del manifest["state"]
+            manifest.pop("state", None)
         manifest = {"v": 2, "uuid": uuid, "owner": NOBODY, "public": True, "disabled": False,
                     **manifest}
         self._choose_channels(manifest, query)
@@ -4552,8 +4572,9 @@ class Site:
             return Route("OPTIONS", "", self.options, MEMORY, ANYONE)
         if request.method not in METHODS:
             raise ApiError(501, "NotImplemented", "the method is not known here")
-        hint = ("" if self.rights.publishing else ": publishing over HTTP is off, until "
-                "publish_from or manage_from of the configuration says who may")
+        hint = ("" if self.rights.publishing or request.segments[0] != "images" else
+                ": publishing over HTTP is off, until publish_from or manage_from of the "
+                "configuration says who may")
         raise ApiError(405, "MethodNotAllowedError", f"{request.method} is not allowed{hint}",
                        fields=header_line("Allow", allow))
 
@@ -4688,18 +4709,7 @@ class ListReader:
 
     def parts(self, budget) -> list:
         """The next parts, of about `budget` bytes; fewer where they must be rendered."""
-        listing, number, skip = self._listing, self._number, self._offset
-        parts = []
-        if not listing.kept:              # what is cut off would be rendered again
-            budget = max(budget, 2 * LIST_PIECE)
-        while budget > 0 and len(parts) < PARTS // 2 and number < len(listing):
-            fresh = not listing.has(number)
-            parts.append(memoryview(listing.piece(number))[skip:skip + budget])
-            if fresh:                     # rendering takes time that others wait for
-                break
-            budget -= len(parts[-1])
-            number, skip = number + 1, 0
-        return parts
+        return self._listing.parts(self._number, self._offset, budget)
 
     def advance(self, parts, count):
         """`count` bytes of `parts`, which parts() has given, were sent."""
@@ -5457,6 +5467,8 @@ OVERFLOW = 256                # connections above the limit that are told 503 be
 SPARE_FILES = 64              # file descriptors kept for images, directories and the log
 THREAD_IDLE = 10.0            # seconds until a thread without work ends
 WORKERS = 24                  # threads for short jobs: more only wait for the interpreter's lock
+MANY_EVENTS = 32              # ready sockets after which the time of a turn is checked
+TURN_TIME = 0.02              # seconds of a turn after which answers go out and others get theirs
 GIVEN_BACK = 64               # connections taken back from threads in one turn, some 3 ms
 CLEAN_UP = 2.0                # seconds that cut uploads get to remove their files at the end
 SWITCH_INTERVAL = 0.001       # seconds until a thread that computes lets the event loop run:
@@ -5609,11 +5621,15 @@ class EventLoop:
                 events = self._selector.select(LOG_DELAY if self.log.pending else tick)
                 self._read_clock()
                 self.share = max(ONE_PIECE, min(LOOP_STEP, TURN // (len(events) or 1)))
-                for key, _ in events:
+                if len(events) > MANY_EVENTS:     # or the last ones would always be cut off
+                    random.shuffle(events)
+                for number, (key, _) in enumerate(events, 1):
                     try:
                         key.data()
                     except Exception:
                         self.fault(key.data.__self__)
+                    if not number % MANY_EVENTS and time.monotonic() - self.now > TURN_TIME:
+                        break             # what is still ready is ready in the next turn
                 self._send_out()          # first, as these connections have a new deadline
                 if self.now - checked >= tick:
                     checked = self.now

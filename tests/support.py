@@ -40,7 +40,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import unittest
 
@@ -294,7 +293,7 @@ def reachable(address):
 
 def parse(data):
     """The Request that these bytes are.  Raises imgserver.ApiError."""
-    return imgserver.parse_head(imgserver._HEAD.match(data.decode("latin-1")))
+    return imgserver.parse_request(imgserver._HEAD.match(data.decode("latin-1")))
 
 
 def ask(site, request, method="GET", **headers):
@@ -313,7 +312,9 @@ def ask(site, request, method="GET", **headers):
         response = site.answer(parsed)
     except imgserver.ApiError as refusal:
         response = imgserver.error_response(refusal)
-    body = bytes(response.body)
+    body = response.body
+    if isinstance(body, imgserver.Listing):
+        body = b"".join(map(body.render, range(len(body))))
     if response.file is not None:
         body = os.pread(response.file, response.length, response.offset)
         response.close()
@@ -322,7 +323,7 @@ def ask(site, request, method="GET", **headers):
         name, _, value = line.partition(": ")
         assert name.lower() not in fields, f"{name} is sent twice"
         fields[name.lower()] = value
-    return Answer(response.status, fields, body, response.fields)
+    return Answer(response.status, fields, bytes(body), response.fields)
 
 
 def log_of(site):
@@ -463,10 +464,7 @@ class ServerCase(unittest.TestCase):
         self.addCleanup(file.close)
         config = imgserver.Config({"serve_dir": self.serve_dir, **config})
         log = imgserver.Log("info", file.fileno())
-        def in_background(job):
-            threading.Thread(target=job, daemon=True).start()
-
-        return imgserver.Site(config, imgserver.Store(config, log, in_background), log)
+        return imgserver.Site(config, imgserver.Store(config, log), log)
 
     def serve(self, **options):
         """Start a server on self.serve_dir; it must still be well when the test ends."""
