@@ -190,18 +190,20 @@ class Rack(test_nginx.NginxCase):
 
     def test_no_host_poisons_anything(self):
         write_image(self.serve_dir, U)
+        write_v2(self.serve_dir, V, channels=["release"])
         self.start(config={"channels": CHANNELS})
         evil = {"Host": "evil.example.com", "X-Forwarded-Host": "evil.example.com"}
-        for path in ("/", "/images", "/images?limit=1", f"/images/{U}", "/images?channel=*",
+        for path in ("/", "/images", "/images?limit=1", f"/images/{V}", "/images?channel=*",
                      f"/images/{U}?channel=*", "/channels", "/datasets", "/datasets?name=test",
                      f"/datasets/{U}", f"/datasets/{U}/image.zfs.gz", "/nothing"):
             for target in (path, "http://evil.example.com" + path):
                 self.get(target, {**evil, "Accept": "application/json", "Accept-Version": "~1"})
                 self.get(target, evil)
             with self.subTest(path):
-                answer, wanted = self.get(path), self.server.get(path)
-                self.assertNotIn(b"evil", answer.body)
-                self.assertEqual((answer.status, answer.body), (wanted.status, wanted.body))
+                for headers in ({}, {"Accept-Version": "~2"}):
+                    answer, wanted = self.get(path, headers), self.server.get(path, headers)
+                    self.assertNotIn(b"evil", answer.body)
+                    self.assertEqual((answer.status, answer.body), (wanted.status, wanted.body))
 
     def test_encodings_of_a_path_are_kept_apart(self):
         write_v2(self.serve_dir, U)
@@ -233,6 +235,10 @@ class Rack(test_nginx.NginxCase):
             self.assertAsked(target, count)
         self.get(target)                          # what logins fetched is given to nobody
         self.assertAsked(target, 3)
+        self.get(target)
+        self.assertAsked(target, 3)
+        self.get(target, login)                   # and they are not given what is kept
+        self.assertAsked(target, 4)
 
     @unittest.skipUnless("read" in imgserver.SETTINGS, "the server has no users yet")
     def test_a_private_image_is_not_given_to_a_stranger(self):
