@@ -430,9 +430,11 @@ def _flag(value):
 
 def _networks(value):
     """A list of addresses, networks and "unix", as ip_network objects and that word."""
-    import ipaddress
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise ValueError('must be a list of addresses, networks and "unix"')
+    if not value:                         # then that module, and 1 MiB for it, can be saved
+        return value
+    import ipaddress
     try:
         return [item if item == "unix" else ipaddress.ip_network(item) for item in value]
     except ValueError as error:
