@@ -398,6 +398,23 @@ class Accel(test_nginx.NginxCase):
         one.update()
         self.assertEqual(one.import_image(U), stream)
 
+    def test_a_cache_of_a_rack_before_it(self):
+        data = os.urandom(1 << 20) * 17           # two slices
+        write_v2(self.serve_dir, U, data)
+        self.start()
+        self.port = self.start_nginx(
+            test_nginx.snippet("rack"), server=("server 10.0.0.5:8080;",
+                                                "server %s:%d;" % self.address),
+            cache=("/var/cache/imgserver", os.path.join(self.directory, "cache")))
+        self.address = "127.0.0.1", self.port
+        target = f"/images/{U}/file"
+        for _ in range(2):
+            answer = self.get(target)
+            self.assertEqual((answer.status, answer.body == data), (200, True))
+            self.assertEqual(answer.headers["etag"], f'"{hashlib.sha1(data).hexdigest()}"')
+        self.server.stop()
+        self.assertTrue(self.get(target).body == data)
+
     def test_curl_resumes_through_it(self):
         need("curl")
         data = os.urandom(3 << 20)
