@@ -22,21 +22,21 @@ def snippet(name=None):
         return re.search(re.escape(mark) + r"```nginx\n(.*?)```", file.read(), re.DOTALL)[1]
 
 
-class NginxCase(ServerCase):
+class WithNginx(ServerCase):
     """A test that starts real nginx, with places of its own for what it writes."""
 
     def setUp(self):
         super().setUp()
         need("nginx")
 
-    def start_nginx(self, text, **replaced):
+    def start_nginx(self, text, *replaced):
         """Start nginx with the content of its `http { }`; the port that it listens on.
 
         replaced   pairs (what the README has, what the test has), each there once
         """
         with socket.create_server(("127.0.0.1", 0)) as sock:
             port = sock.getsockname()[1]
-            for old, new in [("listen 80;", f"listen 127.0.0.1:{port};"), *replaced.values()]:
+            for old, new in [("listen 80;", f"listen 127.0.0.1:{port};"), *replaced]:
                 self.assertEqual(text.count(old), 1, old)
                 text = text.replace(old, new)
             self._run_nginx(text, sock.fileno())
@@ -59,15 +59,19 @@ class NginxCase(ServerCase):
         self.addCleanup(process.terminate)
 
 
-class Nginx(NginxCase):
+class NginxCase(WithNginx):
+    """nginx in front of a server on a Unix socket, with the first snippet."""
+
+    config = None
+    changes = ()                          # (old, new): in the snippet
 
     def setUp(self):
         super().setUp()
         self.data = os.urandom(3 << 20)
         write_image(self.serve_dir, U, self.data)
-        self.server = self.serve(unix=True)
-        self.port = self.start_nginx(snippet(), socket=(
-            "/var/imgserver/imgserver.sock", self.server.address))
+        self.server = self.serve(unix=True, config=self.config)
+        self.port = self.start_nginx(snippet(), (
+            "/var/imgserver/imgserver.sock", self.server.address), *self.changes)
 
     def connect(self):
         return Connection(("127.0.0.1", self.port))
@@ -76,6 +80,9 @@ class Nginx(NginxCase):
         with self.connect() as connection:
             return connection.request(target, headers={"Host": f"127.0.0.1:{self.port}",
                                                        **dict(headers)})
+
+
+class Nginx(NginxCase):
 
     def test_lists_and_manifests_name_the_proxy(self):
         for path in ("/datasets", "/images"):
