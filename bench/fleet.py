@@ -59,7 +59,8 @@ class Cache(bench.Nginx):
     def __init__(self, tools, directory, number, server):
         [port] = bench.free_ports(1)
         self.prefix = os.path.join(directory, f"rack{number}")
-        with open(os.path.join(os.path.dirname(bench.HERE), "README.md"), encoding="utf-8") as file:
+        readme = os.path.join(os.path.dirname(bench.HERE), "README.md")
+        with open(readme, encoding="utf-8") as file:
             text = re.search('snippet "rack".*?```nginx\n(.*?)```', file.read(), re.DOTALL)[1]
         for old, new in (("listen 80;", f"listen 127.0.0.1:{port};"),
                          ("server 10.0.0.5:8080;", "server %s:%d;" % server.address),
