@@ -65,12 +65,16 @@ class NginxCase(WithNginx):
     config = None
     changes = ()                          # (old, new): in the snippet
 
+    def text(self):
+        """What stands in http { }."""
+        return snippet()
+
     def setUp(self):
         super().setUp()
         self.data = os.urandom(3 << 20)
         write_image(self.serve_dir, U, self.data)
         self.server = self.serve(unix=True, config=self.config)
-        self.port = self.start_nginx(snippet(), (
+        self.port = self.start_nginx(self.text(), (
             "/var/imgserver/imgserver.sock", self.server.address), *self.changes)
 
     def connect(self):
