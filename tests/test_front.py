@@ -24,7 +24,8 @@ CHANNELS = [{"name": "release", "default": True}, {"name": "dev"}]
 
 # File names that a URL, a header or nginx may take for something else.
 NAMES = ("plain.zfs.gz", "a b  c.gz", "100%#?+;&=.gz", "%41%2e%2e.gz",
-         "gr\u00f6\u00df \U0001f600.gz", "x?y=1", "..gz", "'\"$uri.gz", "~back\\slash.gz", "[::1]:80")
+         "gr\u00f6\u00df \U0001f600.gz", "x?y=1", "..gz", "'\"$uri.gz", "~back\\slash.gz",
+         "[::1]:80")
 
 
 def unactivated(serve_dir, uuid, data=b"not yet"):
