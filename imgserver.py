@@ -90,6 +90,7 @@ ICONS = {"icon.png": "image/png", "icon.jpg": "image/jpeg", "icon.gif": "image/g
 JSON_TYPE = b"Content-Type: application/json\r\n"      # exactly: imgadm's dsapi ping compares it
 CORS = b"Access-Control-Allow-Origin: *\r\n"
 VARY = b"Vary: Accept\r\n"                       # DSAPI's manifests: v1 or v2
+CACHE_NOTHING = b"Cache-Control: private, no-store\r\n"   # for one user, or one moment, alone
 
 # What errno says of the system rather than of the file.
 SHORTAGE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
@@ -448,6 +449,12 @@ def _directory(value):
     return value
 
 
+def _accel(value):
+    if not isinstance(value, str) or not re.fullmatch("(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*", value):
+        raise ValueError('must be the path of an internal location, such as "/files", or empty')
+    return value
+
+
 def _uuid_or_empty(value):
     if value != "" and not (isinstance(value, str) and is_uuid(value)):
         raise ValueError("must be a UUID in lower case, or empty")
@@ -534,8 +541,16 @@ def parse_listen(value, any_port=False) -> list:
     """Where to listen, one or more: (address, port), address "" for all; or a socket's path.
 
     Takes 8080, "8080", "ADDRESS:PORT", "[IPV6]:PORT", "*:PORT", "localhost:PORT" (both of its
-    addresses; nobody is asked for names) and "/path".  Raises ValueError.
+    addresses; nobody is asked for names) and "/path", or a list of these.  Raises ValueError.
     """
+    if isinstance(value, list) and value:
+        if any(isinstance(item, list) for item in value):
+            raise ValueError("must not have a list in its list")
+        addresses = [address for item in value for address in parse_listen(item, any_port)]
+        for address in addresses:
+            if addresses.count(address) > 1 and address[1] != 0:
+                raise ValueError(f"must name {listen_text(address)} once")
+        return addresses
     if isinstance(value, str) and value.startswith("/"):
         if "\0" in value:
             raise ValueError("is no path")
@@ -558,6 +573,14 @@ def parse_listen(value, any_port=False) -> list:
     return [(each, port) for each in hosts]
 
 
+def listen_text(address) -> str:
+    """One address of parse_listen, as the configuration has it."""
+    if isinstance(address, str):
+        return address
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host or '*'}:{port}"
+
+
 def _listen(value):
     parse_listen(value)
     return value
@@ -575,6 +598,7 @@ SETTINGS = {
     "image-creator-uuid": ("", _uuid_or_empty),
     "image-vendor-uuid": ("", _uuid_or_empty),
     "socket_mode": ("0666", _socket_mode),
+    "accel": ("", _accel),
     "max_connections": (10000, _number(1, 1000000)),
     "header_timeout": (30, _number(0.1, 86400, (int, float))),
     "idle_timeout": (300, _number(0.1, 86400, (int, float))),
@@ -4591,8 +4615,8 @@ def header_line(name, value) -> bytes:
     return f"{name}: {value}\r\n".encode("latin-1")
 
 
-def json_response(value, status=200, fields=CORS) -> Response:
-    return Response(status, JSON_TYPE + fields, render_json(value).encode())
+def json_response(value, status=200, fields=CACHE_NOTHING) -> Response:
+    return Response(status, JSON_TYPE + fields + CORS, render_json(value).encode())
 
 
 def error_response(error) -> Response:
@@ -4600,7 +4624,7 @@ def error_response(error) -> Response:
     value = {"code": error.code, "message": error.message}
     if error.errors is not None:
         value["errors"] = error.errors
-    return json_response(value, error.status, CORS + error.fields)
+    return json_response(value, error.status, CACHE_NOTHING + error.fields)
 
 
 def etag_matches(header, etag) -> bool:
@@ -4711,7 +4735,6 @@ MEMORY, THREAD, BODY, CHUNKED = 0, 1, 3, 7        # THREAD is a bit of BODY, BOD
 CACHE_FILES = b"Cache-Control: public, max-age=86400\r\n"
 CACHE_MANIFESTS = b"Cache-Control: public, max-age=1, stale-if-error=86400\r\n"
 CACHE_NEVER = b"Cache-Control: private, no-cache\r\n"     # holds the Host header of a client
-CACHE_NOTHING = b"Cache-Control: private, no-store\r\n"   # for one user alone
 
 JSON_LIMIT = 1 << 20          # bytes of a JSON body, as of a manifest
 UPLOADS = 32                  # files that are uploaded at once, each with a thread
@@ -4895,10 +4918,12 @@ def open_of(image, name, kind, fits, serve_dir=None):
     raise not_found(f'image "{image.uuid}" has no {kind}')
 
 
-def file_of(request, find, store) -> Response:
+def file_of(request, find, store, accel) -> Response:
     """The file of the image that find() gives, whose ETag goes with that state of the file alone.
 
-    Where it was replaced between the two, find() is asked again.
+    Where it was replaced between the two, find() is asked again.  With accel, nginx on the Unix
+    socket is told which file to send in place of its bytes: all checks, conditions and the error
+    for a range behind the end are ours, the ranges its own.
     """
     for _ in range(OPEN_TRIES):
         image = find()
@@ -4908,9 +4933,18 @@ def file_of(request, find, store) -> Response:
         except ApiError as error:
             refusal = error
             continue
-        return file_response(request, fd, status, image.sha1,
-                             b"Content-Type: application/octet-stream\r\n" + CACHE_FILES,
-                             lambda: store.content_md5(image, fd), image.title)
+        fields = (b"Content-Type: application/octet-stream\r\n"
+                  + (CACHE_NOTHING if image.state == "unactivated" else CACHE_FILES))
+        response = file_response(request, fd, status, image.sha1, fields,
+                                 lambda: store.content_md5(image, fd), image.title)
+        if accel and not request.peer and response.file is not None:
+            response.close()
+            response.length = 0
+            path = f"{accel}/{os.path.basename(image.directory)}/{image.file}"
+            # nginx would pass Accept-Ranges on and add its own.
+            response.fields = (response.fields.replace(b"Accept-Ranges: bytes\r\n", b"")
+                               + header_line("X-Accel-Redirect", urllib.parse.quote(path)))
+        return response
     raise refusal
 
 
@@ -5053,7 +5087,7 @@ class Dsapi:
             if name != image.path:
                 raise not_found(f"{request.target} does not exist")
             return image
-        return file_of(request, find, self.store)
+        return file_of(request, find, self.store, self.config.accel)
 
 
 def unknown_channel(name) -> ApiError:
@@ -5067,6 +5101,7 @@ class Imgapi:
     def __init__(self, config, store, rights):
         self.config, self.store, self.rights = config, store, rights
         self.channels = {channel["name"]: channel for channel in config.channels}
+        self.vary = b"Accept-Version" if self.channels else b""     # whether it has `channels`
 
     def routes(self):
         return [
@@ -5108,6 +5143,15 @@ class Imgapi:
             return lambda image: b"%b%b\n}" % image.imgapi[:2]
         return lambda image: image.imgapi[0] + b"\n}"
 
+    def cache_fields(self, image=None) -> bytes:
+        """Cache-Control and Vary of a manifest or filtered list.
+
+        An image that is not active yet may still be changed, so no cache is to keep it.
+        """
+        if image is not None and image.state == "unactivated":
+            return CACHE_NOTHING
+        return CACHE_MANIFESTS + (self.vary and b"Vary: %b\r\n" % self.vary)
+
     def list(self, request):
         """All active images, as ListImages: filtered, sorted, marked, limited."""
         version = parse_accept_version(request)
@@ -5116,19 +5160,23 @@ class Imgapi:
         channel = self.channel_of(query)
         if set(query) - {"channel", "inclAdminFields"}:
             images, checks, backwards, limit = self._select(request, query, channel)
+            # Who may publish sees more by state= than others.
+            fields = CACHE_NOTHING if "state" in query else self.cache_fields()
             with self.store.rendering:
                 numbers = range(len(images))
                 for check in checks:
                     numbers = [number for number in numbers if check(images[number])]
                 numbers = numbers[::-1 if backwards else 1][:limit]
-                return filtered_response(images, numbers, self.text_of(version), CACHE_MANIFESTS)
+                return filtered_response(images, numbers, self.text_of(version), fields)
         all_of_them = self.rights.lists_all(request)
         listing = self.store.listing(
             IMGAPI, (channel, version if self.channels else None, all_of_them),
             lambda images: [image for image in images if self.in_channel(image, channel)
                             and (all_of_them or image.public)],
             self.text_of(version), request.may_block)
-        return list_response(request, self.store, listing, b"Accept-Encoding", CACHE_MANIFESTS)
+        return list_response(request, self.store, listing,
+                             b"Accept-Encoding" + (self.vary and b", " + self.vary),
+                             CACHE_MANIFESTS)
 
     def _select(self, request, query, channel):
         """(images of a snapshot, checks that those of the query pass, newest first, limit)."""
@@ -5202,7 +5250,8 @@ class Imgapi:
         before, channels, etag = image.imgapi
         if version == 1 and channels:
             channels, etag = b"", etag + b"-1"
-        return manifest_response(request, etag, CACHE_MANIFESTS, before, channels, b"\n}")
+        return manifest_response(request, etag, self.cache_fields(image), before, channels,
+                                 b"\n}")
 
     def file(self, request, uuid):
         """The file of an image; ?index=0 is the only one."""
@@ -5212,7 +5261,7 @@ class Imgapi:
             if re.fullmatch("[0-9]+", index) and index.strip("0"):
                 raise not_found(f'image "{uuid}" has no file at index {index.lstrip("0")}')
             return image
-        return file_of(request, find, self.store)
+        return file_of(request, find, self.store, self.config.accel)
 
     def icon(self, request, uuid):
         """The icon of an image, with the Content-MD5 that sdc-clients insist on."""
@@ -5225,12 +5274,12 @@ class Imgapi:
             os.close(fd)
             raise
         return file_response(request, fd, status, sha1,
-                             header_line("Content-Type", ICONS[image.icon]) + CACHE_MANIFESTS
-                             + CORS, lambda: md5)
+                             header_line("Content-Type", ICONS[image.icon])
+                             + self.cache_fields(image) + CORS, lambda: md5)
 
     def channel_list(self, request):
         """The channels as they are configured."""
-        return json_response(self.config.channels)
+        return json_response(self.config.channels, fields=CACHE_MANIFESTS)
 
     def state(self, request):
         """For operators of the official server: refused, as it does."""
@@ -5778,7 +5827,8 @@ class Site:
                                  header_line("Content-Type", kind) + b"Vary: Accept\r\n"
                                  + CACHE_MANIFESTS + CORS)
         return json_response({"server": f"imgserver/{__version__}", "datasets": "/datasets",
-                              "images": "/images", "ping": "/ping"})
+                              "images": "/images", "ping": "/ping"},
+                             fields=CACHE_MANIFESTS)
 
     def ping(self, request):
         """Tells both kinds of source that this is one; ?error=NAME is answered by a sample."""
@@ -7124,32 +7174,49 @@ NO_SHA1 = "0" * 40            # in the place of one that the manifest does not h
 
 
 def start(config, log) -> EventLoop:
-    """An event loop with servers that listen.
+    """An event loop with a server for each address.
 
-    Raises UserError: status 96 where trying again will not help.
+    Raises UserError where one cannot listen: status 96 where trying again will not help.
     """
+    if config.accel and not any(isinstance(address, str) for address in config.listen):
+        raise UserError("config: accel is for nginx on a Unix socket, and listen_port names none",
+                        EXIT_CONFIG)
     loop = EventLoop(config, log)
-    listen = list(config.listen)
-    for address in listen:
-        is_path = isinstance(address, str)
-        try:
-            server = (UnixImageServer if is_path else ImageServer)(address, loop)
-            if not is_path and not address[1]:    # any port, but the same one on all addresses
-                listen[1:] = [(host, server.server_address[1]) for host, _ in listen[1:]]
-        except OSError as error:
-            reason = error.strerror or error
-            if loop.servers and address[0] == "::1" and error.errno in NO_SUCH_ADDRESS:
-                continue                          # localhost, and there is no IPv6
-            if error.filename is not None:        # the lock file of a Unix socket
-                reason = f"{error.filename}: {reason}"
-            if isinstance(error, PermissionError) and not is_path and address[1] < 1024:
-                reason = (f"{reason}; a port below 1024 needs the privilege net_privaddr, or "
-                          "choose --listen 8080")
-            refusal = f"cannot listen on {config.listen_port}: {reason}"
-            if error.errno == errno.EADDRINUSE:
-                raise AddressInUse(refusal)
-            raise UserError(refusal, 1 if error.errno == errno.EADDRNOTAVAIL else EXIT_CONFIG)
+    try:
+        before = None
+        for address in config.listen:
+            # localhost: both addresses have one port, and there may be no IPv6.
+            second = before is not None and address[0] == "::1" and before == ("127.0.0.1",
+                                                                               address[1])
+            before = address
+            if second:
+                address = "::1", loop.servers[-1].server_address[1]
+            add_server(loop, address, second)
+    except BaseException:
+        for server in loop.servers:
+            server.server_close()             # and remove the files of Unix sockets
+        raise
     return loop
+
+
+def add_server(loop, address, may_be_missing):
+    """Listen on one address.  Raises UserError as `start` does."""
+    is_path = isinstance(address, str)
+    try:
+        (UnixImageServer if is_path else ImageServer)(address, loop)
+    except OSError as error:
+        reason = error.strerror or error
+        if may_be_missing and error.errno in NO_SUCH_ADDRESS:
+            return
+        if error.filename is not None:        # the lock file of a Unix socket
+            reason = f"{error.filename}: {reason}"
+        if isinstance(error, PermissionError) and not is_path and address[1] < 1024:
+            reason = (f"{reason}; a port below 1024 needs the privilege net_privaddr, or "
+                      "choose --listen 8080")
+        refusal = f"cannot listen on {listen_text(address)}: {reason}"
+        if error.errno == errno.EADDRINUSE:
+            raise AddressInUse(refusal)
+        raise UserError(refusal, 1 if error.errno == errno.EADDRNOTAVAIL else EXIT_CONFIG)
 
 
 def raise_file_limit(config, log):
@@ -8202,14 +8269,14 @@ def run_smf(config, options):
     words = [] if not options.config else ["--config", os.path.abspath(options.config)]
     if options.dir is not None:
         words += ["--dir", config.serve_dir]
-    if options.listen is not None:
-        words += ["--listen", options.listen]
+    for address in options.listen or []:
+        words += ["--listen", address]
     if options.loglevel is not None:
         words += ["--loglevel", options.loglevel]
     python = shlex.quote(options.python or sys.executable)
     command = " ".join([python, f'-IS -c "{SMF_START}"', *map(shlex.quote, words)])
     privileges = "basic,!file_link_any,!proc_info,!proc_session"
-    if not isinstance(config.listen[0], str) and config.listen[0][1] < 1024:
+    if any(not isinstance(address, str) and address[1] < 1024 for address in config.listen):
         privileges += ",net_privaddr"
     user, group = smf_credential(options)
     values = {"directory": directory, "user": user, "group": group,
@@ -8354,9 +8421,10 @@ def option_parser() -> argparse.ArgumentParser:
     serve = command("serve", run_serve, "serve the images (the default)",
                     example="serve --listen 8080 --dir /images")
     for each in (parser, serve):
-        each.add_argument("--listen", metavar="PORT|ADDRESS:PORT|/PATH", default=argparse.SUPPRESS,
-                          help="where to listen: TCP, or a Unix socket; port 0 takes any "
-                               "(default: listen_port of the configuration, 80)")
+        each.add_argument("--listen", metavar="PORT|ADDRESS:PORT|/PATH", action="append",
+                          default=argparse.SUPPRESS,
+                          help="where to listen: TCP, or a Unix socket; port 0 takes any; may be "
+                               "repeated (default: listen_port of the configuration, 80)")
         each.add_argument("--loglevel", metavar="LEVEL", default=argparse.SUPPRESS,
                           help="least level to log: " + ", ".join(LEVELS)
                                + " (default: loglevel of the configuration, info)")
@@ -8433,10 +8501,10 @@ def load_config(options) -> Config:
         config.serve_dir = os.path.abspath(options.dir)
     if options.listen is not None:
         try:
-            config.listen_port = options.listen
             config.listen = parse_listen(options.listen, any_port=True)
         except ValueError as error:
-            raise UserError(f"--listen {error}, not {options.listen!a}", EXIT_CONFIG)
+            raise UserError(f"--listen {error}, not {', '.join(map(ascii, options.listen))}",
+                            EXIT_CONFIG)
     if options.loglevel is not None:
         if options.loglevel not in LEVELS:
             raise UserError(f"--loglevel must be one of {', '.join(LEVELS)}", EXIT_CONFIG)

@@ -50,6 +50,7 @@ FILES_NEEDED = IDLE + 500     # descriptors that this program and each server mu
 PINGS = 200                   # manifests asked for while the idle connections stay open
 
 NGINX, OURS, STOCK, BASE = "nginx", "imgserver", "http.server", "base"
+FRONT = "imgserver behind nginx"
 BOTH = (NGINX, OURS)
 IMPORTED, QUIET = "import", "no uploads"      # beside uploads, in nginx's column
 UPLOADERS = 16                # uploads at once
@@ -264,10 +265,10 @@ class ImgServer(Server):
     """imgserver.py, ours or the base's, on a set of images, on TCP or on a Unix socket."""
 
     def __init__(self, bench, side, images, unix=False, config=()):
-        path = os.path.join(bench.directory, "config.json")
+        path = os.path.join(bench.directory, f"config-{side}-{images.count}-{unix}.json")
         with open(path, "w") as file:
             json.dump(dict(config), file)
-        address = (os.path.join(bench.directory, f"{side}-{images.count}") if unix
+        address = (os.path.join(bench.directory, f"{side}-{images.count}-{unix}") if unix
                    else ("127.0.0.1", images.port if side == OURS else images.nginx_port))
         listen = address if unix else "%s:%d" % address
         command = [bench.python, "-ES", "-m", "imgserver", "--config", path,
@@ -279,40 +280,17 @@ class ImgServer(Server):
             bench.base if side == BASE else os.path.dirname(IMGSERVER))
 
 
-class Nginx(Server):
-    """One nginx with one worker for all sets; at(images, unix) is what to ask for one."""
-
-    def __init__(self, bench, sets):
-        self.prefix = os.path.join(bench.directory, "nginx")
-        os.mkdir(self.prefix)
-        path = os.path.join(self.prefix, "nginx.conf")
-        with open(path, "w") as file:
-            file.write(self.configuration(bench, sets))
-        command = [bench.nginx, "-p", self.prefix, "-c", path]
-        test = subprocess.run([*command, "-t", "-q"], stderr=subprocess.PIPE, text=True)
-        if test.returncode:
-            raise Failure(f"nginx refuses its configuration: {test.stderr.strip()}")
-        address = "127.0.0.1", sets[0].nginx_port
-        super().__init__(command, address, {"first": "/list.json"}, "nginx")
-        self.workers = wait_for(lambda: children(self.process.pid), "nginx's worker")
-
-    def configuration(self, bench, sets):
-        servers = "".join(f"""
-    server {{
-        listen 127.0.0.1:{images.nginx_port};
-        listen unix:{self.socket(images)};
-        root {images.www};
-        location = /list.json {{ gzip_static on; }}
-    }}""" for images in sets)
-        temporary = "".join(f"\n    {name}_temp_path {self.prefix};" for name in (
-            "client_body", "proxy", "fastcgi", "scgi", "uwsgi"))
-        return f"""\
+def nginx_configuration(bench, prefix, servers):
+    """nginx with one worker, which writes below `prefix` alone."""
+    temporary = "".join(f"\n    {name}_temp_path {prefix};" for name in (
+        "client_body", "proxy", "fastcgi", "scgi", "uwsgi"))
+    return f"""\
 {"user root;" if os.getuid() == 0 else ""}
 worker_processes 1;
 worker_rlimit_nofile {bench.files};
 daemon off;
-pid {self.prefix}/pid;
-error_log {self.prefix}/error.log crit;
+pid {prefix}/pid;
+error_log {prefix}/error.log crit;
 events {{ worker_connections {bench.files}; }}
 http {{
     access_log off;
@@ -328,6 +306,36 @@ http {{
 }}
 """
 
+
+class Nginx(Server):
+    """One nginx with one worker for all sets; at(images, unix) is what to ask for one."""
+
+    def __init__(self, bench, sets):
+        self.prefix = os.path.join(bench.directory, "nginx")
+        self.start(bench, ("127.0.0.1", sets[0].nginx_port), {"first": "/list.json"},
+                   self.configuration(bench, sets))
+
+    def start(self, bench, address, targets, servers):
+        os.mkdir(self.prefix)
+        path = os.path.join(self.prefix, "nginx.conf")
+        with open(path, "w") as file:
+            file.write(nginx_configuration(bench, self.prefix, servers))
+        command = [bench.nginx, "-p", self.prefix, "-c", path]
+        test = subprocess.run([*command, "-t", "-q"], stderr=subprocess.PIPE, text=True)
+        if test.returncode:
+            raise Failure(f"nginx refuses its configuration: {test.stderr.strip()}")
+        Server.__init__(self, command, address, targets, "nginx")
+        self.workers = wait_for(lambda: children(self.process.pid), "nginx's worker")
+
+    def configuration(self, bench, sets):
+        return "".join(f"""
+    server {{
+        listen 127.0.0.1:{images.nginx_port};
+        listen unix:{self.socket(images)};
+        root {images.www};
+        location = /list.json {{ gzip_static on; }}
+    }}""" for images in sets)
+
     def socket(self, images):
         return os.path.join(self.prefix, f"s-{images.count}")
 
@@ -339,6 +347,46 @@ http {{
 
     def pids(self):
         return self.workers
+
+
+class Front(Nginx):
+    """nginx on TCP before imgserver on a Unix socket; with accel nginx reads the files itself."""
+
+    def __init__(self, bench, images, accel):
+        self.back = ImgServer(bench, OURS, images, "accel" if accel else "proxied",
+                              {"accel": "/files"} if accel else {})
+        try:
+            [port] = free_ports(1)
+            self.prefix = f"{self.back.address}-nginx"
+            self.start(bench, ("127.0.0.1", port), self.back.targets, f"""
+    upstream imgserver {{ server unix:{self.back.address}; keepalive 16; }}
+    server {{
+        listen 127.0.0.1:{port};
+        location / {{
+            proxy_pass http://imgserver;
+            proxy_http_version 1.1;
+            proxy_set_header Connection "";
+            proxy_set_header Host $http_host;
+            proxy_max_temp_file_size 0;
+        }}
+        location /files/ {{
+            internal;
+            alias {images.serve_dir}/;
+            max_ranges 1;
+            etag off;
+            add_header ETag $upstream_http_etag;
+        }}
+    }}""")
+        except BaseException:
+            self.back.end()
+            raise
+
+    def pids(self):
+        return self.workers + self.back.pids()
+
+    def end(self):
+        super().end()
+        self.back.end()
 
 
 class StockServer(Server):
@@ -396,6 +444,7 @@ class Bench:
         key = side, images.count, unix
         if key not in self._running:
             server = (StockServer(self, images) if side == STOCK
+                      else Front(self, images, unix == "accel") if side == FRONT
                       else ImgServer(self, side, images, unix))
             self._running[key] = self._stack.enter_context(ending(server))
         return self._running[key]
@@ -638,6 +687,15 @@ def files(count, unix=False):
     def measure(bench, side):
         bench.small.warm()
         return run_downloads(bench.server(side, bench.small, unix), count)
+    return measure
+
+
+def fronted(count, how):
+    """The same through nginx: "proxied" over the Unix socket, or with "accel"."""
+    def measure(bench, side):
+        bench.small.warm()
+        return run_downloads(bench.server(side, bench.small, how if side == FRONT else False),
+                             count)
     return measure
 
 
@@ -1028,6 +1086,14 @@ WORKS = [
     work("unix-1", "file over the Unix socket, 1", files(1, True), gib="", speed=">= 0.7 x"),
     work("unix-4", "file over the Unix socket, 4", files(4, True), gib="", speed=">= 0.7 x"),
     work("unix-16", "file over the Unix socket, 16", files(16, True), gib="", speed=">= 0.7 x"),
+    work("proxied-1", "file through nginx, 1", fronted(1, "proxied"), (NGINX, FRONT), gib="",
+         speed=""),
+    work("proxied-16", "file through nginx, 16", fronted(16, "proxied"), (NGINX, FRONT), gib="",
+         speed=""),
+    work("accel-1", "file by X-Accel-Redirect, 1", fronted(1, "accel"), (NGINX, FRONT),
+         gib="<= 1.1 x", speed=">= 0.9 x"),
+    work("accel-16", "file by X-Accel-Redirect, 16", fronted(16, "accel"), (NGINX, FRONT),
+         gib="<= 1.1 x", speed=">= 0.9 x"),
     work("crowd", "manifest, 16; 500 idle, 50 slow readers", crowded,
          rate=">= 0.55 x", p99="<= 3 x", dropped="<= 0"),
     work("idle", "10,000 idle connections", many_idle, most=3,
@@ -1083,7 +1149,7 @@ def chosen(names, quick=False, base=None):
     """The works that --only asks for, in the order of the table."""
     if base:
         return [beside_base(item) for item in chosen(names, quick)
-                if not {STOCK, IMPORTED, QUIET} & set(item.sides)]
+                if not {STOCK, FRONT, IMPORTED, QUIET} & set(item.sides)]
     if not names:
         return [item for item in WORKS if item.most > 1 or not quick]
     known = {name for item in WORKS for name in names_of(item)}

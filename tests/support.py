@@ -20,6 +20,7 @@ Where a new test belongs, by its topic (without a socket if that can fail as wel
     commands that write or check the directory           test_import, test_publish, test_check
     beside another program                               test_mkimg, test_make, test_nginx,
                                                          test_zfs, test_imgadm (imgadm.py)
+    caches, X-Accel-Redirect, several listeners          test_front
     random input or load for minutes                     fuzz.py, soak.py; not in the suite
 
 A test or class that is random, large or slow carries @check_only: `make check` alone runs it.
@@ -371,7 +372,8 @@ class Server:
         number = len([name for name in os.listdir(directory) if name.startswith("log")])
         self.log_path = os.path.join(directory, f"log{number}")
         self.address = os.path.join(directory, f"s{number}.sock") if unix else None
-        arguments = ["--listen", self.address or "127.0.0.1:0", "--dir", serve_dir, *options]
+        listen = [] if "--listen" in options else ["--listen", self.address or "127.0.0.1:0"]
+        arguments = [*listen, "--dir", serve_dir, *options]
         config_path = os.path.join(directory, f"config{number}.json")
         with open(config_path, "w") as file:
             json.dump(config or {}, file)
@@ -381,13 +383,12 @@ class Server:
                 [*wrapper, *command(*arguments, prelude=prelude, python=python)], stderr=log,
                 stdin=subprocess.DEVNULL, env={**os.environ, **(environment or {})})
         try:
-            match = self.wait_log(r"imgserver \S+ serves .* on ([^\s,\"]+)")
+            match = self.wait_log(r"imgserver \S+ serves .* on .*")
         except AssertionError:
             self.kill()
             raise AssertionError(f"the server did not start: {self.log()}")
-        if not unix:
-            host, port = re.fullmatch(r"http://(.*):(\d+)", match[1]).groups()
-            self.address = ("127.0.0.1", int(port))
+        if not unix:                  # of several addresses the first that is a port
+            self.address = ("127.0.0.1", int(re.search(r" http://\S+?:(\d+)(,|$)", match[0])[1]))
 
     # asking
 

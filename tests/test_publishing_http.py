@@ -1039,12 +1039,11 @@ class NginxPublishing(Clients, NginxCase):
     config = {"manage_from": ["unix"]}
     fields = (("Authorization", "Basic " + base64.b64encode(b"joe:secret").decode()),)
 
-    def start_nginx(self, listener):
+    def start_nginx(self, text, *replaced):
         path = os.path.join(self.directory, "users")
         with open(path, "w") as file:
             file.write("joe:{PLAIN}secret\n")
-        self.changes = (("/etc/nginx/imgserver.users", path), *self.changes)
-        super().start_nginx(listener)
+        return super().start_nginx(text, ("/etc/nginx/imgserver.users", path), *replaced)
 
     def assertRefused(self, answer, status):
         self.assertEqual(answer.status, status, answer)

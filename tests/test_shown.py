@@ -356,7 +356,8 @@ class SourceOfImgadm(support.ServerCase):
         for headers in ({}, SOURCE, {"Accept-Encoding": "gzip"}):
             answer = self.server.get("/datasets", headers)
             self.assertEqual(answer.headers["vary"], "Accept, Accept-Encoding")
-        self.assertEqual(self.server.get("/images").headers["vary"], "Accept-Encoding")
+        self.assertEqual(self.server.get("/images").headers["vary"],
+                         "Accept-Encoding, Accept-Version")
         etags = [self.server.get("/datasets", headers).headers["etag"] for headers in ({}, SOURCE)]
         self.assertNotEqual(*etags)
 

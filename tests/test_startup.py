@@ -38,7 +38,10 @@ BAD_CONFIGS = {
 }
 
 BAD_VALUES = {
-    "listen_port": (0, "0", 70000, 65536, -1, 80.5, True, None, [], {}, "", "eighty", "80x",
+    "accel": ("files", "/files/", "/", "/a b", "/a/../b", "/a?b", None, 5, True, ["/files"]),
+    "listen_port": ([80, 0], [80, "x"], [80, 80], ["/a", 80, "/a"], [[80]], [None],
+                    ["*:80", 80], 0, "0", 70000, 65536, -1, 80.5, True, None, [], {}, "",
+                    "eighty", "80x",
                     "127.0.0.1", ":80", "a:b:80", "127.0.0.1:0", "relative.sock", "./x.sock",
                     "[::1]", "http://127.0.0.1:80", "/" + "x" * 107, "/tmp/a\0b",
                     "/" + "é" * 54,
@@ -83,6 +86,8 @@ ADDRESSES = {
     "10.0.0.5:80": [("10.0.0.5", 80)], "[::1]:80": [("::1", 80)],
     "[::ffff:1.2.3.4]:80": [("::ffff:1.2.3.4", 80)],
     "localhost:8082": [("127.0.0.1", 8082), ("::1", 8082)], "/run/s": ["/run/s"],
+    (80, "/run/s"): [("", 80), "/run/s"],
+    ("localhost:1", "/a", "/b"): [("127.0.0.1", 1), ("::1", 1), "/a", "/b"],
 }
 
 OLD_PYTHONS = os.path.join(os.environ.get("PYENV_ROOT", os.path.expanduser("~/.pyenv")),
@@ -232,6 +237,7 @@ class BadConfigs(Starting):
         with mock.patch.object(socket, "getaddrinfo", side_effect=AssertionError("a resolver")):
             for value, addresses in ADDRESSES.items():
                 with self.subTest(value):
+                    value = list(value) if isinstance(value, tuple) else value
                     self.assertEqual(imgserver.Config({"listen_port": value}).listen, addresses)
 
     def test_options_that_are_wrong(self):
