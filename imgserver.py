@@ -134,6 +134,10 @@ class UserError(Exception):
         self.exit_status = exit_status
 
 
+class AddressInUse(UserError):
+    """Somebody listens there already; the server itself, perhaps."""
+
+
 def bad_request(message) -> ApiError:
     return ApiError(400, "BadRequestError", message)
 
@@ -159,6 +163,7 @@ LOG_DELAY = 0.2               # seconds a line may wait for others, so that a bu
 LOG_LIMIT = 1 << 20           # bytes of log held while nobody reads it; then lines are dropped
 TRACEBACK_LIMIT = 4000        # characters of a traceback in one log line, the last ones
 LOG_TARGET_LIMIT = 1000       # characters of a client's text in one log line
+AGENT_LIMIT = 200             # characters of a User-Agent there; imgadm's has some 90
 
 LEVELS = {"trace": 10, "debug": 20, "info": 30, "warn": 40, "error": 50, "fatal": 60}
 INFO, WARN = LEVELS["info"], LEVELS["warn"]
@@ -197,11 +202,15 @@ class Log:
     Lines are gathered and written together, at once from warn upwards.  A reader of
     stderr that has stopped reading costs lines, never a request: what is written to a
     pipe is only what fits it.
+
+    form    "text", or "json": an object a line, with the keys of bunyan, as Triton's logs
     """
 
-    def __init__(self, level="info", fd=2):
+    def __init__(self, level="info", fd=2, form="text"):
         self.level = LEVELS[level]
         self.fd = fd
+        self._record = None if form == "text" else {
+            "v": 0, "name": "imgserver", "hostname": socket.gethostname(), "pid": os.getpid()}
         self._lines = []
         self._held = b""
         self._lost = 0
@@ -217,19 +226,47 @@ class Log:
         """Write `text`, which must be printable, when `level` is to be logged."""
         if LEVELS[level] >= self.level:
             self.tick(int(time.time()))
-            self.add(f"{level} {text}")
+            self.add(level, text)
             if LEVELS[level] >= WARN:
                 self.flush(wait=True)
 
-    def add(self, text):
-        """Have a line wait for the next flush, with the time of the last tick before it."""
-        self._lines.append(self._stamp + text)
+    def add(self, level, text, facts=None):
+        """Queue a line, with the time of the last tick; facts: further keys of the JSON form."""
+        self._lines.append(f"{self._stamp} {level} {text}" if self._record is None
+                           else self._as_json(level, text, facts or {}))
+
+    def _as_json(self, level, text, facts) -> str:
+        return json.dumps({**self._record, "level": LEVELS[level], "time": self._stamp,
+                           "msg": text, **facts}, separators=(",", ":"))
+
+    def request(self, client, user, line, agent, status, size, seconds, title, failure):
+        """Queue the line of a request.
+
+        client, user    who: an address, and a name or None
+        line, agent     the request line and the User-Agent as they came
+        size, seconds   bytes of the body that went, and the time taken
+        title, failure  further facts about the answer, "" where there are none
+        """
+        if len(line) > LOG_TARGET_LIMIT or not _is_plain(line):
+            line = printable(line)
+        if len(agent) > AGENT_LIMIT or not _is_plain(agent):
+            agent = printable(agent, AGENT_LIMIT)
+        if self._record is None:
+            self.add("info", f'{client} "{line}" {status} {size} {seconds * 1000:.1f}ms '
+                             f"{user or '-'} \"{agent}\"{title and ' ' + title}{failure}")
+            return
+        method, _, target = line.partition(" ")
+        self.add("info", f"{line} {status}{failure}", {
+            "req": {"method": method, "url": target.rpartition(" ")[0] or target,
+                    "headers": {"user-agent": agent}, "remoteAddress": client},
+            "res": {"statusCode": status, "bytes": size},
+            "latency": round(seconds * 1000, 1), "user": user, "image": title or None})
 
     def tick(self, now):
         """It is `now`, in whole seconds since 1970."""
         if now != self._second:
             self._second = now
-            self._stamp = stamp(now) + " "
+            self._stamp = stamp(now)
 
     def info(self, text):
         self.line("info", text)
@@ -243,7 +280,7 @@ class Log:
     def exception(self, what):
         """A fault of our own: the traceback, on one line."""
         self.line("error", what + ": " + printable(traceback.format_exc()[-TRACEBACK_LIMIT:],
-                                                          TRACEBACK_LIMIT))
+                                                   TRACEBACK_LIMIT))
 
     @property
     def pending(self) -> bool:
@@ -261,7 +298,10 @@ class Log:
             del self._lines[:len(lines)]  # not all: a thread may add one just now
             data = self._held + "\n".join(lines + [""]).encode("ascii", "backslashreplace")
             if self._lost:
-                data = f"\n({self._lost} bytes of log lost: nobody read them)\n".encode() + data
+                text = f"({self._lost} bytes of log lost: nobody read them)"
+                if self._record is not None:
+                    text = self._as_json("warn", text, {})
+                data = f"\n{text}\n".encode() + data
             try:
                 while data and self._poll.poll(0):
                     data = data[os.write(self.fd, data[:self._piece]):]
@@ -279,6 +319,7 @@ class Log:
 # -- JSON --------------------------------------------------------------------------------
 
 NUMBER_LIMIT = 20             # digits of an integer in JSON: 2**64 has 20
+NESTING_LIMIT = 100           # levels of JSON, so that whatever was parsed can be written, too
 
 def _unique(pairs):
     value = dict(pairs)
@@ -312,6 +353,16 @@ _quote = json.encoder.encode_basestring_ascii
 compact_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
+def _is_deeper(value, levels) -> bool:
+    """Whether arrays and objects are nested in more levels."""
+    level = [value]
+    while level and levels >= 0:
+        levels -= 1
+        level = [item for each in level if isinstance(each, (dict, list))
+                 for item in (each.values() if isinstance(each, dict) else each)]
+    return bool(level)
+
+
 def parse_json(data: bytes, unique=False):
     """The value of strict JSON in UTF-8, with or without a byte-order mark.  Raises ValueError.
 
@@ -322,6 +373,8 @@ def parse_json(data: bytes, unique=False):
     try:
         text = data.decode("utf-8").removeprefix("\ufeff")
         value = (_UNIQUE_DECODER if unique else _DECODER).decode(text)
+        if text.count("{") + text.count("[") > NESTING_LIMIT and _is_deeper(value, NESTING_LIMIT):
+            raise ValueError("nested too deep")
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
@@ -408,6 +461,12 @@ def _uuid_or_empty(value):
 def _loglevel(value):
     if not isinstance(value, str) or value not in LEVELS:
         raise ValueError("must be one of " + ", ".join(LEVELS))
+    return value
+
+
+def _logformat(value):
+    if value not in ("text", "json"):
+        raise ValueError('must be "text" or "json"')
     return value
 
 
@@ -514,6 +573,7 @@ SETTINGS = {
     "prefix": ("http://", _prefix),
     "suffix": ("", _suffix),
     "loglevel": ("info", _loglevel),
+    "logformat": ("text", _logformat),
     "serve_dir": (".", _directory),
     "image-creator": ("internal", _text),
     "image-creator-uuid": ("", _uuid_or_empty),
@@ -1397,6 +1457,8 @@ ZIPPED_LIMIT = 32 << 20       # bytes of gzip forms in use; of 10,000 images one
 MD5_LIMIT = 16 << 20          # bytes; a file up to this size is hashed when it is asked for, or
                               # when it is read without a sha1 in its manifest
 PIECE = 1 << 20               # bytes of a file in memory at once while it is hashed
+OPEN_TRIES = 3                # of a file that is replaced between the look at it and open()
+LINKS_IN_LOOP = 100           # origins of an image that the event loop follows, each by 2 stats
 HASHES_KEPT = 10000           # files whose hashes are remembered: 200 bytes each
 
 def trusted_stat(path, serve_dir):
@@ -1419,18 +1481,20 @@ def open_regular(path, serve_dir=None):
 
     With serve_dir, symlinks are followed as trusted_stat does.  Raises OSError.
     """
-    trusted = serve_dir and trusted_stat(path, serve_dir)
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        if trusted and not os.path.samestat(trusted, status):
-            raise OSError(errno.ENOENT, "replaced while it was opened")
-    except OSError:
+    for _ in range(OPEN_TRIES):
+        trusted = serve_dir and trusted_stat(path, serve_dir)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
+        except OSError:
+            os.close(fd)
+            raise
+        if not trusted or os.path.samestat(trusted, status):
+            return fd, status
         os.close(fd)
-        raise
-    return fd, status
+    raise OSError(errno.ENOENT, "replaced while it was opened")
 
 
 def stat_key(status):
@@ -1475,6 +1539,7 @@ class Hasher:
     def __init__(self, later=False):
         self._later = later
         self._lock = threading.Lock()
+        self._computing = threading.Lock()        # taken before _lock
         self._results = {}                # (path, stat_key): (sha1, md5), or an OSError
         self._queue = collections.deque()
         self._running = False
@@ -1499,6 +1564,21 @@ class Hasher:
             raise result
         return result
 
+    def hashes_of(self, fd, path):
+        """The same of an open file, which was opened at `path`; at once.  Raises OSError.
+
+        The first one who asks has it computed, the others wait.
+        """
+        with self._computing:
+            key = stat_key(os.fstat(fd))
+            result = self._results.get((path, key))
+            if not isinstance(result, tuple):
+                sha1, md5 = hash_file(fd, key[1])
+                result = sha1.hexdigest(), md5.digest()
+                if stat_key(os.fstat(fd)) == key:
+                    self._keep(path, key, result)
+        return result
+
     def _hash(self, path, key):
         try:
             fd, _ = open_regular(path)
@@ -1508,12 +1588,17 @@ class Hasher:
                 if stat_key(os.fstat(fd)) != key:
                     return OSError(errno.EAGAIN, "it changed while it was read")
         except OSError as error:
+            if error.errno in SHORTAGE or key[1] <= MD5_LIMIT:
+                return error              # it may be over with the next request
             result = error
+        self._keep(path, key, result)
+        return result
+
+    def _keep(self, path, key, result):
         with self._lock:
             self._results[path, key] = result
             if len(self._results) > HASHES_KEPT:
                 del self._results[next(iter(self._results))]
-        return result
 
     def _run(self):
         while True:
@@ -1660,9 +1745,12 @@ def passed_over(serve_dir, name):
     return None
 
 
-def read_manifest(directory, name=MANIFEST):
-    """The manifest in a directory, with its stat.  Raises BadImage and OSError."""
-    fd, status = open_regular(f"{directory}/{name}")
+def read_manifest(directory, serve_dir=None, name=MANIFEST):
+    """The manifest in a directory, with its stat; serve_dir as open_regular takes it.
+
+    Raises BadImage and OSError.
+    """
+    fd, status = open_regular(f"{directory}/{name}", serve_dir)
     try:
         if status.st_size > MANIFEST_LIMIT:
             raise BadImage(f"{name} is larger than {MANIFEST_LIMIT} bytes")
@@ -1696,8 +1784,7 @@ class ImageReader:
         try:
             status = trusted_stat(directory, self.serve_dir)
             image.directory_changed, image.device = status.st_ctime_ns, status.st_dev
-            trusted_stat(f"{directory}/{MANIFEST}", self.serve_dir)
-            manifest, status = read_manifest(directory)
+            manifest, status = read_manifest(directory, self.serve_dir)
             image.manifest_key = stat_key(status)
             if status.st_dev != image.device:
                 image.device = None
@@ -1990,7 +2077,6 @@ class Store:
         self.log = log
         self._in_background = in_background
         self._reader = ImageReader(config, Hasher(later=True))
-        self._hashing = threading.Lock()
         self._told = set()            # warnings of names and of origins that were logged once
         self._images = {}             # uuid: Image, sound or not; written under _lock
         self._lock = threading.Lock()
@@ -2023,7 +2109,8 @@ class Store:
         if image is None or image.try_again:
             os.stat(f"{self.directory}/.")            # is it serve_dir that cannot be read?
         if image is None or image.problem or image.origin and self._is_cyclic(
-                image, lambda origin: self._known(origin, api, may_block)):
+                image, lambda origin: self._known(origin, api, may_block),
+                math.inf if may_block else LINKS_IN_LOOP):
             raise not_found(f"image {uuid} not found")
         return image
 
@@ -2131,27 +2218,34 @@ class Store:
                 self._told.add((image.uuid, origin.uuid))
                 self.log.warn(f"image {image.uuid}: {no_common_channel(origin.uuid)}")
 
+    def hashes_of(self, fd, image, name):
+        """(sha1 in hexadecimal, md5 as bytes) of a file of an image, open as fd; kept.
+
+        Raises OSError.
+        """
+        return self._reader.hasher.hashes_of(fd, f"{image.directory}/{name}")
+
     def content_md5(self, image, fd):
         """The MD5 of an image's file, open as fd, as bytes; None where that takes too long.
 
-        Raises OSError.  The first one who asks has it computed, the others wait.
+        Raises OSError.
         """
         if image.md5 is not None or image.size > MD5_LIMIT:
             return image.md5
-        with self._hashing:
-            if image.md5 is None:
-                md5 = hash_file(fd, image.size)[1].digest()
-                if stat_key(os.fstat(fd)) != image.file_key:
-                    return md5            # of a file that is not this image's any more
-                image.md5 = md5
-        return image.md5
+        return self.hashes_of(fd, image, image.file)[1]
 
-    def _is_cyclic(self, image, find) -> bool:
-        """Whether its chain of origins never ends: imgadm would follow it for ever."""
-        now = time.monotonic()
+    def _is_cyclic(self, image, find, limit=math.inf) -> bool:
+        """Whether its chain of origins never ends: imgadm would follow it for ever.
+
+        It is followed for each change of an image, and once a second, by one thread, while the
+        others go on with the verdict before.  Raises NeedsThread for more than `limit` links.
+        """
+        now, before = time.monotonic(), self._cyclic
+        memo, chain, link = before, [], image
         if now - self._cyclic_since >= RECHECK:
-            self._cyclic, self._cyclic_since = {}, now
-        memo, chain, link = self._cyclic, [], image
+            memo = {}
+            if limit == math.inf:
+                self._cyclic_since = now
         seen = set()
         while True:
             if link is None or link.problem or not link.origin:
@@ -2162,11 +2256,15 @@ class Store:
                 verdict = memo.get(link.uuid)
             if verdict is not None:
                 break
+            if len(chain) >= limit:
+                raise NeedsThread
             seen.add(link.uuid)
             chain.append(link.uuid)
             link = find(link.origin)
         for uuid in chain:
             memo[uuid] = verdict
+        if memo is not before and self._cyclic is before:
+            self._cyclic, self._cyclic_since = memo, now
         if not verdict:
             self._cycles_logged.discard(image.uuid)
         elif image.uuid not in self._cycles_logged:
@@ -2357,11 +2455,13 @@ class SendStream:
         self._order = None
         self._is_compound = self._is_clone = self._is_resumed = False
         self._head = bytearray()
-        self._tail = b""
+        self._tail = bytearray()
 
     def feed(self, data):
         """Feed the next bytes of the stream, decompressed."""
-        self._tail = data if len(data) >= TAIL else (self._tail + data)[-TAIL:]
+        self._tail += data[-TAIL:]
+        if len(self._tail) > 2 * TAIL:    # not each time: pieces may be single bytes
+            del self._tail[:-TAIL]
         if self._head is not None and len(self._head) < PROLOGUE:
             self._head += data[:PROLOGUE]
             self._read_begin()
@@ -2670,15 +2770,16 @@ def new_file(name, directory=None, mode=0o644, or_old=os.O_EXCL):
 def replace_at(directory, name, data, owner=None, keep_time=False, mode=0o644):
     """Put a file in the place of `name` in an open directory, by rename.  Raises OSError.
 
-    Mode and owner of the file before stay; `owner` and `mode` are for one that is new.
-    keep_time: the mtime stays, too.  The directory is left to be synced.
+    Permissions and owner of the file before stay; `owner` and `mode` are for one that is new,
+    or takes the place of a symlink.  keep_time: the mtime stays, too.  The directory is left
+    to be synced.
     """
-    aside = temporary_name(name)
-    try:
-        before = os.stat(name, dir_fd=directory)
-        mode, owner = stat.S_IMODE(before.st_mode), (before.st_uid, before.st_gid)
-    except FileNotFoundError:
-        before = None
+    aside, before = temporary_name(name), None
+    with contextlib.suppress(FileNotFoundError):
+        status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        if stat.S_ISREG(status.st_mode):          # never a set-uid bit: the bytes are others'
+            before = status
+            mode, owner = status.st_mode & 0o777, (status.st_uid, status.st_gid)
     try:
         with new_file(aside, directory, mode) as file:
             file.write(data)
@@ -2697,6 +2798,15 @@ def replace_at(directory, name, data, owner=None, keep_time=False, mode=0o644):
         raise
 
 
+def manifest_bytes(manifest) -> bytes:
+    """A manifest as it is stored.  Raises ApiError where it is larger than one can be read."""
+    data = (render_json(manifest) + "\n").encode()
+    if len(data) > MANIFEST_LIMIT:
+        raise ApiError(422, "ValidationFailed", f"the manifest would have {len(data)} bytes, "
+                                                f"of which {MANIFEST_LIMIT} are the most")
+    return data
+
+
 def replace_file(path, data, keep_time=False, owner=None, mode=0o644):
     """replace_at by path, and synced.  Behind a symlink, it is the file there that is replaced.
 
@@ -2711,6 +2821,17 @@ def replace_file(path, data, keep_time=False, owner=None, mode=0o644):
         sync(fd, f"{name} is written, but not surely on disk")
     finally:
         os.close(fd)
+
+
+def remove_tree(path):
+    """Remove a directory, or what else stands in its place; of a symlink the link alone.
+
+    Raises OSError.
+    """
+    if stat.S_ISDIR(os.lstat(path).st_mode):
+        shutil.rmtree(path)
+    else:
+        os.unlink(path)
 
 
 def is_still(path, fd) -> bool:
@@ -2787,7 +2908,8 @@ def choose_channels(config, manifest, default=None):
     for name in manifest["channels"]:
         if name not in names:
             raise ApiError(422, "ValidationFailed",
-                           f"there is no channel {name!a} in the configuration",
+                           f"there is no channel {name!a} in the configuration, but "
+                           + ", ".join(names),
                            [{"field": "channels", "code": "Invalid"}])
     origin = manifest.get("origin") and ImageReader(config).read(
         manifest["origin"], os.path.join(config.serve_dir, ""), ())
@@ -2913,7 +3035,6 @@ class Publisher:
         def changed(manifest):
             if is_v1(manifest) and V2_ALONE & changes.keys():
                 manifest = upgrade(manifest)
-                manifest.pop("state", None)
             manifest = {**manifest, **changes}
             manifest = {key: value for key, value in manifest.items()
                         if value is not None or key not in changes}
@@ -2970,9 +3091,9 @@ class Publisher:
         """Remove an image in any state; `force`: even where other images build on it."""
         with self._locked(uuid, ("", INCOMING), LOCK_PATIENCE) as image:
             if not force:
-                self.refuse_dependents(uuid)
+                self.refuse_dependents(uuid, self.dependents(uuid))
             with storing(f"image {uuid} cannot be removed"):
-                aside = self._set_aside(image.path, uuid)
+                aside = self._set_aside(image.path, uuid, image.fd)
         self._remove(aside, uuid)
 
     def discard(self, uuid):
@@ -2989,9 +3110,9 @@ class Publisher:
         if os.path.lexists(self._path(uuid)):
             raise ApiError(409, "ImageUuidAlreadyExists", f'image uuid "{uuid}" already exists')
 
-    def refuse_dependents(self, uuid):
+    @staticmethod
+    def refuse_dependents(uuid, others):
         """Raise ApiError (422) where other images build on this one."""
-        others = self.dependents(uuid)
         if others:
             more = len(others) - DEPENDENTS_NAMED
             raise ApiError(
@@ -3000,17 +3121,27 @@ class Publisher:
                 + ", ".join(others[:DEPENDENTS_NAMED])
                 + (f", and {more} more..." if more > 0 else ""))
 
+    def manifest(self, uuid) -> dict:
+        """The manifest of an image in any state, as stored.  Raises ApiError."""
+        with self._locked(uuid, ("", INCOMING), LOCK_PATIENCE) as image:
+            return image.manifest()
+
     def dependents(self, uuid) -> list:
         """The uuids of all images, in any state, that build on this one."""
-        found = []
+        return self.all_dependents().get(uuid, [])
+
+    def all_dependents(self) -> dict:
+        """uuid: the uuids of all images, in any state, that build on it; if there are any."""
+        found = {}
         with storing("the images cannot be read"):
             names = os.listdir(self.serve_dir)
         for name in sorted(names):
             other = name[len(INCOMING):] if name.startswith(INCOMING) else name
             if is_uuid(other):
                 try:
-                    if read_manifest(os.path.join(self.serve_dir, name))[0].get("origin") == uuid:
-                        found.append(other)
+                    manifest, _ = read_manifest(os.path.join(self.serve_dir, name))
+                    if isinstance(manifest.get("origin"), str):
+                        found.setdefault(manifest["origin"], []).append(other)
                 except (OSError, BadImage, RecursionError):
                     pass                  # no client could import it
         return found
@@ -3062,8 +3193,8 @@ class Publisher:
             yield image
         except BaseException:
             if is_still(image.path, image.fd) and not self._is_kept(image.path):
-                with contextlib.suppress(OSError):
-                    shutil.rmtree(self._set_aside(image.path, uuid), ignore_errors=True)
+                with contextlib.suppress(OSError, ApiError):
+                    remove_tree(self._set_aside(image.path, uuid, image.fd))
             raise
         finally:
             os.close(image.fd)
@@ -3113,12 +3244,16 @@ class Publisher:
                     raise busy(uuid)
                 if fd is not None and self._is_kept(path):
                     return LockedImage(uuid, path, fd)
-                if fd is not None:
-                    try:
-                        aside = self._set_aside(path, uuid)
-                    finally:
+                try:                      # without fd it is gone, or no directory
+                    if fd is not None or not os.path.isdir(path):
+                        aside = self._set_aside(path, uuid, fd)
+                        with contextlib.suppress(OSError):
+                            remove_tree(aside)
+                except FileNotFoundError:
+                    pass
+                finally:
+                    if fd is not None:
                         os.close(fd)
-                    shutil.rmtree(aside, ignore_errors=True)
                 continue
             fd = None
             try:
@@ -3137,17 +3272,24 @@ class Publisher:
                 raise
         raise busy(uuid)
 
-    def _set_aside(self, path, uuid) -> str:
-        """Rename an image's directory so that nobody finds it; the new path.  Raises OSError."""
+    def _set_aside(self, path, uuid, fd=None) -> str:
+        """Rename an image's directory so that nobody finds it; the new path.
+
+        fd: the directory that is meant; another one that has come in its place is put back.
+        Raises OSError, ApiError.
+        """
         aside = self._path(f"{uuid}.{os.urandom(8).hex()}", DISCARDED)
         os.rename(path, aside)
+        if fd is not None and not is_still(aside, fd):
+            os.rename(aside, path)
+            raise busy(uuid)
         return aside
 
     def _remove(self, aside, uuid):
         """Remove the files of an image that was set aside."""
         self._sync(f"image {uuid} is removed, but not surely on disk")
         with storing(f"image {uuid} is removed, but not all of its files"):
-            shutil.rmtree(aside)
+            remove_tree(aside)
 
     def _sync(self, action):
         """fsync serve_dir.  Raises ApiError."""
@@ -3177,7 +3319,10 @@ class Publisher:
                     raise already_active(uuid)
                 raise
             if not is_still(path, image.fd):          # another one has come in its place
-                os.rename(path, image.path)
+                try:
+                    os.rename(path, image.path)
+                except OSError:                       # and a third one in the place of that
+                    self._set_aside(path, uuid)
                 raise busy(uuid)
         self._sync(f"image {uuid} is on show, but not surely on disk")
 
@@ -3186,8 +3331,7 @@ class Publisher:
     def _write_manifest(self, image, manifest):
         """Store the manifest of a locked image in its own directory.  Raises ApiError."""
         with storing("the image cannot be stored"):
-            replace_at(image.fd, MANIFEST, (render_json(manifest) + "\n").encode(),
-                       self._owner())
+            replace_at(image.fd, MANIFEST, manifest_bytes(manifest), self._owner())
         sync(image.fd, "the image is stored, but not surely on disk")
 
     def _change(self, uuid, change) -> dict:
@@ -3199,8 +3343,8 @@ class Publisher:
             before = image.manifest()
             manifest = change(before)
             if manifest != before:
-                replace_file(os.path.join(image.path, MANIFEST),
-                             (render_json(manifest) + "\n").encode(), keep_time=True)
+                replace_file(os.path.join(image.path, MANIFEST), manifest_bytes(manifest),
+                             keep_time=True)
             return manifest
 
     def _without_state(self, manifest):
@@ -4011,7 +4155,7 @@ class SourceDirectory:
                     self._places[name] = os.path.join(self.url, name), MANIFEST, ""
                 elif name.endswith(".imgmanifest"):
                     with contextlib.suppress(BadImage, OSError):
-                        uuid = str(read_manifest(self.url, name)[0].get("uuid"))
+                        uuid = str(read_manifest(self.url, name=name)[0].get("uuid"))
                         self._places[uuid] = self.url, name, name[:-len("imgmanifest")]
 
     def list(self, filters):
@@ -4028,7 +4172,7 @@ class SourceDirectory:
             raise SourceError("image not found", 404)
         directory, name, _ = self._places[uuid]
         with reading(os.path.join(directory, name)):
-            return read_manifest(directory, name)[0]
+            return read_manifest(directory, name=name)[0]
 
     def file(self, manifest) -> LocalFile:
         directory, _, stem = self._places[manifest["uuid"]]
@@ -4164,7 +4308,7 @@ class MirrorPublisher(Publisher):
     def upstream(self, uuid) -> dict:
         """{"url", "manifest"} of an image that was brought; {} of all others."""
         with contextlib.suppress(OSError, BadImage):
-            return read_manifest(self._path(uuid), UPSTREAM)[0]
+            return read_manifest(self._path(uuid), name=UPSTREAM)[0]
         return {}
 
     def follow(self, uuid, source, given) -> list:
@@ -4371,6 +4515,7 @@ class Request:
     length      bytes of its body; None where it is chunked
     body        an object with read(n), as Body has it; None until a thread answers it
     peer        the address of the client; "" on a Unix socket
+    user        the name of the client's user; None for nobody, or until its right was asked for
     right       the right of the client, once it was asked for
     user        the name of its user, once that is sure; or None
     audience    whom the answer may be given to by a cache, as Rights tells
@@ -4676,7 +4821,6 @@ CACHE_NEVER = b"Cache-Control: private, no-cache\r\n"     # holds the Host heade
 CACHE_NOTHING = b"Cache-Control: private, no-store\r\n"   # for one user alone
 
 JSON_LIMIT = 1 << 20          # bytes of a JSON body, as of a manifest
-JSON_DEPTH = 100              # lists and objects in each other there; to write 400 would fail
 UPLOADS = 32                  # files that are uploaded at once, each with a thread
 SPACE_LEFT = 1 << 30          # bytes of the disk that an upload must leave free
 SPACE_STEP = 16 << 20         # bytes of an upload between two checks; of all UPLOADS, < SPACE_LEFT
@@ -4845,12 +4989,12 @@ def check_admin_fields(query):
 def open_of(image, name, kind, fits, serve_dir=None):
     """Open a file of an image: (fd, its stat).
 
-    Raises ApiError (404) where it has no such file, or fits(its size in bytes) is false.
+    Raises ApiError (404) where it has no such file, or fits(its stat) is false.
     """
     try:
         if name is not None:
             fd, status = open_regular(os.path.join(image.directory, name), serve_dir)
-            if fits(status.st_size):
+            if fits(status):
                 return fd, status
             os.close(fd)
     except OSError as error:
@@ -4858,12 +5002,23 @@ def open_of(image, name, kind, fits, serve_dir=None):
     raise not_found(f'image "{image.uuid}" has no {kind}')
 
 
-def file_of(request, image, store) -> Response:
-    """The file of an image; its manifest may have been true until a moment ago only."""
-    fd, status = open_of(image, image.file, "file", lambda size: size == image.size)
-    return file_response(request, fd, status, image.sha1,
-                         b"Content-Type: application/octet-stream\r\n" + CACHE_FILES,
-                         lambda: store.content_md5(image, fd), image.title)
+def file_of(request, find, store) -> Response:
+    """The file of the image that find() gives, whose ETag goes with that state of the file alone.
+
+    Where it was replaced between the two, find() is asked again.
+    """
+    for _ in range(OPEN_TRIES):
+        image = find()
+        try:
+            fd, status = open_of(image, image.file, "file",
+                                 lambda status: stat_key(status) == image.file_key)
+        except ApiError as error:
+            refusal = error
+            continue
+        return file_response(request, fd, status, image.sha1,
+                             b"Content-Type: application/octet-stream\r\n" + CACHE_FILES,
+                             lambda: store.content_md5(image, fd), image.title)
+    raise refusal
 
 
 def check_if_match(headers, etag):
@@ -4917,16 +5072,6 @@ def read_all(request) -> bytes:
     return b"".join(iter(lambda: request.body.read(request.length), b""))
 
 
-def depth_of(value) -> int:
-    """How deep lists and objects are nested in a JSON value."""
-    depth, level = 0, [value]
-    while level:
-        depth += 1
-        level = [child for item in level if isinstance(item, (dict, list))
-                 for child in (item.values() if isinstance(item, dict) else item)]
-    return depth
-
-
 def read_json(request, kind):
     """The value of a JSON body; an empty one is {}.  Its Content-Type does not count.
 
@@ -4940,8 +5085,6 @@ def read_json(request, kind):
         raise ApiError(400, "BadDigest", "the body is not as its Content-MD5 says")
     try:
         value = parse_json(data or b"{}")
-        if depth_of(value) > JSON_DEPTH:
-            raise ValueError("nested too deep")
     except ValueError as error:
         raise ApiError(400, "InvalidContent", f"Invalid JSON: {error}")
     if not isinstance(value, kind):
@@ -5012,10 +5155,12 @@ class Dsapi:
 
     def file(self, request, uuid, name):
         """The file of an image, by the name that its v1 manifest gives."""
-        image = self.rights.visible(request, self.store.image(uuid, DSAPI, True))
-        if name != image.path:
-            raise not_found(f"{request.target} does not exist")
-        return file_of(request, image, self.store)
+        def find():
+            image = self.rights.visible(request, self.store.image(uuid, DSAPI, True))
+            if name != image.path:
+                raise not_found(f"{request.target} does not exist")
+            return image
+        return file_of(request, find, self.store)
 
 
 def unknown_channel(name) -> ApiError:
@@ -5168,25 +5313,27 @@ class Imgapi:
 
     def file(self, request, uuid):
         """The file of an image; ?index=0 is the only one."""
-        image, _, query = self.find(request, uuid)
-        index = single_value(query, "index") or "0"
-        if re.fullmatch("[0-9]+", index) and index.strip("0"):
-            raise not_found(f'image "{uuid}" has no file at index {index.lstrip("0")}')
-        return file_of(request, image, self.store)
+        def find():
+            image, _, query = self.find(request, uuid)
+            index = single_value(query, "index") or "0"
+            if re.fullmatch("[0-9]+", index) and index.strip("0"):
+                raise not_found(f'image "{uuid}" has no file at index {index.lstrip("0")}')
+            return image
+        return file_of(request, find, self.store)
 
     def icon(self, request, uuid):
         """The icon of an image, with the Content-MD5 that sdc-clients insist on."""
         image, _, _ = self.find(request, uuid)
-        fd, status = open_of(image, image.icon, "icon", lambda size: size <= MD5_LIMIT,
-                             self.config.serve_dir)
+        fd, status = open_of(image, image.icon, "icon",
+                             lambda status: status.st_size <= MD5_LIMIT, self.config.serve_dir)
         try:
-            data = os.pread(fd, status.st_size, 0)
+            sha1, md5 = self.store.hashes_of(fd, image, image.icon)
         except OSError:
             os.close(fd)
             raise
-        return file_response(request, fd, status, hashlib.sha1(data).hexdigest(),
+        return file_response(request, fd, status, sha1,
                              header_line("Content-Type", ICONS[image.icon]) + CACHE_MANIFESTS
-                             + CORS, hashlib.md5(data).digest)
+                             + CORS, lambda: md5)
 
     def channel_list(self, request):
         """The channels as they are configured."""
@@ -5407,7 +5554,8 @@ class ImgapiPublishing:
         if action == "add":
             acl = list(dict.fromkeys((*image.acl, *accounts)))
         elif action == "remove":
-            acl = [account for account in image.acl if account not in accounts]
+            removed = set(accounts)
+            acl = [account for account in image.acl if account not in removed]
         else:
             raise invalid("action", f'"{action}" is not a valid action')
         self.publisher.update(uuid, {"acl": acl or None})
@@ -5553,7 +5701,7 @@ class ImgapiPublishing:
         others = [name for name in image.channels if name != channel
                   and name in self.imgapi.channels]
         if self._waits(image):
-            self.publisher.refuse_dependents(uuid)
+            self.publisher.refuse_dependents(uuid, self.publisher.dependents(uuid))
             self.publisher.discard(uuid)
         elif others and force != "true":
             self.publisher.update(uuid, {"channels": others})
@@ -5725,7 +5873,8 @@ class Site:
             names.insert(0, "index.html")
         for name in names:
             try:
-                fd, status = open_regular(os.path.join(self.config.serve_dir, name))
+                fd, status = open_regular(os.path.join(self.config.serve_dir, name),
+                                          self.config.serve_dir)
             except OSError as error:
                 raise_shortage(error)
                 continue
@@ -6215,8 +6364,7 @@ class Connection:
             if response.file is None:
                 transport.queue(response.body, size)
         self.answered += 1
-        self.unlogged += ((end, self.line, response.status, size, self.started,
-                           response.title, self._client()),)
+        self._to_log(end, response.status, size, response.title)
         return not self.closing
 
     def flush(self):
@@ -6268,7 +6416,9 @@ class Connection:
         loop.unwatch(self.transport.sock)
         self.state, self.deadline = WORKING, math.inf
         try:
-            loop.workers.submit(self._answer_in_thread, self.request.length == 0)
+            # Lists wait for each other, and nobody else for them.
+            workers = loop.list_workers if len(self.request.segments) == 1 else loop.workers
+            workers.submit(self._answer_in_thread, self.request.length == 0)
         except (RuntimeError, MemoryError):       # can't start new thread
             self.state = READING
             loop.watch(self.transport.sock, selectors.EVENT_READ, self.readable)
@@ -6313,8 +6463,7 @@ class Connection:
         if self.request.body is not None:
             self.buffer = self.request.body.rest
         if response is None:              # nobody is there to be answered
-            self.unlogged += ((math.inf, self.line, GONE, 0, self.started, "",
-                               self._client()),)
+            self._to_log(math.inf, GONE, 0, "")
             self._log_answers()
             self.close()
             return
@@ -6426,16 +6575,16 @@ class Connection:
 
     # log
 
-    def _client(self) -> str:
-        """The client, after its user and "@" where there is one."""
+    def _to_log(self, end, status, size, title):
+        """Remember an answer for the log; `end` is the number of the byte behind it."""
         request = self.request
-        if request is None:
-            return client_name(self.peer, {})
-        name = self.peer or client_name("", request.headers)
-        return f"{request.user}@{name}" if request.user else name
+        user, headers = (None, {}) if request is None else (request.user, request.headers)
+        self.unlogged += ((end, self.line, status, size, self.started, title,
+                           self.peer or client_name("", headers), user,
+                           headers.get("user-agent", "")),)
 
     def _log_answers(self):
-        """A line for each answer: client, request, status, bytes of the body, time, image.
+        """A line for each answer: client, request, status, bytes, time, user, agent, image.
 
         It is written when the answer has gone, or has failed: then with the bytes that went.
         """
@@ -6443,14 +6592,11 @@ class Connection:
         if log.level > INFO:
             return
         now, sent = time.monotonic(), self.transport.sent
-        for end, line, status, size, started, title, client in unlogged:
+        for end, line, status, size, started, title, client, user, agent in unlogged:
             failure = ""
             if end > sent:
                 failure, size = self.failure, max(0, size - end + sent)
-            if len(line) > LOG_TARGET_LIMIT or not _is_plain(line):
-                line = printable(line)
-            log.add(f'info {client} "{line}" {status} {size} {(now - started) * 1000:.1f}ms'
-                    f"{title and ' ' + title}{failure}")
+            log.request(client, user, line, agent, status, size, now - started, title, failure)
 
 
 class Sender:
@@ -6574,6 +6720,7 @@ OVERFLOW = 256                # connections above the limit that are told 503 be
 SPARE_FILES = 64              # file descriptors kept for images, directories and the log
 THREAD_IDLE = 10.0            # seconds until a thread without work ends
 WORKERS = 24                  # threads for short jobs: more only wait for the interpreter's lock
+LIST_WORKERS = 4              # threads for lists, of which one is computed at a time
 MANY_EVENTS = 32              # ready sockets after which the time of a turn is checked
 TURN_TIME = 0.02              # seconds of a turn after which answers go out and others get theirs
 GIVEN_BACK = 64               # connections taken back from threads in one turn, some 3 ms
@@ -6589,14 +6736,15 @@ NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)       # a machine wi
 class Workers:
     """Threads for jobs that may block: started when none is idle, ended when idle for long.
 
-    Of short jobs at most WORKERS run at once, unless a disk hangs: then watch() adds some.
+    Of short jobs at most `limit` run at once, unless a disk hangs: then watch() adds some.
     """
 
-    def __init__(self):
+    def __init__(self, limit=None):
+        self._limit = limit or WORKERS
         self._jobs = queue.SimpleQueue()  # one for each thread that was taken from the idle ones
         self._idle = threading.Semaphore(0)
         self._lock = threading.Lock()     # for all that follows
-        self._waiting = collections.deque()       # short jobs above WORKERS
+        self._waiting = collections.deque()       # short jobs above the limit
         self._running = 0                 # short jobs that run
         self._finished = self._seen = 0   # short jobs finished, and at the last watch()
 
@@ -6604,7 +6752,7 @@ class Workers:
         """Have a thread call job().  Raises RuntimeError, MemoryError where none can be had."""
         if is_short:
             with self._lock:
-                if self._running >= WORKERS:
+                if self._running >= self._limit:
                     self._waiting.append(job)
                     return
                 self._running += 1
@@ -6626,7 +6774,8 @@ class Workers:
         with self._lock:
             jobs = []
             if self._finished == self._seen:
-                jobs = [self._waiting.popleft() for _ in range(min(WORKERS, len(self._waiting)))]
+                jobs = [self._waiting.popleft()
+                        for _ in range(min(self._limit, len(self._waiting)))]
             self._running += len(jobs)
             self._seen = self._finished
         for job in jobs:
@@ -6673,7 +6822,7 @@ class EventLoop:
 
     def __init__(self, config, log):
         self.config, self.log = config, log
-        self.workers = Workers()
+        self.workers, self.list_workers = Workers(), Workers(LIST_WORKERS)
         self.site = Site(config, Store(config, log, self.workers.submit), log)
         self.servers = []
         self.draining = False
@@ -6802,6 +6951,7 @@ class EventLoop:
             except Exception:
                 self.fault(connection)
         self.workers.watch()
+        self.list_workers.watch()
         for sender in self._senders:
             sender.watch(now, sum(each.threads for each in self._senders) < SENDER_THREADS)
         if self._accept_again is not None and now >= self._accept_again and not self.draining:
@@ -7044,7 +7194,7 @@ class UnixImageServer(ImageServer):
                 return                    # the last one has ended well: nothing to remove
             except (BlockingIOError, socket.timeout):
                 pass                      # a listener that does not accept: its queue is full
-            raise UserError(f"another server listens on {path}")
+            raise AddressInUse(f"another server listens on {path}")
 
     def describe(self):
         return self.server_address
@@ -7070,6 +7220,13 @@ class UnixImageServer(ImageServer):
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE)     # end a command
 PIPE_WRITE = 512              # bytes that a writable pipe takes at once (POSIX, _POSIX_PIPE_BUF)
 PROGRESS_EVERY = 0.25         # seconds between two figures on a terminal
+COLUMN_LIMIT = 36             # characters of a column of `list`: a uuid
+LIST_COLUMNS = ("UUID", "NAME", "VERSION", "OS", "TYPE", "SIZE", "STATE", "PUBLISHED", "ORIGIN",
+                "CHANNELS")
+LIST_FILTERS = ("uuid", "name", "version", "os", "type", "state", "origin", "channels", "owner",
+                "public", "billing_tag")
+EXAMPLE = "f669428c-a939-11e2-a485-b790efc0f0c1"      # a uuid for --help
+NO_SHA1 = "0" * 40            # in the place of one that the manifest does not have
 
 
 def start(config, log) -> EventLoop:
@@ -7094,9 +7251,10 @@ def start(config, log) -> EventLoop:
             if isinstance(error, PermissionError) and not is_path and address[1] < 1024:
                 reason = (f"{reason}; a port below 1024 needs the privilege net_privaddr, or "
                           "choose --listen 8080")
-            transient = error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
-            raise UserError(f"cannot listen on {config.listen_port}: {reason}",
-                            1 if transient else EXIT_CONFIG)
+            refusal = f"cannot listen on {config.listen_port}: {reason}"
+            if error.errno == errno.EADDRINUSE:
+                raise AddressInUse(refusal)
+            raise UserError(refusal, 1 if error.errno == errno.EADDRNOTAVAIL else EXIT_CONFIG)
     return loop
 
 
@@ -7118,9 +7276,9 @@ def raise_file_limit(config, log):
         log.warn(f"{soft} files may be open: max_connections is {config.max_connections}")
 
 
-def run_serve(config, _):
-    """Serve until SIGTERM or SIGINT; a second one ends it at once."""
-    log = Log(config.loglevel)
+def prepare(config) -> EventLoop:
+    """All that a start does before it serves.  Raises UserError as start() does."""
+    log = Log(config.loglevel, form=config.logformat)
     for warning in config.warnings:
         log.warn(warning)
     config.check_serve_dir()
@@ -7128,6 +7286,13 @@ def run_serve(config, _):
     loop = start(config, log)
     if loop.site.rights.publishing and not os.access(config.serve_dir, os.W_OK | os.X_OK):
         log.warn("publishing over HTTP needs write access to serve_dir, which is missing")
+    return loop
+
+
+def run_serve(config, _):
+    """Serve until SIGTERM or SIGINT; a second one ends it at once."""
+    loop = prepare(config)
+    log = loop.log
 
     def end(number, frame):
         loop.stop(at_once=loop.draining)
@@ -7315,8 +7480,18 @@ def read_given_manifest(path, signals) -> dict:
     return {key: value for key, value in manifest.items() if key not in ("state", "icon")}
 
 
+def check_texts(texts):
+    """Raise UserError for bytes of the command line that no manifest can have."""
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError(f"{text!a} is not UTF-8")
+
+
 def given_fields(texts) -> dict:
     """The fields of FIELD=VALUE words.  Raises UserError."""
+    check_texts(texts)
     try:
         return dict(map(parse_field, texts))
     except ValueError as error:
@@ -7326,11 +7501,7 @@ def given_fields(texts) -> dict:
 def manifest_to_import(config, options) -> dict:
     """The manifest that the options of `import` ask for.  Raises UserError."""
     texts = options.words
-    for text in texts:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise UserError(f"{text!a} is not UTF-8")
+    check_texts(texts)
     if options.uuid and not is_uuid(options.uuid):
         raise UserError(f"{options.uuid!a} is not a UUID in lower case")
     given = {key: value for key, value in (("os", options.os), ("type", options.type),
@@ -7429,8 +7600,6 @@ def run_mirror(config, options):
     uuids = [checked_uuid(text) for text in options.uuid]
     filters = {name: getattr(options, name) for name in ("name", "version", "os", "type")
                if getattr(options, name) is not None}
-    if options.latest is not None and options.latest < 1:
-        raise UserError("--latest must be 1 or more", 2)
     by_list = bool(filters) or options.all or options.latest is not None
     if by_list == bool(uuids):
         raise UserError("either UUIDs are needed, or --name, --version, --os, --type, --latest "
@@ -7498,6 +7667,24 @@ def run_import_image(config, options):
     return options.step(config, options)
 
 
+def label(config, uuid) -> str:
+    """uuid, name and version of an image in any state, as far as its manifest tells."""
+    for prefix in ("", INCOMING):
+        with contextlib.suppress(OSError, BadImage, LookupError, RecursionError):
+            manifest, _ = read_manifest(os.path.join(config.serve_dir, prefix + uuid))
+            return printable(f"{uuid} {manifest['name']} {manifest['version']}")
+    return printable(uuid)
+
+
+@contextlib.contextmanager
+def about(file):
+    """Make of each OSError and BadImage in the block a BadImage that begins with its name."""
+    try:
+        yield
+    except (OSError, BadImage) as error:
+        raise BadImage(f"{file}: {getattr(error, 'strerror', error)}")
+
+
 class Check:
     """Compares the images of serve_dir with their manifests; one run of `check`."""
 
@@ -7529,10 +7716,8 @@ class Check:
             self._check_head(image)
         else:
             found = found or self._scan(image)
-            try:
+            with about(image.file):
                 self._compare(found, image)
-            except BadImage as error:
-                raise BadImage(f"{image.file}: {error}")
             if self.options.record:
                 record_facts(directory, found)
         if image.origin and not os.path.exists(
@@ -7547,17 +7732,13 @@ class Check:
         """Read all of an image's file.  Raises BadImage, and UserError after a signal."""
         found, progress = FileScan(), Progress(f"{image.uuid} {image.file}", self.options.quiet)
         try:
-            fd, _ = open_regular(os.path.join(image.directory, image.file))
-            with open(fd, "rb", buffering=0) as file:
+            with about(image.file), open(open_regular(os.path.join(
+                    image.directory, image.file))[0], "rb", buffering=0) as file:
                 for chunk in iter(lambda: file.read(CHUNK), b""):
                     self.signals.check()
                     found.feed(chunk)
                     progress.add(len(chunk))
-            found.finish()
-        except OSError as error:
-            raise BadImage(f"{image.file}: {error.strerror}")
-        except BadImage as error:
-            raise BadImage(f"{image.file}: {error}")
+                found.finish()
         finally:
             progress.clear()
         return found
@@ -7573,13 +7754,10 @@ class Check:
     def _check_head(self, image):
         """The same by the first bytes of the file alone.  Raises BadImage."""
         path = os.path.join(image.directory, image.file)
-        try:
-            fd, _ = open_regular(path)
-            with open(fd, "rb", buffering=0) as file:
+        with about(image.file):
+            with open(open_regular(path)[0], "rb", buffering=0) as file:
                 compression = compression_of(file.read(MAGIC_LENGTH), image.file)
             stream = read_stream(path, compression)
-        except (OSError, BadImage) as error:
-            raise BadImage(f"{image.file}: {getattr(error, 'strerror', error)}")
         self._check_facts([], compression, stream, image, whole=False)
 
     def _check_facts(self, pairs, compression, stream, image, whole=True):
@@ -7599,30 +7777,19 @@ class Check:
             raise BadImage(problem)
         self.publisher.check_origin(image.origin, stream)
 
-    def label(self, uuid) -> str:
-        """uuid, name and version of an image, as far as its manifest tells."""
-        try:
-            manifest, _ = read_manifest(os.path.join(self.config.serve_dir, uuid))
-            texts = [uuid, str(manifest["name"]), str(manifest["version"])]
-        except (OSError, BadImage, LookupError, RecursionError):
-            texts = [uuid]
-        return printable(" ".join(texts))
-
     def leftovers(self):
         """Say which images are not active; with --clean remove the stale ones."""
         for uuid, problem, age in list(incoming(self.config, self.reader)):
-            text = (f"was never finished, or is still coming ({problem})" if problem else
-                    "waits to be activated")
+            text = incoming_text(uuid, problem, age)
             removed = self.options.clean and problem is not None and age > STALE
             if removed:
                 try:
                     self.publisher.discard(uuid)
-                    text = "was never finished: removed"
+                    text = f"{INCOMING}{uuid}: was never finished: removed"
                 except ApiError as error:
-                    text = f"was never finished: {error.message}"
+                    text = f"{INCOMING}{uuid}: was never finished: {error.message}"
             if removed or not self.options.quiet:
-                self.signals.say(f"{INCOMING}{uuid}: {printable(text)}; "
-                                 f"last change {age / 3600:.0f} hours ago")
+                self.signals.say(text)
 
     def clean(self):
         """Remove the remains of commands that were killed: set aside, or half written."""
@@ -7631,7 +7798,8 @@ class Check:
             self.signals.check()
             path = os.path.join(serve_dir, name)
             if name.startswith(DISCARDED):
-                shutil.rmtree(path, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    remove_tree(path)
             elif is_uuid(name):
                 with contextlib.suppress(OSError):
                     for entry in os.scandir(path):
@@ -7640,13 +7808,19 @@ class Check:
                             os.unlink(entry.path)
 
 
+def stored_file(directory):
+    """(manifest, files[0]) of an image as stored; files[0] is None where there is none."""
+    with contextlib.suppress(OSError, BadImage, LookupError, TypeError):
+        manifest, _ = read_manifest(directory)
+        if isinstance(manifest["files"][0], dict):
+            return manifest, manifest["files"][0]
+    return {}, None
+
+
 def lacks_facts(directory) -> bool:
     """Whether a manifest does not say the size or the sha1 of its file."""
-    try:
-        file = read_manifest(directory)[0]["files"][0]
-        return not (file.get("size") and file.get("sha1"))
-    except (OSError, BadImage, LookupError, TypeError, AttributeError):
-        return False
+    file = stored_file(directory)[1]
+    return file is not None and not (file.get("size") and file.get("sha1"))
 
 
 def record_facts(directory, found):
@@ -7655,21 +7829,17 @@ def record_facts(directory, found):
     By rename; its mtime stays, which may be shown as published_at.  Not where the manifest
     has become another since the file was read.  Raises ApiError where it cannot be written.
     """
-    try:
-        manifest, _ = read_manifest(directory)
-        file = manifest["files"][0]
-        facts = {"size": found.size, **found.hashes()}
-        facts["md5_of"] = facts["sha1"]
-        if any(str(file.get(key) or facts[key]).lower() != str(facts[key])
-               for key in ("size", "sha1")):
-            return
-    except (OSError, BadImage, LookupError, TypeError, AttributeError):
+    manifest, file = stored_file(directory)
+    facts = {"size": found.size, **found.hashes()}
+    facts["md5_of"] = facts["sha1"]
+    if file is None or any(str(file.get(key) or facts[key]).lower() != str(facts[key])
+                           for key in ("size", "sha1")):
         return
     kept = {key: file[key] for key in ("size", "sha1") if file.get(key)}
     if {**file, **facts, **kept} != file:
         file.update(facts, **kept)
-        replace_file(os.path.join(directory, MANIFEST),
-                     (render_json(manifest) + "\n").encode(), keep_time=True)
+        replace_file(os.path.join(directory, MANIFEST), manifest_bytes(manifest),
+                     keep_time=True)
 
 
 def incoming(config, reader):
@@ -7693,6 +7863,14 @@ def incoming(config, reader):
         yield uuid, problem, time.time() - max(times)
 
 
+def incoming_text(uuid, problem, age) -> str:
+    """A sentence about an image that is not active, from what `incoming` yields."""
+    text = "waits to be activated" if problem is None else (
+        f"was never finished ({problem}): `check --clean` removes it" if age > STALE else
+        f"was never finished, or is still coming ({problem})")
+    return f"{INCOMING}{uuid}: {printable(text)}; last change {age / 3600:.0f} hours ago"
+
+
 def run_check(config, options):
     """Compare every image with its manifest, and say which are not as that promises."""
     config.check_serve_dir()
@@ -7709,7 +7887,7 @@ def run_check(config, options):
             check.image(uuid)
         except (BadImage, ApiError) as error:
             bad += 1
-            say(f"{check.label(uuid)}: {printable(str(error))}")
+            say(f"{label(config, uuid)}: {printable(str(error))}")
     if options.clean:
         check.clean()
     if not options.uuid:
@@ -7720,8 +7898,252 @@ def run_check(config, options):
     return 1 if bad else 0
 
 
+class Unhashed:
+    """In the place of a Hasher: a list needs no sha1, and so reads no image files."""
+
+    @staticmethod
+    def hashes(path, key):
+        return NO_SHA1, bytes(16)
+
+
+class Inventory:
+    """All images of serve_dir as they are now, for the commands: image files are not read.
+
+    images      the sound ones, in any state, in the order of publishing
+    left_out    name of a directory: why the image there is not shown
+    """
+
+    def __init__(self, config, apis=()):
+        config.check_serve_dir()
+        self.config, self.reader = config, ImageReader(config, Unhashed())
+        found, self.left_out = {}, {}
+        for name in sorted(os.listdir(config.serve_dir), reverse=True):   # .incoming-* come last
+            uuid = name[len(INCOMING):]
+            if name.startswith(INCOMING) and is_uuid(uuid) and uuid not in found:
+                image = self.reader.read_unactivated(uuid)
+                if image is not None and not image.problem:
+                    found[uuid] = image
+            elif len(name) == len(NOBODY):
+                image = is_uuid(name) and self.reader.read(
+                    name, os.path.join(config.serve_dir, ""), apis)
+                reason = image.problem if image else passed_over(config.serve_dir, name)
+                if reason is None and is_uuid(name) and not image \
+                        and os.path.isdir(os.path.join(config.serve_dir, name)):
+                    reason = f"there is no {MANIFEST}"
+                if reason:
+                    self.left_out[name] = reason
+                elif image:
+                    found[name] = image
+        for uuid in endless({uuid: image.origin for uuid, image in found.items()}):
+            del found[uuid]
+            self.left_out[uuid] = "its origins form a cycle"
+        self.by_uuid = found
+        self.images = sorted(found.values(), key=lambda image: image.order)
+
+    def problems(self):
+        """Yield a sentence for each image that is left out, not importable, waiting or stale."""
+        for name in sorted(self.left_out):
+            yield f"{label(self.config, name)} is left out: {printable(self.left_out[name])}"
+        for image in self.images:
+            for text in (*image.notes, *self._problems_of(image)):
+                yield f"{image.uuid} {image.title}: {printable(text)}"
+        for uuid, problem, age in incoming(self.config, self.reader):
+            yield incoming_text(uuid, problem, age)
+        for name in sorted(os.listdir(self.config.serve_dir)):
+            if name.startswith(DISCARDED):
+                yield f"{printable(name)}: is being removed, or else `check --clean` removes it"
+
+    def _problems_of(self, image):
+        """Yield why imgadm does not see a sound image, or does not find its origin."""
+        if image.state not in ("active", "disabled") and not image.place.endswith(INCOMING):
+            yield f"waits to be activated: its manifest has the state {image.state}"
+        channels = [channel["name"] for channel in self.config.channels]
+        if channels and set(channels).isdisjoint(image.channels):
+            yield "it is in no channel of the configuration: nobody sees it over IMGAPI"
+        origin = self.by_uuid.get(image.origin)
+        if image.origin is None:
+            return
+        if origin is None:
+            mirror = f": imgserver.py mirror URL {image.origin}"
+            yield (f"imgadm cannot import it until image {image.origin} is on this server, too"
+                   + (mirror if image.origin not in self.left_out else ""))
+        elif origin.state == "unactivated" != image.state:
+            yield f"imgadm cannot import it until image {image.origin} is activated"
+        elif channels and set(image.channels).isdisjoint(origin.channels):
+            yield no_common_channel(origin.uuid)
+
+
+def endless(origins) -> list:
+    """The uuids whose chain of origins never ends, of {uuid: origin or None}."""
+    result, finite = [], set()
+    for uuid in origins:
+        chain, link = set(), uuid
+        while link in origins and link not in chain and link not in finite:
+            chain.add(link)
+            link = origins[link]
+        if link in chain or link in result:
+            result.append(uuid)
+        else:
+            finite |= chain
+    return result
+
+
+def list_filters(texts):
+    """Functions of an Image for the FIELD=VALUE words of `list`.  Raises UserError."""
+    query, filters = {}, []
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not sign or name not in LIST_FILTERS and not name.startswith("tag."):
+            raise UserError(f"{text!a} is not FIELD=VALUE with one of "
+                            + ", ".join(LIST_FILTERS) + ", tag.KEY", 2)
+        query.setdefault(name, []).append(value)
+        if name in ("uuid", "state", "origin"):
+            filters.append(lambda image, name=name, value=value:
+                           (getattr(image, name) or "") == value)
+        elif name == "channels":
+            filters.append(lambda image, value=value: value in image.channels)
+    return filters + image_filters(query, None)
+
+
+def list_row(image, config) -> list:
+    """The columns of an image in `list`."""
+    published = image.order[0].partition(".")[0] + "Z"
+    row = [image.uuid, image.name, image.version, image.os, image.type, str(image.size),
+           image.state, "-" if image.state == "unactivated" else published, image.origin or "-"]
+    return row + ([printable(",".join(image.channels)) or "-"] if config.channels else [])
+
+
+def list_text(images, config, options) -> str:
+    """The images of `list` as a table, as lines for `cut`, or as JSON."""
+    if options.json:
+        values = []
+        for image in images:
+            values.append(image.fields())
+            for file in values[-1]["files"]:
+                if file["sha1"] == NO_SHA1:
+                    del file["sha1"]
+            if config.channels:
+                values[-1]["channels"] = list(image.channels)
+        return render_json(values)
+    rows = [list_row(image, config) for image in images]
+    if options.parsable:
+        return "\n".join(map("\t".join, rows))
+    rows = [LIST_COLUMNS[:9 + bool(config.channels)]] + [
+        [text if len(text) <= COLUMN_LIMIT else text[:COLUMN_LIMIT - 3] + "..." for text in row]
+        for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join(" ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def run_list(config, options):
+    """List the images in any state, and their problems below."""
+    if options.problems and (options.words or options.json or options.parsable):
+        raise UserError("--problems goes with nothing else", 2)
+    filters = list_filters(options.words)
+    inventory = Inventory(config, (IMGAPI,) if options.json or any(
+        text.startswith("tag.") for text in options.words) else ())
+    images = [image for image in inventory.images if all(check(image) for check in filters)]
+    problems = [] if filters or options.json or options.parsable else list(inventory.problems())
+    parts = [] if options.problems else [list_text(images, config, options)]
+    text = "\n\n".join(filter(None, parts + ["\n".join(problems)]))
+    if text:
+        options.signals.say(text)
+    return 1 if options.problems and problems else 0
+
+
+def change_images(config, options, uuids, change, done):
+    """Call change(uuid) for each image, and say `done` of it."""
+    for uuid in uuids:
+        options.signals.check()
+        text = label(config, uuid)
+        change(uuid)
+        options.signals.say(f"{done} image {text}")
+    return 0
+
+
+def run_state(config, options):
+    """Enable or disable images: all of them are checked before the first is changed."""
+    publisher = Publisher(config)
+    uuids = list(dict.fromkeys(map(checked_uuid, options.uuid)))
+    for uuid in uuids:
+        publisher.manifest(uuid)
+    verb, done = ((publisher.enable, "Enabled") if options.enable else
+                  (publisher.disable, "Disabled"))
+    return change_images(config, options, uuids, verb, done)
+
+
+def run_update(config, options):
+    """Set or remove fields of one image."""
+    uuid = checked_uuid(options.uuid)
+    Publisher(config).update(uuid, given_fields(options.words))
+    options.signals.say(f"Updated image {label(config, uuid)}")
+    return 0
+
+
+def run_delete(config, options):
+    """Delete images: all of them are checked before the first is deleted."""
+    publisher = Publisher(config)
+    uuids = list(dict.fromkeys(map(checked_uuid, options.uuid)))
+    origins = {}
+    others = {} if options.force else publisher.all_dependents()
+    for uuid in uuids:
+        if not any(os.path.isdir(os.path.join(config.serve_dir, prefix + uuid))
+                   for prefix in ("", INCOMING)):
+            raise not_found(f"image {uuid} not found")
+        publisher.refuse_dependents(uuid, [other for other in others.get(uuid, ())
+                                          if other not in uuids])
+        origins.update(dict.fromkeys(others.get(uuid, ()), uuid))
+
+    def depth(uuid):                      # of a chain of origins; a cycle is cut at its length
+        count = 0
+        while uuid in origins and count < len(origins):
+            uuid, count = origins[uuid], count + 1
+        return count
+    uuids.sort(key=depth, reverse=True)   # an image before the one that it builds on
+    return change_images(config, options, uuids,
+                         lambda uuid: publisher.delete(uuid, options.force), "Deleted")
+
+
+def run_prune(config, options):
+    """Delete all but the newest images of each name and channel, if no other builds on them."""
+    publisher, groups, kept = Publisher(config), {}, set()
+    images = [image for image in Inventory(config).images if image.state != "unactivated"
+              and options.name in (None, image.name)]
+    if options.name is not None and not images:
+        raise UserError(f"there is no image {options.name!a}")
+    for image in reversed(images):        # the newest first
+        for channel in image.channels if config.channels and image.channels else (None,):
+            group = groups.setdefault((image.name, channel), [])
+            if len(group) < options.keep:             # so that N that can be imported stay
+                kept.add(image.uuid)
+                group += [image] if image.state == "active" else []
+    others = publisher.all_dependents()
+    doomed = [image.uuid for image in images
+              if image.uuid not in kept and image.uuid not in others]
+    return change_images(config, options, doomed,
+                         (lambda uuid: None) if options.dry_run else publisher.delete,
+                         "Would delete" if options.dry_run else "Deleted")
+
+
+def check_config(config, options):
+    """Say whether a server would start with this configuration, as `nginx -t` does.
+
+    The same sentences and statuses; but an address in use is none of its mistakes.
+    """
+    try:
+        for server in prepare(config).servers:
+            server.server_close()
+        note = ""
+    except AddressInUse as error:
+        note = f" ({error}: the server that runs, perhaps)"
+    options.signals.say("the configuration is right" + printable(note))
+    return 0
+
+
 def run_config(config, options):
     """Write a creator's and a vendor's UUID into config.json, unless it has them."""
+    if options.check:
+        return check_config(config, options)
     path = os.path.abspath(options.config or default_config())
     values = {}
     if os.path.exists(path):
@@ -7944,6 +8366,13 @@ def add_import_options(sub):
     sub.add_argument("-q", "--quiet", action="store_true", help="no progress on a terminal")
 
 
+def at_least_one(text) -> int:
+    """The N of --keep.  Raises ArgumentTypeError, which the parser reports."""
+    if not re.fullmatch("0*[1-9][0-9]{0,8}", text):
+        raise argparse.ArgumentTypeError(f"must be a number from 1 on, not {text!a}")
+    return int(text)
+
+
 def add_mirror_options(sub):
     """The options and words of `mirror`."""
     sub.add_argument("url", metavar="URL",
@@ -7955,7 +8384,7 @@ def add_mirror_options(sub):
                        ("os", "of this operating system"), ("type", "of this type"),
                        ("channel", "in this channel of the other server")):
         sub.add_argument(f"--{name}", help=text)
-    sub.add_argument("--latest", type=int, metavar="K", help="the K newest of each name")
+    sub.add_argument("--latest", type=at_least_one, metavar="K", help="the K newest of each name")
     sub.add_argument("--all", action="store_true", help="all that are listed there")
     sub.add_argument("--ca", metavar="FILE", help="certificates to trust, as PEM")
     sub.add_argument("--insecure", action="store_true", help="trust any certificate")
@@ -7964,6 +8393,41 @@ def add_mirror_options(sub):
     sub.add_argument("--no-stream-check", dest="stream_check", action="store_false",
                      help="take files that are no ZFS send streams")
     sub.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+
+
+def add_managing_commands(command):
+    """The commands that list and change images; command() adds one."""
+    sub = command("list", run_list, "list the images, and their problems below",
+                  example="list name=~web state=disabled")
+    sub.add_argument("words", nargs="*", metavar="FIELD=VALUE",
+                     help="only those that have it: name=web, name=~part, type=!zvol, "
+                          "tag.role=db; fields: " + ", ".join(LIST_FILTERS))
+    sub.add_argument("-j", "--json", action="store_true", help="their manifests, as JSON")
+    sub.add_argument("-p", dest="parsable", action="store_true",
+                     help="the columns alone, whole and with a tab between them, for cut -f")
+    sub.add_argument("--problems", action="store_true",
+                     help="only the problems; exit status 1 where there are any")
+    for name, run, text in (
+            ("enable", run_state, "let disabled images be listed and imported again"),
+            ("disable", run_state, "take images off the lists; running downloads go on"),
+            ("delete", run_delete, "delete images; running downloads go on")):
+        sub = command(name, run, text, True, f"{name} {EXAMPLE}")
+        sub.set_defaults(enable=name == "enable")
+        sub.add_argument("uuid", nargs="+", metavar="UUID")
+    sub.add_argument("--force", action="store_true",
+                     help="even where other images build on them")
+    sub = command("update", run_update, "change fields of the manifest of an image",
+                  True, f"update {EXAMPLE} 'description=Web server' homepage=")
+    sub.add_argument("uuid", metavar="UUID")
+    sub.add_argument("words", nargs="+", metavar="FIELD=VALUE",
+                     help="as for import; FIELD= removes it")
+    sub = command("prune", run_prune, "delete old images: all but the newest of each "
+                  "name (and channel), if no other builds on them", True, "prune --keep 3 -n")
+    sub.add_argument("--keep", type=at_least_one, required=True, metavar="N",
+                     help="how many of each name stay, 1 or more")
+    sub.add_argument("--name", help="only the images of this name")
+    sub.add_argument("-n", dest="dry_run", action="store_true",
+                     help="delete none, but name those that would go")
 
 
 def option_parser() -> argparse.ArgumentParser:
@@ -7983,12 +8447,16 @@ def option_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", title="commands",
                                      parser_class=CommandParser)
 
-    def command(name, run, text, writes=False):
-        sub = commands.add_parser(name, parents=[shared], help=text, description=text)
+    def command(name, run, text, writes=False, example=""):
+        sub = commands.add_parser(
+            name, parents=[shared], help=text, description=text[0].upper() + text[1:] + ".",
+            epilog=example and "example:\n  imgserver.py " + example,
+            formatter_class=argparse.RawDescriptionHelpFormatter)
         sub.set_defaults(run=run, writes=writes)
         return sub
 
-    serve = command("serve", run_serve, "serve the images (the default)")
+    serve = command("serve", run_serve, "serve the images (the default)",
+                    example="serve --listen 8080 --dir /images")
     for each in (parser, serve):
         each.add_argument("--listen", metavar="PORT|ADDRESS:PORT|/PATH", default=argparse.SUPPRESS,
                           help="where to listen: TCP, or a Unix socket; port 0 takes any "
@@ -7996,13 +8464,17 @@ def option_parser() -> argparse.ArgumentParser:
         each.add_argument("--loglevel", metavar="LEVEL", default=argparse.SUPPRESS,
                           help="least level to log: " + ", ".join(LEVELS)
                                + " (default: loglevel of the configuration, info)")
-    sub = command("import", run_import, "publish an image, read from standard input", True)
+    sub = command("import", run_import, "publish an image, read from standard input",
+                  True, "import web 1.2.0 'Web server' < web.zfs.gz")
     add_import_options(sub)
     add_mirror_options(command("mirror", run_mirror, "bring images of another server, with those "
-                               "they build on", True))
+                               "they build on", True, "mirror https://images.smartos.org UUID"))
     # For the script import-image alone, which passes everything on: without help, not listed.
     sub = commands.add_parser("import-image", parents=[shared], prog="import-image",
-                              description="Publish an image, read from standard input.")
+                              formatter_class=argparse.RawDescriptionHelpFormatter,
+                              description="Publish an image, read from standard input.",
+                              epilog="example:\n  import-image --dir /images web 1.2.0 "
+                                     "'Web server' < web.zfs.gz")
     sub.set_defaults(run=run_import_image, writes=True)
     add_import_options(sub)
     sub.usage += ("\n       %(prog)s [--dir DIR] [--config FILE] -a UUID | -d UUID"
@@ -8014,11 +8486,13 @@ def option_parser() -> argparse.ArgumentParser:
     sub.add_argument("-p", action="store_true",
                      help="print the Python that is used: $PYTHON, or the newest in "
                           "/opt/local/bin, or python3")
-    command("activate", run_activate, "put an unactivated image on show", True).add_argument(
-        "uuid", metavar="UUID")
+    command("activate", run_activate, "put an unactivated image on show",
+            True, f"activate {EXAMPLE}").add_argument("uuid", metavar="UUID")
     command("discard", run_discard, "throw an image away that is not active",
-            True).add_argument("uuid", metavar="UUID")
-    sub = command("check", run_check, "read every image again, and compare with its manifest")
+            True, f"discard {EXAMPLE}").add_argument("uuid", metavar="UUID")
+    add_managing_commands(command)
+    sub = command("check", run_check, "read every image again, and compare with its manifest",
+                  example="check --fast -q")
     sub.add_argument("uuid", nargs="*", metavar="UUID", help="only these images")
     sub.add_argument("--fast", action="store_true",
                      help="compare manifests, sizes, first bytes and origins only")
@@ -8029,15 +8503,20 @@ def option_parser() -> argparse.ArgumentParser:
     sub.add_argument("-q", "--quiet", action="store_true",
                      help="print nothing when all is well, and no progress")
     sub = command("user", run_user, "list the users, or make, change or delete one; a password "
-                  "is asked for, or is a line of standard input")
+                  "is asked for, or is a line of standard input",
+                  example="user joe --rights publish")
     sub.add_argument("name", nargs="?", metavar="NAME")
     choice = sub.add_mutually_exclusive_group()
     choice.add_argument("--rights", choices=RIGHTS,
                         help="what NAME may do, each with those before it (default: read); the "
                              "password of one who is there stays")
     choice.add_argument("--delete", action="store_true", help="delete NAME")
-    command("config", run_config, "write creator and vendor UUIDs into config.json, once")
-    sub = command("smf", run_smf, "print the SMF manifest for this directory and Python")
+    sub = command("config", run_config, "write creator and vendor UUIDs into config.json, once",
+                  example="config --check")
+    sub.add_argument("--check", action="store_true",
+                     help="write nothing, but say whether the server would start")
+    sub = command("smf", run_smf, "print the SMF manifest for this directory and Python",
+                  example="smf --user imgserver --group imgserver > image-server.smf.xml")
     sub.add_argument("--directory", help="where imgserver.py is installed (default: here)")
     sub.add_argument("--python", help="the interpreter (default: this one)")
     sub.add_argument("--user", help="who runs it (default: you)")
@@ -8091,7 +8570,8 @@ def main(arguments=None) -> int:
     except (UserError, ApiError) as error:
         message, status = str(error), getattr(error, "exit_status", 1)
         if getattr(error, "errors", None) and all("message" in each for each in error.errors):
-            message = "; ".join(each["message"] for each in error.errors)
+            message = "; ".join(each["message"] if each["field"] in each["message"] else
+                                f"{each['field']}: {each['message']}" for each in error.errors)
         cause = error.__cause__
         if isinstance(cause, OSError) and os.path.isabs(cause.filename or ""):
             message += f" ({cause.filename})"
@@ -8103,7 +8583,8 @@ def main(arguments=None) -> int:
         message = str(error.strerror or error)
     options.signals.finish(published=False)
     with contextlib.suppress(OSError, AttributeError):    # nobody to tell; the status does
-        sys.stderr.write(f"imgserver: {message}\n")
+        if status != 128 + signal.SIGPIPE or options.writes:      # not after `list | head`
+            sys.stderr.write(f"imgserver: {message}\n")
     if status > 128:                      # a signal: no line that nobody reads delays the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return status
