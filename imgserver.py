@@ -1506,6 +1506,7 @@ def stat_key(status):
     return status.st_ctime_ns, status.st_size, status.st_ino
 
 
+REPLACED = f"{MANIFEST}: replaced while it was read"
 UNSETTLED = ()                # no file's key: an image that has it is read again when asked for
 
 
@@ -1746,7 +1747,7 @@ def passed_over(serve_dir, name):
 
 
 def read_manifest(directory, serve_dir=None, name=MANIFEST):
-    """The manifest in a directory, with its stat; serve_dir as open_regular takes it.
+    """The manifest of an image directory, with its stat; serve_dir as open_regular takes it.
 
     Raises BadImage and OSError.
     """
@@ -1778,6 +1779,14 @@ class ImageReader:
         Raises OSError only where the system is short of something: that says nothing
         about the image.
         """
+        for _ in range(OPEN_TRIES):
+            image = self._read(uuid, place, apis)
+            if image is None or image.problem != REPLACED:
+                break
+        return image
+
+    def _read(self, uuid, place, apis) -> Image | None:
+        """Read it once; where its manifest is replaced on the way its problem is REPLACED."""
         image = Image(uuid, place)
         directory = place + uuid
         image.checked, began = time.monotonic(), time.time_ns()
@@ -1789,6 +1798,9 @@ class ImageReader:
             if status.st_dev != image.device:
                 image.device = None
             self._fill(image, manifest, os.listdir(directory), status.st_mtime, apis)
+            if stat_key_at(f"{directory}/{MANIFEST}") != image.manifest_key:
+                image.try_again = True    # or the file may be that of another manifest
+                raise BadImage(REPLACED)
         except BadImage as error:
             image.problem = str(error)
         except OSError as error:
@@ -5377,6 +5389,7 @@ class ImgapiPublishing:
 
     def _answer(self, request, uuid) -> Response:
         """The image as it is now, in any state."""
+        self.store.in_any_state(uuid).checked = -math.inf     # its icon may be new
         before, channels, etag = self.store.in_any_state(uuid).imgapi
         if parse_accept_version(request) == 1 and channels:
             channels, etag = b"", etag + b"-1"
@@ -8373,28 +8386,6 @@ def at_least_one(text) -> int:
     return int(text)
 
 
-def add_mirror_options(sub):
-    """The options and words of `mirror`."""
-    sub.add_argument("url", metavar="URL",
-                     help="http[s]://[USER:PASSWORD@]HOST[:PORT], with /datasets at its end for "
-                          "DSAPI, or a directory of images")
-    sub.add_argument("uuid", nargs="*", metavar="UUID", help="these images, and their origins")
-    for name, text in (("name", "images of this name, or with ~PART in it"),
-                       ("version", "of this version, or with ~PART in it"),
-                       ("os", "of this operating system"), ("type", "of this type"),
-                       ("channel", "in this channel of the other server")):
-        sub.add_argument(f"--{name}", help=text)
-    sub.add_argument("--latest", type=at_least_one, metavar="K", help="the K newest of each name")
-    sub.add_argument("--all", action="store_true", help="all that are listed there")
-    sub.add_argument("--ca", metavar="FILE", help="certificates to trust, as PEM")
-    sub.add_argument("--insecure", action="store_true", help="trust any certificate")
-    sub.add_argument("-n", "--dry-run", dest="dry", action="store_true",
-                     help="print what would come, with sizes")
-    sub.add_argument("--no-stream-check", dest="stream_check", action="store_false",
-                     help="take files that are no ZFS send streams")
-    sub.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
-
-
 def add_managing_commands(command):
     """The commands that list and change images; command() adds one."""
     sub = command("list", run_list, "list the images, and their problems below",
@@ -8428,6 +8419,28 @@ def add_managing_commands(command):
     sub.add_argument("--name", help="only the images of this name")
     sub.add_argument("-n", dest="dry_run", action="store_true",
                      help="delete none, but name those that would go")
+
+
+def add_mirror_options(sub):
+    """The options and words of `mirror`."""
+    sub.add_argument("url", metavar="URL",
+                     help="http[s]://[USER:PASSWORD@]HOST[:PORT], with /datasets at its end for "
+                          "DSAPI, or a directory of images")
+    sub.add_argument("uuid", nargs="*", metavar="UUID", help="these images, and their origins")
+    for name, text in (("name", "images of this name, or with ~PART in it"),
+                       ("version", "of this version, or with ~PART in it"),
+                       ("os", "of this operating system"), ("type", "of this type"),
+                       ("channel", "in this channel of the other server")):
+        sub.add_argument(f"--{name}", help=text)
+    sub.add_argument("--latest", type=at_least_one, metavar="K", help="the K newest of each name")
+    sub.add_argument("--all", action="store_true", help="all that are listed there")
+    sub.add_argument("--ca", metavar="FILE", help="certificates to trust, as PEM")
+    sub.add_argument("--insecure", action="store_true", help="trust any certificate")
+    sub.add_argument("-n", "--dry-run", dest="dry", action="store_true",
+                     help="print what would come, with sizes")
+    sub.add_argument("--no-stream-check", dest="stream_check", action="store_false",
+                     help="take files that are no ZFS send streams")
+    sub.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
 
 
 def option_parser() -> argparse.ArgumentParser:
@@ -8467,8 +8480,9 @@ def option_parser() -> argparse.ArgumentParser:
     sub = command("import", run_import, "publish an image, read from standard input",
                   True, "import web 1.2.0 'Web server' < web.zfs.gz")
     add_import_options(sub)
-    add_mirror_options(command("mirror", run_mirror, "bring images of another server, with those "
-                               "they build on", True, "mirror https://images.smartos.org UUID"))
+    add_mirror_options(command(
+        "mirror", run_mirror, "bring images of another server, with those they build on", True,
+        "mirror https://images.smartos.org --name base-64-lts --latest 1"))
     # For the script import-image alone, which passes everything on: without help, not listed.
     sub = commands.add_parser("import-image", parents=[shared], prog="import-image",
                               formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -282,7 +282,8 @@ class Refusals(PublishingCase):
     def test_limits_of_an_upload(self):
         site = self.site(max_upload=len(DATA) - 1, **RIGHTS)
         target = f"/images/{W}/file?compression=gzip"
-        self.expect("told", self.put("PUT", target, DATA, site=site), 400, "Upload", "max_upload")
+        self.expect("told", ask(site, target, "PUT", peer=MANAGER, Content_Length=len(DATA)), 400,
+                    "Upload", "max_upload")
         self.expect("chunked", ask(site, (
             f"PUT {target} HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n").encode(),
             body=DATA, peer=MANAGER), 400, "Upload", "max_upload")
@@ -456,8 +457,9 @@ class Right(PublishingCase):
         os.chmod(self.serve_dir, 0o555)
         self.addCleanup(os.chmod, self.serve_dir, 0o755)
         for config, said in ((HERE, True), ({}, False)):
-            server = self.serve(config=config, prelude="import os, resource, ipaddress\nif os.getuid() == 0: "
-                                "os.setgroups([]); os.setgid(65534); os.setuid(65534)")
+            server = self.serve(config=config, prelude=(
+                "import os, resource, ipaddress\nif os.getuid() == 0: "
+                "os.setgroups([]); os.setgid(65534); os.setuid(65534)"))
             self.assertEqual("serve_dir cannot be written" in server.log(), said)
 
     def test_networks_and_the_socket(self):

@@ -399,6 +399,21 @@ class Freshness(ServerCase):
                 self.assertEqual((answer.status, answer.body), (200, after))
                 self.assertEqual(answer.headers["etag"], f'"{hashlib.sha1(after).hexdigest()}"')
 
+    def test_one_directory_swapped_while_it_is_read_is_no_mixture_of_two(self):
+        after = b"not a real strea?"
+        write_image(self.directory, GOOD, after, name="after")
+        place, listdir = os.path.join(self.serve_dir, GOOD), os.listdir
+
+        def swapped(path):                # between its manifest and its file
+            if path == place and os.path.isdir(os.path.join(self.directory, GOOD)):
+                os.rename(place, place + ".before")
+                os.rename(os.path.join(self.directory, GOOD), place)
+            return listdir(path)
+        with mock.patch("os.listdir", swapped):
+            answer = ask(self.site(), f"/images/{GOOD}/file")
+        self.assertEqual((answer.status, answer.body), (200, after))
+        self.assertEqual(answer.headers["etag"], f'"{hashlib.sha1(after).hexdigest()}"')
+
     def test_out_of_files_while_a_hash_is_taken_is_not_for_ever(self):
         site = self.site()
         write_v2(self.serve_dir, uuid_of(5), files=[{"compression": "gzip"}])
