@@ -7561,8 +7561,6 @@ def run_mirror(config, options):
     uuids = [checked_uuid(text) for text in options.uuid]
     filters = {name: getattr(options, name) for name in ("name", "version", "os", "type")
                if getattr(options, name) is not None}
-    if options.latest is not None and options.latest < 1:
-        raise UserError("--latest must be 1 or more", 2)
     by_list = bool(filters) or options.all or options.latest is not None
     if by_list == bool(uuids):
         raise UserError("either UUIDs are needed, or --name, --version, --os, --type, --latest "
@@ -8382,7 +8380,7 @@ def add_mirror_options(sub):
                        ("os", "of this operating system"), ("type", "of this type"),
                        ("channel", "in this channel of the other server")):
         sub.add_argument(f"--{name}", help=text)
-    sub.add_argument("--latest", type=int, metavar="K", help="the K newest of each name")
+    sub.add_argument("--latest", type=at_least_one, metavar="K", help="the K newest of each name")
     sub.add_argument("--all", action="store_true", help="all that are listed there")
     sub.add_argument("--ca", metavar="FILE", help="certificates to trust, as PEM")
     sub.add_argument("--insecure", action="store_true", help="trust any certificate")
