@@ -1931,6 +1931,8 @@ class Snapshot:
         self.images = tuple(sorted(images, key=lambda image: image.order))
         self.forms = {}               # (api, view): (the first Listing of it, its host)
         self.listings = {}            # (api, view, host): Listing, the oldest first
+        self.pages = {}               # rendered pages, for Page
+        self.texts = None             # uuid: what the page's filter searches, once it is used
 
     def release(self):
         """Forget rendered lists: another snapshot takes its place."""
@@ -4422,6 +4424,382 @@ class ImgapiPublishing:
         return Response(204, CACHE_NOTHING)
 
 
+# The page: whoever changes the style or the script changes their hashes in its policy, too.
+PAGE_ROWS = 1000              # images on one page: 400 to 700 bytes each
+PAGE_TEXT = 200               # characters of a description that are shown
+PAGES_KEPT = 4                # rendered pages kept of one snapshot, below 1 MB each as a rule
+PAGE_HUES = 6                 # colours of the letter that stands for a missing icon
+
+PAGE_STYLE = """
+:root{color-scheme:light dark;--back:#f4f6f8;--card:#fff;--line:#dce1e7;--text:#1b2430;
+--soft:#566272;--link:#0b5cad;--on:#fff;--code:#f1f4f7}
+@media(prefers-color-scheme:dark){:root{--back:#11151b;--card:#1a2028;--line:#2d3641;
+--text:#e7ebf0;--soft:#9eabba;--link:#7db8f5;--on:#0d1722;--code:#12171d}}
+*{box-sizing:border-box}
+html{scroll-padding:5rem 0 1rem}
+body{margin:0;background:var(--back);color:var(--text);font:16px/1.5 system-ui,sans-serif}
+header,main,footer{max-width:80rem;margin:0 auto;padding:0 1.25rem}
+header{display:flex;flex-wrap:wrap;gap:1rem 3rem;align-items:end;justify-content:space-between;
+padding-top:2.25rem}
+header>*{min-width:0}
+h1{font-size:2rem;line-height:1.2;letter-spacing:-.02em;margin:0}
+h2{font-size:1.0625rem;line-height:1.35;margin:0}
+h2,li p,.note,header p{overflow-wrap:anywhere;unicode-bidi:isolate}
+p,nav{margin:0}
+a{color:var(--link);text-underline-offset:.15em}
+:focus-visible{outline:3px solid var(--link);outline-offset:2px}
+.skip,label{position:absolute;left:-99rem}
+.skip:focus{left:1rem;top:.5rem;z-index:2;background:var(--card);padding:.5rem}
+.soft,.meta,footer,#count{color:var(--soft)}
+.line{display:flex;min-width:0;border:1px solid var(--line);border-radius:.5rem;
+background:var(--code);overflow:hidden}
+code{font:.8125rem/1.5 ui-monospace,Menlo,Consolas,monospace}
+.line code{flex:1;padding:.45rem .75rem;white-space:nowrap}
+.line button{flex:none;width:4.75rem;border:0;border-left:1px solid var(--line);
+background:var(--card);color:var(--link);font:600 .8125rem system-ui,sans-serif;cursor:pointer}
+.line button:hover{background:var(--link);color:var(--on)}
+.line button:focus-visible{outline-offset:-3px}
+header .line{background:var(--card);margin-top:.35rem}
+header .line code{font-size:.9375rem}
+form{display:flex;gap:.6rem;position:sticky;top:0;z-index:1;background:var(--back);
+margin-top:.75rem;padding:.75rem 0}
+input{flex:1;min-width:0;font:inherit;color:inherit;background:var(--card);
+border:1px solid var(--line);border-radius:.5rem;padding:.6rem .9rem}
+input::placeholder{color:var(--soft);opacity:1}
+form button{font:600 1rem system-ui,sans-serif;color:var(--on);background:var(--link);border:0;
+border-radius:.5rem;padding:0 1.2rem;cursor:pointer}
+nav{display:flex;flex-wrap:wrap;gap:.4rem;margin-top:1rem;align-items:center}
+nav a{border:1px solid var(--line);border-radius:2rem;padding:.25rem .9rem;
+background:var(--card);text-decoration:none}
+nav a[aria-current]{background:var(--link);border-color:var(--link);color:var(--on)}
+#count{padding:.1rem 0 .6rem}
+ol{list-style:none;margin:0;padding:0;border:1px solid var(--line);border-radius:.75rem;
+background:var(--card);overflow:hidden}
+li{display:grid;grid-template-columns:2.75rem minmax(0,1fr) auto;gap:0 1rem;align-items:center;
+padding:.9rem 1rem;content-visibility:auto;contain-intrinsic-size:auto 6rem}
+li+li{border-top:1px solid var(--line)}
+li i,li img{width:2.75rem;height:2.75rem;border-radius:.6rem;align-self:start;object-fit:contain}
+li i{display:grid;place-items:center;font:700 1.25rem system-ui,sans-serif;color:#fff;
+background:#1f6fb2}
+.h1{background:#7a4fb5}.h2{background:#1b7f6b}.h3{background:#b3541e}.h4{background:#a83a68}
+.h5{background:#4b6078}
+h2 b{font-weight:400;color:var(--soft);margin-left:.25rem}
+li p{margin-top:.15rem;font-size:.9375rem}
+li .meta{font-size:.8125rem}
+.meta>:not(:last-child):after{content:"\\a0\\b7"}
+.note{background:var(--card);border:1px solid var(--line);border-radius:.75rem;padding:3rem 1rem;
+text-align:center}
+footer{padding-block:1.5rem 2.5rem;font-size:.875rem}
+footer a{margin-right:.9rem}
+@media(max-width:62rem){li{grid-template-columns:2.75rem minmax(0,1fr)}
+li .line{grid-column:2;margin-top:.6rem;justify-self:start;max-width:100%}}
+@media(max-width:40rem){header,main,footer{padding-inline:.9rem}header{padding-top:1.25rem}
+header>*{width:100%}h1{font-size:1.6rem}li .line{grid-column:1/3;width:100%}
+.line code{white-space:normal;word-break:break-all}}
+@media print{form,.line button,nav,footer{display:none}li{content-visibility:visible}}
+"""
+
+# A plain http: page has no navigator.clipboard, so that a line is selected and copied.
+PAGE_SCRIPT = """
+"use strict";
+(() => {
+const box = document.getElementById("q"), said = document.getElementById("said");
+function addButtons(root) {
+  for (const code of root.querySelectorAll(".line code")) {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = "Copy";
+    button.setAttribute("aria-label", "Copy " + code.textContent);
+    code.after(button);
+  }
+}
+document.addEventListener("click", event => {
+  const button = event.target.closest(".line button");
+  if (!button) return;
+  const selection = getSelection();
+  selection.selectAllChildren(button.previousElementSibling);
+  const done = document.execCommand("copy");
+  if (done) selection.removeAllRanges();
+  said.textContent = button.textContent = done ? "Copied" : "Ctrl+C";
+  setTimeout(() => { said.textContent = ""; button.textContent = "Copy"; }, 1500);
+});
+let timer, control = new AbortController();
+async function filter() {
+  const url = "?" + new URLSearchParams(new FormData(box.form));
+  control.abort();
+  control = new AbortController();
+  try {
+    const answer = await fetch(url, {signal: control.signal});
+    if (!answer.ok) return;
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    addButtons(page);
+    for (const id of ["count", "list"])
+      document.getElementById(id).replaceChildren(...page.getElementById(id).childNodes);
+    history.replaceState(null, "", url);
+  } catch (error) { }
+}
+box.addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(filter, 150); });
+document.addEventListener("keydown", event => {
+  if (event.key !== "/" || event.ctrlKey || event.metaKey || event.altKey
+      || event.target.closest("input")) return;
+  event.preventDefault();
+  box.focus();
+});
+addButtons(document);
+})();
+"""
+
+PAGE_ICON = ("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'"
+             "%3E%3Crect width='16' height='16' rx='4' fill='%230b5cad'/%3E%3Cpath d='M3 6l5-3 5 "
+             "3v5l-5 3-5-3zM3 6l5 3 5-3M8 9v5' fill='none' stroke='white'/%3E%3C/svg%3E")
+
+
+def size_text(size) -> str:
+    """Bytes as people read them, with three digits: 1.23 GiB."""
+    unit = "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1000:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.{max(0, 2 - int(math.log10(size or 1)))}f} {unit}" if unit != "bytes" \
+        else f"{size} bytes"
+
+
+def count_text(count, noun) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+class Page:
+    """The images for people: HTML that needs no script and nothing from elsewhere.
+
+    Rendered once for each snapshot, host, filter, channel and page.
+    """
+
+    def __init__(self, config, store, dsapi, imgapi):
+        self.config, self.store, self.imgapi = config, store, imgapi
+        self.url_base = dsapi.url_base
+        self._lock = threading.Lock()         # one is rendered at a time
+        style, script = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+                         for text in (PAGE_STYLE, PAGE_SCRIPT))
+        self.fields = (
+            b"Content-Type: text/html; charset=utf-8\r\nVary: Accept, Accept-Encoding\r\n"
+            + header_line("Content-Security-Policy",
+                          f"default-src 'none'; style-src 'sha256-{style}'; script-src "
+                          f"'sha256-{script}'; img-src 'self' data:; connect-src 'self'; "
+                          "form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
+            + b"X-Content-Type-Options: nosniff\r\nReferrer-Policy: no-referrer\r\n"
+            + CACHE_NEVER)                    # it has the Host header in it
+
+    def routes(self):
+        return [Route("GET", "", self.root, THREAD, ANYONE)]
+
+    def may_show(self, request, image) -> bool:
+        """Whether the client of a request may see an image in the list."""
+        return True
+
+    def root(self, request):
+        """index.html for a browser, index.json for the rest, as the original; else the page,
+        or a hint.  The page in any case where the query asks for it (?page=1).
+        """
+        query = parse_query(request.query)
+        if "page" in query:
+            return self.page(request, query)
+        accept = request.headers.get("accept", "")
+        for_people = "text/html" in accept or "application/xhtml+xml" in accept
+        name, kind = (("index.html", "text/html; charset=utf-8") if for_people
+                      else ("index.json", "application/json"))
+        try:
+            fd, status = open_regular(os.path.join(self.config.serve_dir, name))
+        except OSError as error:
+            raise_shortage(error)
+            if for_people:
+                return self.page(request, query)
+            return json_response({"server": f"imgserver/{__version__}", "datasets": "/datasets",
+                                  "images": "/images", "ping": "/ping"}, fields=VARY + CORS)
+        etag = hashlib.sha1(repr(stat_key(status)).encode()).hexdigest()
+        return file_response(request, fd, status, etag, header_line("Content-Type", kind)
+                             + VARY + CACHE_MANIFESTS + CORS)
+
+    def page(self, request, query) -> Response:
+        """One page of the list: ?page=N&q=WORDS&channel=NAME."""
+        number = single_value(query, "page") or "1"
+        if not re.fullmatch("0*[1-9][0-9]{0,8}", number):
+            raise invalid("page", f'invalid "page": "{number}" is not a number from 1 on')
+        channel = single_value(query, "channel")
+        if self.imgapi.channels and channel is None:
+            channel = self.config.default_channel or "*"
+        channel = self.imgapi.channel_of({"channel": [channel or ""]})
+        snapshot = self.store.snapshot(IMGAPI, True)
+        hidden = frozenset(image.uuid for image in snapshot.images
+                           if not self.may_show(request, image))
+        view = (self.url_base(request.host).decode(), channel, single_value(query, "q") or "",
+                int(number), hidden)
+        with self._lock:
+            rendered = snapshot.pages.get(view)
+            if rendered is None:
+                body = PageView(self, snapshot, *view).render().encode()
+                rendered = snapshot.pages[view] = {"": body}
+                if len(snapshot.pages) > PAGES_KEPT:
+                    del snapshot.pages[next(iter(snapshot.pages))]
+            etag, coding = hashlib.sha1(rendered[""]).hexdigest(), ""
+            if accepts_gzip(request.headers.get("accept-encoding", "")):
+                coding = "gzip"
+                if coding not in rendered:
+                    import zlib
+                    packer = zlib.compressobj(6, wbits=31)
+                    rendered[coding] = packer.compress(rendered[""]) + packer.flush()
+        if coding:
+            etag += "-gzip"
+        fields = b'%b%bETag: "%b"\r\n' % (
+            self.fields, b"Content-Encoding: gzip\r\n" if coding else b"", etag.encode())
+        return whole_list(request.headers, rendered[coding], etag, len(rendered[coding]), fields)
+
+
+class PageView:
+    """One page while it is rendered: everything of a manifest goes through html.escape."""
+
+    def __init__(self, page, snapshot, url, channel, words, number, hidden):
+        self.page, self.snapshot = page, snapshot
+        self.url, self.channel, self.words, self.number = url, channel, words, number
+        self.images = [image for image in reversed(snapshot.images) if image.uuid not in hidden
+                       and page.imgapi.in_channel(image, channel)]
+        self.by_uuid = {image.uuid: image for image in self.images}
+        self.children = collections.Counter(image.origin for image in self.images)
+        # A channel that clients do not get by themselves.
+        self.special = channel if channel != page.config.default_channel else None
+
+    def render(self) -> str:
+        found = self._filtered()
+        last = max(1, -(-len(found) // PAGE_ROWS))
+        self.number = min(self.number, last)
+        rows = found[(self.number - 1) * PAGE_ROWS:self.number * PAGE_ROWS]
+        host = html.escape(self.url.partition("://")[2])
+        source = shlex.quote(self.url + (f"?channel={self.special}" if self.special else ""))
+        listed = "\n".join(map(self._row, rows))
+        return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Images on {host}</title><link rel="icon" href="{PAGE_ICON}">
+<style>{PAGE_STYLE}</style></head><body>
+<a class="skip" href="#list">Skip to the images</a>
+<header><div><h1>SmartOS images</h1><p class="soft">on {host}</p></div>
+<div><p>Add this server to a global zone:</p><div class="line"><code>imgadm sources -a \
+{html.escape(source)}</code></div></div></header>
+<main>{self._tabs()}<form role="search"><label for="q">Filter the images</label>
+<input type="search" id="q" name="q" value="{html.escape(self.words)}" autocomplete="off" \
+spellcheck="false" placeholder="Name, version, os, description or uuid">
+<input type="hidden" name="page" value="1">{self._hidden_channel()}
+<button>Filter</button></form>
+<p id="count" role="status">{self._count(found, last)}</p>
+<div id="list">{f'<ol>{listed}</ol>' if rows else self._nothing()}{self._pages(last)}</div></main>
+<footer><p><a href="images">Images as JSON</a> imgserver {__version__}</p></footer>
+<div role="status" id="said" class="skip"></div>
+<script>{PAGE_SCRIPT}</script></body></html>
+"""
+
+    def _filtered(self) -> list:
+        """The images that have all words of the filter somewhere, in any case."""
+        words = self.words.casefold().split()
+        if not words:
+            return self.images
+        texts = self.snapshot.texts
+        if texts is None:
+            texts = self.snapshot.texts = {image.uuid: " ".join((
+                image.name, image.version, image.os, image.type, image.uuid, image.origin or "",
+                image.fields().get("description") or "")).casefold()
+                for image in self.snapshot.images}
+        return [image for image in self.images
+                if all(word in texts[image.uuid] for word in words)]
+
+    def _link(self, words="", channel=None, number=1) -> str:
+        """The address of another view, as an attribute has it."""
+        query = {"page": number}
+        if words:
+            query["q"] = words
+        if channel or self.special:
+            query["channel"] = channel or self.special
+        return html.escape("?" + urllib.parse.urlencode(query))
+
+    def _hidden_channel(self) -> str:
+        return (f'<input type="hidden" name="channel" value="{html.escape(self.special)}">'
+                if self.special else "")
+
+    def _tabs(self) -> str:
+        """The channels, if there are any."""
+        channels = self.page.imgapi.channels
+        if not channels:
+            return ""
+        return '<nav aria-label="Channels">' + " ".join(
+            f'<a href="{self._link(self.words, name)}" title="{html.escape(description)}"'
+            f'{" aria-current=page" if name == self.channel else ""}>{html.escape(text)}</a>'
+            for name, text, description in [
+                *((name, name, channel.get("description", ""))
+                  for name, channel in channels.items()), ("*", "all channels", "")]) + "</nav>\n"
+
+    def _count(self, found, last) -> str:
+        text = count_text(len(found), "image")
+        if self.words:
+            text += f" of {len(self.images):,}"
+        if found:
+            text += f", {size_text(sum(image.size for image in found))}"
+        return text + (f", page {self.number} of {last}" if last > 1 else "")
+
+    def _nothing(self) -> str:
+        if self.images:
+            return (f'<div class="note"><p>Nothing matches <b>{html.escape(self.words)}</b>.</p>'
+                    f'<p><a href="{self._link()}">Show all images</a></p></div>')
+        return ('<div class="note"><p>There are no images here yet.</p><p class="soft">The first '
+                "one will be on this page as soon as it is published with <code>import-image"
+                "</code>, <code>mkimg</code> or <code>scp</code>.</p></div>")
+
+    def _pages(self, last) -> str:
+        """Links to the first and the last page, and to those around this one."""
+        if last == 1:
+            return ""
+        number, links, before = self.number, [], 0
+        for each in sorted({1, last, *range(max(1, number - 3), min(last, number + 3) + 1)}):
+            if each > before + 1:
+                links.append("<span>…</span>")
+            before = each
+            links.append(f'<a href="{self._link(self.words, number=each)}"'
+                         f'{" aria-current=page" if each == number else ""}>{each}</a>')
+        return f'<nav aria-label="Pages">{" ".join(links)}</nav>'
+
+    def _row(self, image) -> str:
+        """One image, in some 500 bytes and its description."""
+        fields, uuid, escape = image.fields(), image.uuid, html.escape
+        channel = f"?channel={urllib.parse.quote(self.channel)}" if self.channel else ""
+        text = fields.get("description") or ""
+        if len(text) > PAGE_TEXT:
+            text = text[:PAGE_TEXT - 1].rstrip() + "…"
+        meta = [f"<span>{escape(image.os)}</span> <span>{escape(image.type)}</span> "
+                f"<span>{size_text(image.size)}</span> <time>{escape(image.order[0][:10])}</time>"]
+        if not image.public:
+            meta.append("<span>private</span>")
+        if image.origin:
+            origin = self.by_uuid.get(image.origin)
+            title = (f"{origin.name} {origin.version}" if origin
+                     else f"{image.origin}, which is not here")
+            meta.append(f'<span>builds on <a href="{self._link(image.origin)}">{escape(title)}'
+                        "</a></span>")
+        children = self.children[uuid]
+        if children:
+            meta.append(f'<span><a href="{self._link(uuid)}">{children:,} build'
+                        f'{"s" if children == 1 else ""} on it</a></span>')
+        homepage = fields.get("homepage")
+        if _is_url(homepage):
+            meta.append(f'<span><a href="{escape(homepage)}">Homepage</a></span>')
+        meta.append(f'<span><a href="images/{uuid}{channel}">Manifest</a></span>')
+        icon = f'<img src="images/{uuid}/icon{channel}" alt="" loading="lazy">' if image.icon \
+            else (f'<i class="h{sum(image.name.encode()) % PAGE_HUES}" aria-hidden="true">'
+                  f"{escape(image.name[0].upper())}</i>")
+        option = f"-C {shlex.quote(self.special)} " if self.special else ""
+        return (f"<li>{icon}<div><h2>{escape(image.name)} <b>{escape(image.version)}</b></h2>"
+                f'{f"<p>{escape(text)}</p>" if text else ""}<p class="meta">{" ".join(meta)}</p>'
+                f'</div><div class="line"><code>imgadm import {escape(option)}{uuid}</code></div>'
+                "</li>")
+
+
 class Site:
     """The table of routes over one store, and the routes that belong to no API.
 
@@ -4431,13 +4809,12 @@ class Site:
     def __init__(self, config, store, log, routes=()):
         self.config, self.store, self.log = config, store, log
         self.rights = Rights(config)
-        imgapi = Imgapi(config, store, self.rights)
+        dsapi, imgapi = Dsapi(config, store), Imgapi(config, store, self.rights)
         if self.rights.publishing:
             routes = [*routes, *ImgapiPublishing(config, store, imgapi, self.rights).routes()]
         self.table = {}                   # pattern: {method: Route}
-        for route in (Route("GET", "", self.root, THREAD, ANYONE),
-                      Route("GET", "ping", self.ping, MEMORY, ANYONE),
-                      *Dsapi(config, store).routes(), *imgapi.routes(), *routes):
+        for route in (Route("GET", "ping", self.ping, MEMORY, ANYONE), *dsapi.routes(),
+                      *imgapi.routes(), *Page(config, store, dsapi, imgapi).routes(), *routes):
             self.table.setdefault(route.pattern, {})[route.method] = route
 
     def answer(self, request) -> Response:
@@ -4535,26 +4912,6 @@ class Site:
         if re.fullmatch(r"[A-Za-z0-9, -]{1,500}", headers):
             fields += header_line("Access-Control-Allow-Headers", headers)
         return Response(204, fields)
-
-    def root(self, request):
-        """index.html for a browser, index.json for the rest, as the original; else a hint."""
-        accept = request.headers.get("accept", "")
-        names = ["index.json"]
-        if "text/html" in accept or "application/xhtml+xml" in accept:
-            names.insert(0, "index.html")
-        for name in names:
-            try:
-                fd, status = open_regular(os.path.join(self.config.serve_dir, name))
-            except OSError as error:
-                raise_shortage(error)
-                continue
-            kind = "text/html; charset=utf-8" if name.endswith("html") else "application/json"
-            etag = hashlib.sha1(repr(stat_key(status)).encode()).hexdigest()
-            return file_response(request, fd, status, etag,
-                                 header_line("Content-Type", kind) + b"Vary: Accept\r\n"
-                                 + CACHE_MANIFESTS + CORS)
-        return json_response({"server": f"imgserver/{__version__}", "datasets": "/datasets",
-                              "images": "/images", "ping": "/ping"})
 
     def ping(self, request):
         """Tells both kinds of source that this is one; ?error=NAME is answered by a sample."""

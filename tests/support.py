@@ -292,7 +292,7 @@ def reachable(address):
 
 def parse(data):
     """The Request that these bytes are.  Raises imgserver.ApiError."""
-    return imgserver.parse_head(imgserver._HEAD.match(data.decode("latin-1")))
+    return imgserver.parse_request(imgserver._HEAD.match(data.decode("latin-1")))
 
 
 def ask(site, request, method="GET", **headers):
@@ -311,7 +311,9 @@ def ask(site, request, method="GET", **headers):
         response = site.answer(parsed)
     except imgserver.ApiError as refusal:
         response = imgserver.error_response(refusal)
-    body = bytes(response.body)
+    body = response.body
+    if isinstance(body, imgserver.Listing):
+        body = b"".join(map(body.render, range(len(body))))
     if response.file is not None:
         body = os.pread(response.file, response.length, response.offset)
         response.close()
@@ -461,7 +463,7 @@ class ServerCase(unittest.TestCase):
         self.addCleanup(file.close)
         config = imgserver.Config({"serve_dir": self.serve_dir, **config})
         log = imgserver.Log("info", file.fileno())
-        return imgserver.Site(config, imgserver.Store(config, log), log)
+        return imgserver.Site(config, imgserver.Store(config, log, lambda job: None), log)
 
     def serve(self, **options):
         """Start a server on self.serve_dir; it must still be well when the test ends."""
