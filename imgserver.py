@@ -1353,13 +1353,14 @@ def recorded_md5(file: dict):
 
 MANIFEST_LIMIT = 1 << 20      # bytes; tags may take 100 KiB, a description 10: nothing needs more
 RECHECK = 1.0                 # seconds until an edit in place must be seen in a list
-RECHECK_EARLY = 0.5           # seconds until a list asked for starts a re-check in the background
+RECHECK_EARLY = 0.65          # seconds until a list asked for starts a re-check in the background
 RECHECK_SLICE = 0.001         # seconds of such a re-check between two pauses
-RECHECK_PAUSE = 0.001         # seconds of a pause: 10,000 images take some 0.2 s so
+RECHECK_PAUSE = 0.0005        # seconds of a pause: 10,000 images take some 0.2 s so
 RACY = 50_000_000             # ns; a time this young may not move with the next change: file
                               # systems tell it in ticks, of up to 10 ms (Linux before 6.13)
 LISTS_KEPT = 4                # rendered lists kept: each is as large as all manifests together
 LIST_PIECE = 128 << 10        # bytes of a list rendered at once: some 100 images, 100 us
+LIST_PARTS = 32               # pieces of a list given to one sendmsg: POSIX allows 16 at least
 ZIPPED_LIMIT = 32 << 20       # bytes of gzip forms in use; of 10,000 images one has 1 MB
 MD5_LIMIT = 16 << 20          # bytes; a file up to this size is hashed when it is asked for, or
                               # when it is read without a sha1 in its manifest
@@ -1881,18 +1882,24 @@ class Listing:
         text = b",\n".join(map(self._text_of, images)).replace(b"\n", b"\n  ")
         return b"%b\n  %b%b" % (b"," if number else b"[", text, b"" if rest else b"\n]")
 
-    def piece(self, number) -> bytes:
-        """render(), remembered while the list is kept.  For the event loop alone."""
-        pieces = self._pieces
-        if pieces is None:
-            return self.render(number)
-        if pieces[number] is None:
-            pieces[number] = self.render(number)
-        return pieces[number]
+    def parts(self, number, skip, budget) -> list:
+        """Parts to send from `skip` bytes behind the beginning of a piece, of about `budget`.
 
-    def has(self, number) -> bool:
-        """Whether a piece need not be rendered."""
-        return self._pieces is not None and self._pieces[number] is not None
+        At most one of them is rendered, since others wait for that; where nothing is kept it is
+        sent whole, or the rest would be rendered again.  For the event loop alone.
+        """
+        parts, pieces, end = [], self._pieces, len(self._starts)
+        while budget > 0 and number < end and len(parts) < LIST_PARTS:
+            if pieces is None:
+                return [memoryview(self.render(number))[skip:]]
+            piece = pieces[number]
+            if piece is None:
+                pieces[number] = piece = self.render(number)
+                end = 0
+            parts.append(memoryview(piece)[skip:skip + budget])
+            budget -= len(piece) - skip
+            number, skip = number + 1, 0
+        return parts
 
     @property
     def kept(self) -> bool:
@@ -3741,14 +3748,25 @@ def parse_marker(text):
     return text
 
 
-def parse_accept_version(headers, target) -> int:
+def parse_accept_version(request) -> int:
     """1 or 2: whether `channels` are shown is all that differs.  Raises ApiError."""
-    wanted = headers.get("accept-version", "~1").strip()
-    match = re.fullmatch(r"[~^=v]?\s*([0-9]{1,9})(\.(?:[0-9]{1,9}|[x*])){0,2}", wanted)
+    wanted = request.headers.get("accept-version")
+    version = 1 if wanted is None else parse_version(wanted)
+    if version is None:
+        raise ApiError(400, "InvalidVersion", f"{wanted} is not supported by {request.method} "
+                       + request.target.partition("?")[0])
+    return version
+
+
+@functools.lru_cache(HOSTS_KEPT)
+def parse_version(wanted):
+    """1 or 2, the best of a range of versions as npm writes them; None: neither."""
+    match = re.fullmatch(r"\s*[~^=v]?\s*([0-9]{1,9})(\.(?:[0-9]{1,9}|[x*])){0,2}\s*",
+                         wanted)
     if not match:
         return 2                  # "*", and all that cannot be told: any version will do
     if match[1] not in ("1", "2") or re.search(r"\.0*[1-9]", wanted):
-        raise ApiError(400, "InvalidVersion", f"{wanted} is not supported by {target}")
+        return None
     return int(match[1])
 
 
@@ -3822,26 +3840,22 @@ def manifest_response(request, etag, fields, *parts) -> Response:
 
 def list_response(request, store, listing, vary, fields) -> Response:
     """A whole list: with ETag, and as gzip for clients that take it (imgadm does not)."""
-    headers, fields = request.headers, b"Vary: %b\r\n%b" % (vary, fields)
+    headers, body, etag, lines = request.headers, listing, listing.etag, listing.fields
+    if not lines:
+        lines = listing.fields = list_fields(etag, vary, fields)
     if "accept-encoding" in headers and accepts_gzip(headers["accept-encoding"]):
         zipped = store.zipped(listing, request.may_block)
         if zipped is not None:
-            return whole_list(headers, zipped, listing.etag + "-gzip", len(zipped),
-                              list_fields(listing.etag + "-gzip",
-                                          b"Content-Encoding: gzip\r\n" + fields))
-    if not listing.fields:
-        listing.fields = list_fields(listing.etag, fields)
-    return whole_list(headers, listing, listing.etag, listing.length, listing.fields)
-
-
-def list_fields(etag, fields) -> bytes:
-    return b'%bETag: "%b"\r\n%b%b' % (JSON_TYPE, etag.encode(), fields, CORS)
-
-
-def whole_list(headers, body, etag, length, fields) -> Response:
+            body, etag = zipped, etag + "-gzip"
+            lines = list_fields(etag, vary, b"Content-Encoding: gzip\r\n" + fields)
     if "if-none-match" in headers and etag_matches(headers["if-none-match"], etag):
-        return Response(304, fields)
-    return Response(200, fields, body, length=length)
+        return Response(304, lines)
+    return Response(200, lines, body, length=listing.length if body is listing else len(body))
+
+
+def list_fields(etag, vary, fields) -> bytes:
+    """The header lines of a list."""
+    return b'%bETag: "%b"\r\nVary: %b\r\n%b%b' % (JSON_TYPE, etag.encode(), vary, fields, CORS)
 
 
 def filtered_response(images, numbers, text_of, fields) -> Response:
@@ -3989,7 +4003,7 @@ class Imgapi:
 
     def list(self, request):
         """All active images, as ListImages: filtered, sorted, marked, limited."""
-        version = parse_accept_version(request.headers, f"{request.method} /images")
+        version = parse_accept_version(request)
         query = parse_query(request.query) if request.query else {}
         check_admin_fields(query)
         channel = self.channel_of(query)
@@ -4046,13 +4060,15 @@ class Imgapi:
 
         Raises ApiError (404) where its channel or account does not show it, NeedsThread.
         """
-        query = parse_query(request.query) if request.query else {}
-        version = parse_accept_version(request.headers, f"{request.method} {request.target}")
-        check_admin_fields(query)
-        account = single_value(query, "account")
-        if account is not None and not is_uuid(account):
-            raise invalid("account", f'invalid "account": not a UUID: "{account}"')
-        channel = self.channel_of(query)
+        query, account, channel = {}, None, None
+        version = parse_accept_version(request)
+        if request.query or self.channels:
+            query = parse_query(request.query)
+            check_admin_fields(query)
+            account = single_value(query, "account")
+            if account is not None and not is_uuid(account):
+                raise invalid("account", f'invalid "account": not a UUID: "{account}"')
+            channel = self.channel_of(query)
         try:
             image = self.store.image(uuid, IMGAPI, request.may_block)
         except ApiError:
@@ -4061,7 +4077,8 @@ class Imgapi:
             if not request.may_block:
                 raise NeedsThread
             image = self.store.unactivated(uuid)
-        if not self.in_channel(image, channel) or account and not may_see(image, account):
+        if channel and not self.in_channel(image, channel) \
+                or account and not may_see(image, account):
             raise not_found("image not found")
         return image, version, query
 
@@ -4130,7 +4147,7 @@ class ImgapiPublishing:
     def _answer(self, request, uuid, image=None) -> Response:
         """The image as it is now, in any state."""
         image = image or self.store.in_any_state(uuid)
-        version = parse_accept_version(request.headers, request.target)
+        version = parse_accept_version(request)
         before, channels, etag = image.imgapi
         return Response(200, b'%bETag: "%b"\r\n' % (JSON_TYPE, etag) + CACHE_NOTHING,
                         b"%b%b\n}" % (before, channels if version == 2 else b""))
@@ -4991,18 +5008,7 @@ class ListReader:
 
     def parts(self, budget) -> list:
         """The next parts, of about `budget` bytes; fewer where they must be rendered."""
-        listing, number, skip = self._listing, self._number, self._offset
-        parts = []
-        if not listing.kept:              # what is cut off would be rendered again
-            budget = max(budget, 2 * LIST_PIECE)
-        while budget > 0 and len(parts) < PARTS // 2 and number < len(listing):
-            fresh = not listing.has(number)
-            parts.append(memoryview(listing.piece(number))[skip:skip + budget])
-            if fresh:                     # rendering takes time that others wait for
-                break
-            budget -= len(parts[-1])
-            number, skip = number + 1, 0
-        return parts
+        return self._listing.parts(self._number, self._offset, budget)
 
     def advance(self, parts, count):
         """`count` bytes of `parts`, which parts() has given, were sent."""
