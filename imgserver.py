@@ -10,7 +10,7 @@ Serves a plain directory of images to every imgadm, over both APIs it has spoken
 
     DSAPI    /datasets  /datasets/:uuid  /datasets/:uuid/:file
     IMGAPI   /images  /images/:uuid  /images/:uuid/file  /images/:uuid/icon  /channels
-    both     /ping  /
+    both     /ping  /  /metrics
 
 The directory is the database: whatever appears in it whole is on show with the next
 request, what is not sound is left out with one line in the log, and nothing in it is
@@ -52,8 +52,10 @@ import functools
 import hashlib
 import html
 import http
+import itertools
 import json
 import math
+import operator
 import os
 import queue
 import re
@@ -71,6 +73,7 @@ import traceback
 import urllib.parse
 import weakref
 from _thread import start_new_thread
+from bisect import bisect_left
 from http.server import ThreadingHTTPServer
 
 __version__ = "1.0.0"
@@ -191,6 +194,7 @@ class Log:
     def __init__(self, level="info", fd=2):
         self.level = LEVELS[level]
         self.fd = fd
+        self.counts = dict.fromkeys(("info", "warn", "error"), 0)     # lines but for add()
         self._lines = []
         self._held = b""
         self._lost = 0
@@ -206,6 +210,7 @@ class Log:
         """Write `text`, which must be printable, when `level` is to be logged."""
         if LEVELS[level] >= self.level:
             self.tick(int(time.time()))
+            self.counts[level] += 1
             self.add(f"{level} {text}")
             if LEVELS[level] >= WARN:
                 self.flush(wait=True)
@@ -506,6 +511,7 @@ SETTINGS = {
     "stall_timeout": (300, _number(0.1, 86400, (int, float))),
     "drain_time": (30, _number(0, 3600, (int, float))),
     "channels": ([], _channels),
+    "metrics": (False, _flag),
     "publish_from": ([], _networks),
     "manage_from": ([], _networks),
     "check_streams": (True, _flag),
@@ -2042,6 +2048,24 @@ class Store:
                     images.append(image)
         return sorted(images, key=lambda image: image.order)
 
+    def count_states(self) -> dict:
+        """The number of images in each state, and of those left out; for a thread.
+
+        Raises OSError.
+        """
+        counts = collections.Counter(active=0, disabled=0, unactivated=0, left_out=0)
+        counts["active"] = active = len(self.snapshot(IMGAPI, True).images)
+        for image in list(self._images.values()):
+            state = "left_out" if image.problem else image.state
+            if state == "active":
+                active -= 1
+            else:
+                counts[state] += 1
+        counts["left_out"] += max(0, -active)         # their origins form cycles
+        counts["unactivated"] += len([name for name in os.listdir(self.directory)
+                                      if is_uuid(name.partition(INCOMING)[2])])
+        return counts
+
     def _load(self, uuid, api) -> Image | None:
         """Read one image again; _lock is held.  Logs the change."""
         before = self._images.get(uuid)
@@ -3262,6 +3286,8 @@ PEERS_KEPT = 1024             # addresses of which the right is remembered
 class Rights:
     """Who may do what, as the configuration says."""
 
+    failed_logins = 0             # names and passwords that did not fit
+
     def __init__(self, config):
         self.config = config
         self.of_address = functools.lru_cache(PEERS_KEPT)(self._of_address)
@@ -4348,6 +4374,7 @@ class ImgapiPublishing:
             raise ApiError(503, "ServiceUnavailableError", f"{UPLOADS} uploads are on their way",
                            fields=b"Retry-After: 10\r\n")
         unchecked = 0
+        request.body.is_file = True
 
         def read(size):
             nonlocal unchecked
@@ -4445,6 +4472,7 @@ class ImgapiPublishing:
 PAGE_ROWS = 1000              # images on one page: 400 to 700 bytes each
 PAGE_TEXT = 200               # characters of a description that are shown
 PAGES_KEPT = 4                # rendered pages kept of one snapshot, below 1 MB each as a rule
+PAGES_LIMIT = 64 << 20        # bytes of rendered pages in use: who reads none must not fill memory
 PAGE_HUES = 6                 # colours of the letter that stands for a missing icon
 
 PAGE_STYLE = """
@@ -4503,7 +4531,6 @@ background:#1f6fb2}
 h2 b{font-weight:400;color:var(--soft);margin-left:.25rem}
 li p{margin-top:.15rem;font-size:.9375rem}
 li .meta{font-size:.8125rem}
-.meta>:not(:last-child):after{content:"\\a0\\b7"}
 .note{background:var(--card);border:1px solid var(--line);border-radius:.75rem;padding:3rem 1rem;
 text-align:center}
 footer{padding-block:1.5rem 2.5rem;font-size:.875rem}
@@ -4586,6 +4613,10 @@ def count_text(count, noun) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+class RenderedPage(bytearray):
+    """A page or its gzip form, with its etag and zipped; a reference to it can be weak."""
+
+
 class Page:
     """The images for people: HTML that needs no script and nothing from elsewhere.
 
@@ -4596,6 +4627,7 @@ class Page:
         self.config, self.store, self.imgapi = config, store, imgapi
         self.url_base = dsapi.url_base
         self._lock = threading.Lock()         # one is rendered at a time
+        self._in_use = weakref.WeakValueDictionary()      # id: page in the cache, or being sent
         style, script = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
                          for text in (PAGE_STYLE, PAGE_SCRIPT))
         self.fields = (
@@ -4652,24 +4684,33 @@ class Page:
         view = (self.url_base(request.host).decode(), channel, single_value(query, "q") or "",
                 int(number), hidden)
         with self._lock:
-            rendered = snapshot.pages.get(view)
-            if rendered is None:
-                body = PageView(self, snapshot, *view).render().encode()
-                rendered = snapshot.pages[view] = {"": body}
+            page = snapshot.pages.get(view)
+            if page is None:
+                page = snapshot.pages[view] = self._render(snapshot, view)
                 if len(snapshot.pages) > PAGES_KEPT:
                     del snapshot.pages[next(iter(snapshot.pages))]
-            etag, coding = hashlib.sha1(rendered[""]).hexdigest(), ""
-            if accepts_gzip(request.headers.get("accept-encoding", "")):
-                coding = "gzip"
-                if coding not in rendered:
-                    import zlib
-                    packer = zlib.compressobj(6, wbits=31)
-                    rendered[coding] = packer.compress(rendered[""]) + packer.flush()
-        if coding:
-            etag += "-gzip"
-        fields = b'%b%bETag: "%b"\r\n' % (
-            self.fields, b"Content-Encoding: gzip\r\n" if coding else b"", etag.encode())
-        return whole_list(request.headers, rendered[coding], etag, len(rendered[coding]), fields)
+        etag, body, fields = page.etag, page, self.fields
+        if accepts_gzip(request.headers.get("accept-encoding", "")):
+            etag, body = etag + "-gzip", page.zipped
+            fields += b"Content-Encoding: gzip\r\n"
+        fields += header_line("ETag", f'"{etag}"')
+        if etag_matches(request.headers.get("if-none-match", ""), etag):
+            return Response(304, fields)
+        return Response(200, fields, body)
+
+    def _render(self, snapshot, view) -> RenderedPage:
+        """A page and its gzip form.  Raises ApiError (503) where too many are unread."""
+        if sum(map(len, list(self._in_use.values()))) > PAGES_LIMIT:
+            raise ApiError(503, "ServiceUnavailableError", "too many pages are on their way",
+                           fields=b"Retry-After: 5\r\n")
+        import zlib
+        page = RenderedPage(PageView(self, snapshot, *view).render().encode())
+        page.etag = hashlib.sha1(page).hexdigest()
+        packer = zlib.compressobj(6, wbits=31)
+        page.zipped = RenderedPage(packer.compress(page) + packer.flush())
+        for body in (page, page.zipped):
+            self._in_use[id(body)] = body
+        return page
 
 
 class PageView:
@@ -4789,32 +4830,193 @@ spellcheck="false" placeholder="Name, version, os, description or uuid">
         text = fields.get("description") or ""
         if len(text) > PAGE_TEXT:
             text = text[:PAGE_TEXT - 1].rstrip() + "…"
-        meta = [f"<span>{escape(image.os)}</span> <span>{escape(image.type)}</span> "
-                f"<span>{size_text(image.size)}</span> <time>{escape(image.order[0][:10])}</time>"]
+        meta = [escape(image.os), escape(image.type), size_text(image.size),
+                f"<time>{escape(image.order[0][:10])}</time>"]
         if not image.public:
-            meta.append("<span>private</span>")
+            meta.append("private")
         if image.origin:
             origin = self.by_uuid.get(image.origin)
             title = (f"{origin.name} {origin.version}" if origin
                      else f"{image.origin}, which is not here")
-            meta.append(f'<span>builds on <a href="{self._link(image.origin)}">{escape(title)}'
-                        "</a></span>")
+            meta.append(f'builds on <a href="{self._link(image.origin)}">{escape(title)}</a>')
         children = self.children[uuid]
         if children:
-            meta.append(f'<span><a href="{self._link(uuid)}">{children:,} build'
-                        f'{"s" if children == 1 else ""} on it</a></span>')
+            meta.append(f'<a href="{self._link(uuid)}">{children:,} build'
+                        f'{"s" if children == 1 else ""} on it</a>')
         homepage = fields.get("homepage")
         if _is_url(homepage):
-            meta.append(f'<span><a href="{escape(homepage)}">Homepage</a></span>')
-        meta.append(f'<span><a href="images/{uuid}{channel}">Manifest</a></span>')
+            meta.append(f'<a href="{escape(homepage)}">Homepage</a>')
+        meta.append(f'<a href="images/{uuid}{channel}">Manifest</a>')
         icon = f'<img src="images/{uuid}/icon{channel}" alt="" loading="lazy">' if image.icon \
             else (f'<i class="h{sum(image.name.encode()) % PAGE_HUES}" aria-hidden="true">'
                   f"{escape(image.name[0].upper())}</i>")
         option = f"-C {shlex.quote(self.special)} " if self.special else ""
         return (f"<li>{icon}<div><h2>{escape(image.name)} <b>{escape(image.version)}</b></h2>"
-                f'{f"<p>{escape(text)}</p>" if text else ""}<p class="meta">{" ".join(meta)}</p>'
+                f'{f"<p>{escape(text)}</p>" if text else ""}<p class="meta">{" · ".join(meta)}</p>'
                 f'</div><div class="line"><code>imgadm import {escape(option)}{uuid}</code></div>'
                 "</li>")
+
+
+BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0, 60.0, 600.0)      # seconds until it was sent
+IMAGES_NAMED = 100            # images whose downloads have a series of their own
+OPEN_STATES = "reading", "sending", "working", "streaming", "lingering"   # of connections
+
+
+def sample_lines(name, kind, about, samples) -> str:
+    """One metric in Prometheus' text format 0.0.4; samples: (suffix, {label: text}, value)."""
+    def labels(pairs):
+        pairs = ('%s="%s"' % (key, value.replace("\\", r"\\").replace('"', r'\"')
+                              .replace("\n", r"\n")) for key, value in pairs.items())
+        return f"{{{','.join(pairs)}}}"
+    return f"# HELP {name} {about}\n# TYPE {name} {kind}\n" + "".join(
+        f"{name}{suffix}{labels(pairs) if pairs else ''} {value}\n"
+        for suffix, pairs, value in samples)
+
+
+class Metrics:
+    """Counts of this process for Prometheus.
+
+    The event loop alone counts, once for each answer; a thread reads.  connections: those of
+    the event loop, which gives them.
+    """
+
+    connections = ()
+
+    def __init__(self, store, log, rights):
+        self.store, self.log, self.rights = store, log, rights
+        self._started = time.time()
+        # (pattern, method, status): [bytes of bodies, seconds, answers of each bucket...]
+        self._rows = {}
+        self._received = collections.Counter()    # pattern: bytes of bodies
+        self._files = {"whole": 0, "cut": 0}
+        self._uploads = {"stored": 0, "failed": 0}
+        # uuid: [title, downloads, those that were counted in a series of its own]
+        self._images = {}
+        self._named = set()                       # uuids of images that have one
+        self._others = 0                          # downloads that were counted in no such series
+
+    def routes(self):
+        return [Route("GET", "metrics", self.answer, THREAD, ANYONE)]
+
+    def count(self, request, response, size, seconds, failure):
+        """Count an answer: `size` bytes of its body went out, `seconds` after it was asked for."""
+        try:
+            row = self._rows[request.route.pattern, request.method, response.status]
+        except (AttributeError, KeyError):        # no request, no route; or the first of its kind
+            row = self._row(request, response.status)
+        row[0] += size
+        row[1] += seconds
+        row[bisect_left(BUCKETS, seconds) + 2] += 1
+        if response.title and request.method == "GET":
+            self._count_file(request.arguments[0], response, failure)
+        if request is not None and request.body is not None:
+            self._received[request.route.pattern] += request.body.received
+            if request.body.is_file:
+                self._uploads["stored" if response.status < 300 else "failed"] += 1
+
+    def _row(self, request, status) -> list:
+        """The row of a kind of answers; methods that nobody knows are one."""
+        pattern, method = None, "none"
+        if request is not None:
+            method = request.method if request.method in METHODS else "other"
+            pattern = request.route and request.route.pattern
+        return self._rows.setdefault((pattern, method, status),
+                                     [0, 0.0] + [0] * (len(BUCKETS) + 1))
+
+    def _count_file(self, uuid, response, failure):
+        """Count a file, and a download where it begins at its first byte."""
+        self._files["cut" if failure else "whole"] += 1
+        if response.offset:
+            return
+        image = self._images.setdefault(uuid, [response.title, 0, 0])
+        if len(self._named) < IMAGES_NAMED:
+            self._named.add(uuid)
+        image[0] = response.title
+        image[1] += 1
+        if uuid in self._named:
+            image[2] += 1
+        else:
+            self._others += 1
+
+    def answer(self, request):
+        """All of them."""
+        parts = [*self._of_answers(), *self._of_files(), *self._of_images(), *self._of_process()]
+        return Response(200, b"Content-Type: text/plain; version=0.0.4; charset=utf-8\r\n"
+                        + CACHE_NOTHING, "".join(parts).encode())
+
+    def _of_answers(self):
+        rows = [(f"/{pattern}" if pattern is not None else "none", method, str(status), row[:])
+                for (pattern, method, status), row in list(self._rows.items())]
+        yield sample_lines(
+            "imgserver_http_requests_total", "counter",
+            "Requests that were answered, by route, method and status (499: the client had gone).",
+            [("", {"route": route, "method": method, "status": status}, sum(row[2:]))
+             for route, method, status, row in rows])
+        routes = {}
+        for route, _, _, row in rows:
+            routes[route] = list(map(operator.add, routes.get(route, [0] * len(row)), row))
+        samples = []
+        for route, (_, seconds, *counts) in routes.items():
+            below = list(itertools.accumulate(counts))
+            samples += [("_bucket", {"route": route, "le": edge}, count)
+                        for edge, count in zip((*map(str, BUCKETS), "+Inf"), below)]
+            samples += [("_sum", {"route": route}, seconds),
+                        ("_count", {"route": route}, below[-1])]
+        yield sample_lines("imgserver_http_request_duration_seconds", "histogram",
+                           "Seconds from a request to the last byte of its answer.", samples)
+        yield sample_lines("imgserver_http_response_body_bytes_total", "counter",
+                           "Bytes of bodies that were sent.",
+                           [("", {"route": route}, row[0]) for route, row in routes.items()])
+        yield sample_lines("imgserver_http_request_body_bytes_total", "counter",
+                           "Bytes of bodies that were received.",
+                           [("", {"route": f"/{pattern}"}, size)
+                            for pattern, size in list(self._received.items())])
+
+    def _of_files(self):
+        images = {uuid: image[:] for uuid, image in list(self._images.items())}
+        if len(images) > IMAGES_NAMED:
+            # A download stays in the series that it was counted in, so that none goes down.
+            self._named = set(sorted(images, key=lambda uuid: (
+                images[uuid][1], uuid in self._named), reverse=True)[:IMAGES_NAMED])
+        yield sample_lines(
+            "imgserver_downloads_total", "counter", "Downloads of image files from their first "
+            f"byte on; the {IMAGES_NAMED} images that are downloaded most have their own series.",
+            [("", {"image": uuid, "title": title}, count)
+             for uuid, (title, _, count) in images.items() if uuid in self._named]
+            + [("", {"image": "other", "title": ""}, self._others)])
+        yield sample_lines("imgserver_files_sent_total", "counter",
+                           "Answers with an image file or a range of it: sent whole, or cut.",
+                           [("", {"result": key}, count) for key, count in self._files.items()])
+        yield sample_lines("imgserver_uploads_total", "counter",
+                           "Image files that were uploaded over HTTP: stored, or failed.",
+                           [("", {"result": key}, count) for key, count in self._uploads.items()])
+
+    def _of_images(self):
+        try:
+            states = self.store.count_states()
+        except OSError:                   # serve_dir cannot be read: the other metrics still can
+            return
+        yield sample_lines("imgserver_images", "gauge", "Images in serve_dir: active ones are on "
+                           "show, left_out ones are not since something is wrong with them.",
+                           [("", {"state": state}, count) for state, count in states.items()])
+
+    def _of_process(self):
+        states = collections.Counter(connection.state for connection in list(self.connections))
+        yield sample_lines("imgserver_connections", "gauge", "Open connections.",
+                           [("", {"state": state}, states[state]) for state in OPEN_STATES])
+        levels = dict(self.log.counts)
+        if self.log.level <= INFO:        # the lines of answers are counted as such alone
+            levels["info"] += sum(sum(row[2:]) for row in list(self._rows.values()))
+        yield sample_lines("imgserver_log_lines_total", "counter", "Lines logged.",
+                           [("", {"level": level}, count) for level, count in levels.items()])
+        yield sample_lines("imgserver_failed_logins_total", "counter",
+                           "Names and passwords that did not fit.",
+                           [("", {}, self.rights.failed_logins)])
+        yield sample_lines("process_start_time_seconds", "gauge",
+                           "When it was started, in seconds since 1970.",
+                           [("", {}, self._started)])
+        yield sample_lines("imgserver_build_info", "gauge", "Always 1.", [
+            ("", {"version": __version__, "python": "%d.%d.%d" % sys.version_info[:3]}, 1)])
 
 
 class Site:
@@ -4826,12 +5028,14 @@ class Site:
     def __init__(self, config, store, log, routes=()):
         self.config, self.store, self.log = config, store, log
         self.rights = Rights(config)
+        self.metrics = Metrics(store, log, self.rights) if config.metrics else None
         dsapi, imgapi = Dsapi(config, store), Imgapi(config, store, self.rights)
         if self.rights.publishing:
             routes = [*routes, *ImgapiPublishing(config, store, imgapi, self.rights).routes()]
         self.table = {}                   # pattern: {method: Route}
         for route in (Route("GET", "ping", self.ping, MEMORY, ANYONE), *dsapi.routes(),
-                      *imgapi.routes(), *Page(config, store, dsapi, imgapi).routes(), *routes):
+                      *imgapi.routes(), *Page(config, store, dsapi, imgapi).routes(), *routes,
+                      *(self.metrics.routes() if self.metrics else ())):
             self.table.setdefault(route.pattern, {})[route.method] = route
 
     def answer(self, request) -> Response:
@@ -4890,7 +5094,8 @@ class Site:
         allow = ", ".join(methods)
         if request.method == "OPTIONS":
             request.arguments = [allow]
-            return Route("OPTIONS", "", self.options, MEMORY, ANYONE)
+            pattern = next(iter(rows.values())).pattern
+            return Route("OPTIONS", pattern, self.options, MEMORY, ANYONE)
         if request.method not in METHODS:
             raise ApiError(501, "NotImplemented", "the method is not known here")
         hint = ("" if self.rights.publishing else ": publishing over HTTP is off, until "
@@ -4984,7 +5189,7 @@ SENDERS = 4                   # senders of files: with more threads, downloads g
 SENDER_THREADS = 32           # threads of all senders, each but the first of one on a hung disk
 
 READING, SENDING, WORKING, STREAMING, LINGERING, CLOSED = (
-    "reading", "sending", "working", "streaming", "lingering", "closed")
+    *OPEN_STATES, "closed")
 
 STATUS_LINES = {int(status): b"HTTP/1.1 %d %b\r\nServer: imgserver/%b\r\nDate: " % (
     status, status.phrase.encode(), __version__.encode()) for status in http.HTTPStatus}
@@ -5164,7 +5369,7 @@ class Body:
         self._chunked = request.length is None
         self._stall_timeout = stall_timeout
         self._asked = "expect" not in request.headers or request.is_1_0
-        self.received = 0
+        self.received, self.is_file = 0, False        # is_file: an image file is uploaded
         self.finished = request.length == 0
 
     def read(self, size) -> bytes:
@@ -5408,8 +5613,8 @@ class Connection:
             if response.file is None:
                 transport.queue(response.body, size)
         self.answered += 1
-        self.unlogged += ((end, self.line, response.status, size, self.started,
-                           response.title, self.peer or self._proxied()),)
+        self.unlogged += ((end, self.line, self.request, response, size, self.started,
+                           self.peer or self._proxied()),)
         return not self.closing
 
     def flush(self):
@@ -5507,8 +5712,8 @@ class Connection:
         if self.request.body is not None:
             self.buffer = self.request.body.rest
         if response is None:              # nobody is there to be answered
-            self.unlogged += ((math.inf, self.line, GONE, 0, self.started, "",
-                               self.peer or self._proxied()),)
+            self.unlogged += ((math.inf, self.line, self.request, Response(GONE), 0,
+                               self.started, self.peer or self._proxied()),)
             self._log_answers()
             self.close()
             return
@@ -5632,17 +5837,23 @@ class Connection:
         It is written when the answer has gone, or has failed: then with the bytes that went.
         """
         log, unlogged, self.unlogged = self.loop.log, self.unlogged, ()
-        if log.level > INFO:
+        metrics = self.loop.site.metrics
+        if log.level > INFO and metrics is None:
             return
         now, sent = time.monotonic(), self.transport.sent
-        for end, line, status, size, started, title, client in unlogged:
+        for end, line, request, response, size, started, client in unlogged:
             failure = ""
             if end > sent:
                 failure, size = self.failure, max(0, size - end + sent)
+            if metrics is not None:
+                metrics.count(request, response, size, now - started, failure)
+                if log.level > INFO:
+                    continue
             if len(line) > LOG_TARGET_LIMIT or not _is_plain(line):
                 line = printable(line)
-            log.add(f'info {client} "{line}" {status} {size} {(now - started) * 1000:.1f}ms'
-                    f"{title and ' ' + title}{failure}")
+            title = response.title
+            log.add(f'info {client} "{line}" {response.status} {size} '
+                    f"{(now - started) * 1000:.1f}ms{title and ' ' + title}{failure}")
 
 
 class Sender:
@@ -5869,6 +6080,8 @@ class EventLoop:
         self.draining = False
         self.outbox, self.share = [], LOOP_STEP
         self._connections = set()
+        if self.site.metrics is not None:
+            self.site.metrics.connections = self._connections
         self._senders = [Sender(self) for _ in range(SENDERS)]
         self._selector = selectors.DefaultSelector()
         self._wakeup, self._waker = socket.socketpair()
