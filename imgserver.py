@@ -4487,25 +4487,25 @@ header,main,footer{max-width:80rem;margin:0 auto;padding:0 1.25rem}
 header{display:flex;flex-wrap:wrap;gap:1rem 3rem;align-items:end;justify-content:space-between;
 padding-top:2.25rem}
 header>*{min-width:0}
-h1{font-size:2rem;line-height:1.2;letter-spacing:-.02em;margin:0}
+h1{color:var(--text);font-size:2rem;line-height:1.2;letter-spacing:-.02em;margin:0}
 h2{font-size:1.0625rem;line-height:1.35;margin:0}
-h2,li p,.note,header p{overflow-wrap:anywhere;unicode-bidi:isolate}
+h2,li div,.note,header{overflow-wrap:anywhere;unicode-bidi:isolate}
 p,nav{margin:0}
 a{color:var(--link);text-underline-offset:.15em}
 :focus-visible{outline:3px solid var(--link);outline-offset:2px}
 .skip,label{position:absolute;left:-99rem}
 .skip:focus{left:1rem;top:.5rem;z-index:2;background:var(--card);padding:.5rem}
-.soft,.meta,footer,#count{color:var(--soft)}
-.line{display:flex;min-width:0;border:1px solid var(--line);border-radius:.5rem;
+header>:first-child,small,footer,#count{color:var(--soft)}
+header p,li>p{display:flex;min-width:0;border:1px solid var(--line);border-radius:.5rem;
 background:var(--code);overflow:hidden}
 code{font:.8125rem/1.5 ui-monospace,Menlo,Consolas,monospace}
-.line code{flex:1;padding:.45rem .75rem;white-space:nowrap}
-.line button{flex:none;width:4.75rem;border:0;border-left:1px solid var(--line);
+p>code{flex:1;padding:.45rem .75rem;white-space:nowrap}
+p>button{flex:none;width:4.75rem;border:0;border-left:1px solid var(--line);
 background:var(--card);color:var(--link);font:600 .8125rem system-ui,sans-serif;cursor:pointer}
-.line button:hover{background:var(--link);color:var(--on)}
-.line button:focus-visible{outline-offset:-3px}
-header .line{background:var(--card);margin-top:.35rem}
-header .line code{font-size:.9375rem}
+p>button:hover{background:var(--link);color:var(--on)}
+p>button:focus-visible{outline-offset:-3px}
+header p{background:var(--card);margin-top:.35rem}
+header code{font-size:.9375rem}
 form{display:flex;gap:.6rem;position:sticky;top:0;z-index:1;background:var(--back);
 margin-top:.75rem;padding:.75rem 0}
 input{flex:1;min-width:0;font:inherit;color:inherit;background:var(--card);
@@ -4529,18 +4529,18 @@ background:#1f6fb2}
 .h1{background:#7a4fb5}.h2{background:#1b7f6b}.h3{background:#b3541e}.h4{background:#a83a68}
 .h5{background:#4b6078}
 h2 b{font-weight:400;color:var(--soft);margin-left:.25rem}
-li p{margin-top:.15rem;font-size:.9375rem}
-li .meta{font-size:.8125rem}
+li div p{margin-top:.15rem;font-size:.9375rem}
+small{display:block;margin-top:.15rem;font-size:.8125rem}
 .note{background:var(--card);border:1px solid var(--line);border-radius:.75rem;padding:3rem 1rem;
 text-align:center}
 footer{padding-block:1.5rem 2.5rem;font-size:.875rem}
 footer a{margin-right:.9rem}
 @media(max-width:62rem){li{grid-template-columns:2.75rem minmax(0,1fr)}
-li .line{grid-column:2;margin-top:.6rem;justify-self:start;max-width:100%}}
+li>p{grid-column:2;margin-top:.6rem;justify-self:start;max-width:100%}}
 @media(max-width:40rem){header,main,footer{padding-inline:.9rem}header{padding-top:1.25rem}
-header>*{width:100%}h1{font-size:1.6rem}li .line{grid-column:1/3;width:100%}
-.line code{white-space:normal;word-break:break-all}}
-@media print{form,.line button,nav,footer{display:none}li{content-visibility:visible}}
+header>*{width:100%}h1{font-size:1.6rem}li>p{grid-column:1/3;width:100%}
+p>code{white-space:normal;word-break:break-all}}
+@media print{form,p>button,nav,footer{display:none}li{content-visibility:visible}}
 """
 
 # A plain http: page has no navigator.clipboard, so that a line is selected and copied.
@@ -4549,7 +4549,7 @@ PAGE_SCRIPT = """
 (() => {
 const box = document.getElementById("q"), said = document.getElementById("said");
 function addButtons(root) {
-  for (const code of root.querySelectorAll(".line code")) {
+  for (const code of root.querySelectorAll("p>code")) {
     const button = document.createElement("button");
     button.type = "button";
     button.textContent = "Copy";
@@ -4558,7 +4558,7 @@ function addButtons(root) {
   }
 }
 document.addEventListener("click", event => {
-  const button = event.target.closest(".line button");
+  const button = event.target.closest("p>button");
   if (!button) return;
   const selection = getSelection();
   selection.selectAllChildren(button.previousElementSibling);
@@ -4740,9 +4740,9 @@ class PageView:
 <title>Images on {host}</title><link rel="icon" href="{PAGE_ICON}">
 <style>{PAGE_STYLE}</style></head><body>
 <a class="skip" href="#list">Skip to the images</a>
-<header><div><h1>SmartOS images</h1><p class="soft">on {host}</p></div>
-<div><p>Add this server to a global zone:</p><div class="line"><code>imgadm sources -a \
-{html.escape(source)}</code></div></div></header>
+<header><div><h1>SmartOS images</h1>on {host}</div>
+<div>Add this server to a global zone:<p><code>imgadm sources -a {html.escape(source)}</code></p>
+</div></header>
 <main>{self._tabs()}<form role="search"><label for="q">Filter the images</label>
 <input type="search" id="q" name="q" value="{html.escape(self.words)}" autocomplete="off" \
 spellcheck="false" placeholder="Name, version, os, description or uuid">
@@ -4831,7 +4831,7 @@ spellcheck="false" placeholder="Name, version, os, description or uuid">
         if len(text) > PAGE_TEXT:
             text = text[:PAGE_TEXT - 1].rstrip() + "…"
         meta = [escape(image.os), escape(image.type), size_text(image.size),
-                f"<time>{escape(image.order[0][:10])}</time>"]
+                escape(image.order[0][:10])]
         if not image.public:
             meta.append("private")
         if image.origin:
@@ -4851,10 +4851,10 @@ spellcheck="false" placeholder="Name, version, os, description or uuid">
             else (f'<i class="h{sum(image.name.encode()) % PAGE_HUES}" aria-hidden="true">'
                   f"{escape(image.name[0].upper())}</i>")
         option = f"-C {shlex.quote(self.special)} " if self.special else ""
+        about = f"<p>{escape(text)}</p>" if text else ""
         return (f"<li>{icon}<div><h2>{escape(image.name)} <b>{escape(image.version)}</b></h2>"
-                f'{f"<p>{escape(text)}</p>" if text else ""}<p class="meta">{" · ".join(meta)}</p>'
-                f'</div><div class="line"><code>imgadm import {escape(option)}{uuid}</code></div>'
-                "</li>")
+                f'{about}<small>{" · ".join(meta)}</small></div><p><code>imgadm import '
+                f"{escape(option)}{uuid}</code></p></li>")
 
 
 BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0, 60.0, 600.0)      # seconds until it was sent
