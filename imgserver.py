@@ -4539,7 +4539,7 @@ footer a{margin-right:.9rem}
 li>p{grid-column:2;margin-top:.6rem;justify-self:start;max-width:100%}}
 @media(max-width:40rem){header,main,footer{padding-inline:.9rem}header{padding-top:1.25rem}
 header>*{width:100%}h1{font-size:1.6rem}li>p{grid-column:1/3;width:100%}
-p>code{white-space:normal;word-break:break-all}}
+p>code{white-space:normal;word-break:break-all;font-size:.75rem}p>button{width:4rem}}
 @media print{form,p>button,nav,footer{display:none}li{content-visibility:visible}}
 """
 
@@ -4599,14 +4599,13 @@ PAGE_ICON = ("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewB
 
 
 def size_text(size) -> str:
-    """Bytes as people read them, with three digits: 1.23 GiB."""
-    unit = "bytes"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1000:
-            break
-        size, unit = size / 1024, larger
-    return f"{size:.{max(0, 2 - int(math.log10(size or 1)))}f} {unit}" if unit != "bytes" \
-        else f"{size} bytes"
+    """Bytes as people read them, three digits and a unit that stays beside them: 1.23 GiB."""
+    units = iter(("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB", "ZiB", "YiB"))
+    unit = next(units)
+    while size >= 1000:
+        size, unit = size / 1024, next(units)
+    digits = 0 if unit == "bytes" or size >= 100 else 1 if size >= 10 else 2
+    return f"{size:.{digits}f}\xa0{unit}"
 
 
 def count_text(count, noun) -> str:

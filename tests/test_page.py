@@ -122,17 +122,24 @@ class Pages(PageCase):
         self.assertEqual([row[:1] + row.split()[0][1:] for row in page.rows],
                          ["Wweb", "Bbase", "Llost"])
         first, second, third = page.rows
-        self.assertIn("web 2.0.0" + "d" * 199 + "…smartos · zone-dataset · 1.46 KiB · "
+        self.assertIn("web 2.0.0" + "d" * 199 + "…smartos · zone-dataset · 1.46\xa0KiB · "
                       "2024-05-07 · private · builds on base 1.2.3 · Manifest", first)
-        self.assertIn("base 1.2.3A basesmartos · zone-dataset · 17 bytes · 2024-05-06 · 1 builds "
+        self.assertIn("base 1.2.3A basesmartos · zone-dataset · 17\xa0bytes · 2024-05-06 · 1 builds "
                       "on it · Homepage · Manifest", second)
-        self.assertIn(f"linux · zone-dataset · 17 bytes · 2024-05-05 · builds on {uuid_of(9)}, "
+        self.assertIn(f"linux · zone-dataset · 17\xa0bytes · 2024-05-05 · builds on {uuid_of(9)}, "
                       "which is not here · Manifest", third)
         self.assertEqual(page.lines, ["imgadm sources -a http://images.example.com"] + [
             f"imgadm import {uuid_of(number)}" for number in (2, 1, 3)])
         self.assertIn("https://example.com/?a=1&b=2", page.links("href"))
         self.assertNotIn("javascript", "".join(page.links("href")))
-        self.assertIn("3 images, 1.50 KiB", page.text)
+        self.assertIn("3 images, 1.50\xa0KiB", page.text)
+
+    def test_sizes(self):
+        for size, wanted in ((0, "0 bytes"), (999, "999 bytes"), (1000, "0.98 KiB"),
+                             (1024 * 99.6, "99.6 KiB"), (310 << 20, "310 MiB"),
+                             (1 << 40, "1.00 TiB"), (1 << 60, "1.00 EiB"),
+                             (1000 << 60, "0.98 ZiB")):
+            self.assertEqual(imgserver.size_text(size).replace("\xa0", " "), wanted)
 
     def test_icons(self):
         self.images(2)
@@ -170,7 +177,7 @@ class Pages(PageCase):
             self.assertEqual(names, [["n7", "n6", "n5"], ["n4", "n3", "n2"], ["n1"], ["n1"],
                                      ["n1"]])
             page = self.read(site, "/?page=2&q=2.0")
-            self.assertIn("7 images of 7, 119 bytes, page 2 of 3", page.text)
+            self.assertIn("7 images of 7, 119\xa0bytes, page 2 of 3", page.text)
             current = [attributes for _, attributes in page.tags if "aria-current" in attributes]
             self.assertEqual([each["href"] for each in current], ["?page=2&q=2.0"])
             self.assertIn("?page=3&q=2.0", page.links("href"))
@@ -503,7 +510,7 @@ class InABrowser(PageCase):
         self.assertEqual(browser.run("document.activeElement.id"), "q")
         browser.type("n2")
         wait_for(lambda: browser.run(ROWS) == 1, "the filtered list")
-        self.assertEqual(browser.run(COUNT), "1 image of 3, 17 bytes")
+        self.assertEqual(browser.run(COUNT), "1 image of 3, 17\xa0bytes")
         self.assertEqual(browser.run("location.search"), "?q=n2&page=1")
         self.assertEqual(browser.run("document.activeElement.id"), "q")
         self.assertEqual(browser.run("document.querySelectorAll('#list button').length"), 1)
