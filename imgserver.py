@@ -58,6 +58,7 @@ import math
 import operator
 import os
 import queue
+import random
 import re
 import select
 import selectors
@@ -1960,7 +1961,7 @@ class Store:
     for, by one thread at a time.  in_background(job) runs a job in another thread.
     """
 
-    def __init__(self, config, log, in_background):
+    def __init__(self, config, log, in_background=lambda job: start_new_thread(job, ())):
         self.directory = config.serve_dir
         self.place = os.path.join(config.serve_dir, "")
         self.log = log
@@ -1980,6 +1981,9 @@ class Store:
         self._cyclic = {}             # uuid: whether its chain of origins never ends; a memo
         self._cyclic_since = -math.inf
         self._cycles_logged = set()
+        # One thread at a time computes lists: several would trade the interpreter's lock with
+        # the event loop for each other's sake, and be no sooner done.
+        self.rendering = threading.Lock()
         self._lists_lock = threading.Lock()       # for listings of a snapshot, and gzip forms
         self._zipping = threading.Lock()
         self._zipped = weakref.WeakValueDictionary()      # id: ZippedList that is in use
@@ -2265,9 +2269,10 @@ class Store:
         if first is None:
             if not may_block:
                 raise NeedsThread
-            images = select(snapshot.images)
-            listing = Listing(images, text_of, list_etag(images, api, view))
-            snapshot.forms[api, view] = listing, host
+            with self.rendering:
+                images = select(snapshot.images)
+                listing = Listing(images, text_of, list_etag(images, api, view))
+                snapshot.forms[api, view] = listing, host
         else:
             listing = first.for_host(text_of, len(host) - len(first_host))
         with self._lists_lock:
@@ -2900,7 +2905,7 @@ class Publisher:
         def changed(manifest):
             if is_v1(manifest) and V2_ALONE & changes.keys():
                 manifest = upgrade(manifest)
-                manifest.pop("state")
+                manifest.pop("state", None)
             manifest = {**manifest, **changes}
             manifest = {key: value for key, value in manifest.items()
                         if value is not None or key not in changes}
@@ -3953,12 +3958,12 @@ class Dsapi:
                 if not request.may_block:
                     raise NeedsThread     # it is rendered to learn its length
                 images = self.store.snapshot(api, True).images
-                numbers = [number for number, image in enumerate(images)
-                           if all(value is None or matches_text(getattr(image, name), value,
-                                                                name != "type")
-                                  for name, value in wanted.items())]
-                return filtered_response(images, numbers, text_of,
-                                         VARY + CACHE_NEVER)
+                with self.store.rendering:
+                    numbers = [number for number, image in enumerate(images)
+                               if all(value is None or matches_text(getattr(image, name), value,
+                                                                    name != "type")
+                                      for name, value in wanted.items())]
+                    return filtered_response(images, numbers, text_of, VARY + CACHE_NEVER)
         listing = self.store.listing(api, (), lambda images: images, text_of,
                                      request.may_block, base)
         return list_response(request, self.store, listing, b"Accept, Accept-Encoding",
@@ -4034,8 +4039,13 @@ class Imgapi:
         check_admin_fields(query)
         channel = self.channel_of(query)
         if set(query) - {"channel", "inclAdminFields"}:
-            images, numbers = self._select(request, query, channel)
-            return filtered_response(images, numbers, self.text_of(version), CACHE_MANIFESTS)
+            images, checks, backwards, limit = self._select(request, query, channel)
+            with self.store.rendering:
+                numbers = range(len(images))
+                for check in checks:
+                    numbers = [number for number in numbers if check(images[number])]
+                numbers = numbers[::-1 if backwards else 1][:limit]
+                return filtered_response(images, numbers, self.text_of(version), CACHE_MANIFESTS)
         listing = self.store.listing(
             IMGAPI, (channel, version if self.channels else None),
             lambda images: [image for image in images if self.in_channel(image, channel)],
@@ -4043,9 +4053,7 @@ class Imgapi:
         return list_response(request, self.store, listing, b"Accept-Encoding", CACHE_MANIFESTS)
 
     def _select(self, request, query, channel):
-        """The images of a snapshot, and the places of those that a query asks for: filtered,
-        sorted, from the marker on, limited.
-        """
+        """(images of a snapshot, checks that those of the query pass, newest first, limit)."""
         backwards, limit = newest_first(query), limit_of(query)
         account = single_value(query, "account")
         state = single_value(query, "state") or "active"
@@ -4053,7 +4061,7 @@ class Imgapi:
             raise invalid("state", f'invalid state: "{state}"')
         may_see_all = self.rights.of(request) >= PUBLISH
         if state not in ("active", "all") and not may_see_all:
-            return (), ()
+            return (), (), False, None
         if not request.may_block:
             raise NeedsThread     # it is rendered to learn its length
         if state == "active" or not may_see_all:
@@ -4066,10 +4074,7 @@ class Imgapi:
             first = self._marker(marker, backwards)
             checks.append(lambda image: image.order <= first if backwards
                           else image.order >= first)
-        numbers = range(len(images))
-        for check in checks:
-            numbers = [number for number in numbers if check(images[number])]
-        return images, numbers[::-1 if backwards else 1][:limit]
+        return images, checks, backwards, limit
 
     def _marker(self, marker, backwards):
         """The place in the order where a list is to begin.  Raises ApiError."""
@@ -4259,7 +4264,7 @@ class ImgapiPublishing:
                              if name not in ("icon", "state", "error")}, IMPORT)
         if is_v1(manifest):
             manifest = upgrade(manifest)
-            del manifest["state"]
+            manifest.pop("state", None)
         manifest = {"v": 2, "uuid": uuid, "owner": NOBODY, "public": True, "disabled": False,
                     **manifest}
         self._choose_channels(manifest, query)
@@ -5097,8 +5102,9 @@ class Site:
             return Route("OPTIONS", pattern, self.options, MEMORY, ANYONE)
         if request.method not in METHODS:
             raise ApiError(501, "NotImplemented", "the method is not known here")
-        hint = ("" if self.rights.publishing else ": publishing over HTTP is off, until "
-                "publish_from or manage_from of the configuration says who may")
+        hint = ("" if self.rights.publishing or request.segments[0] != "images" else
+                ": publishing over HTTP is off, until publish_from or manage_from of the "
+                "configuration says who may")
         raise ApiError(405, "MethodNotAllowedError", f"{request.method} is not allowed{hint}",
                        fields=header_line("Allow", allow))
 
@@ -5976,6 +5982,8 @@ OVERFLOW = 256                # connections above the limit that are told 503 be
 SPARE_FILES = 64              # file descriptors kept for images, directories and the log
 THREAD_IDLE = 10.0            # seconds until a thread without work ends
 WORKERS = 24                  # threads for short jobs: more only wait for the interpreter's lock
+MANY_EVENTS = 32              # ready sockets after which the time of a turn is checked
+TURN_TIME = 0.02              # seconds of a turn after which answers go out and others get theirs
 GIVEN_BACK = 64               # connections taken back from threads in one turn, some 3 ms
 CLEAN_UP = 2.0                # seconds that cut uploads get to remove their files at the end
 SWITCH_INTERVAL = 0.001       # seconds until a thread that computes lets the event loop run:
@@ -6130,11 +6138,15 @@ class EventLoop:
                 events = self._selector.select(LOG_DELAY if self.log.pending else tick)
                 self._read_clock()
                 self.share = max(ONE_PIECE, min(LOOP_STEP, TURN // (len(events) or 1)))
-                for key, _ in events:
+                if len(events) > MANY_EVENTS:     # or the last ones would always be cut off
+                    random.shuffle(events)
+                for number, (key, _) in enumerate(events, 1):
                     try:
                         key.data()
                     except Exception:
                         self.fault(key.data.__self__)
+                    if not number % MANY_EVENTS and time.monotonic() - self.now > TURN_TIME:
+                        break             # what is still ready is ready in the next turn
                 self._send_out()          # first, as these connections have a new deadline
                 if self.now - checked >= tick:
                     checked = self.now

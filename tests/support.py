@@ -322,7 +322,7 @@ def ask(site, request, method="GET", **headers):
         name, _, value = line.partition(": ")
         assert name.lower() not in fields, f"{name} is sent twice"
         fields[name.lower()] = value
-    return Answer(response.status, fields, body, response.fields)
+    return Answer(response.status, fields, bytes(body), response.fields)
 
 
 def log_of(site):
@@ -368,7 +368,7 @@ class Server:
                 [*wrapper, *command(*arguments, prelude=prelude, python=python)], stderr=log,
                 stdin=subprocess.DEVNULL, env={**os.environ, **(environment or {})})
         try:
-            match = self.wait_log(r"imgserver \S+ serves .* on (\S+)")
+            match = self.wait_log(r"imgserver \S+ serves .* on ([^\s,]+)")
         except AssertionError:
             self.kill()
             raise AssertionError(f"the server did not start: {self.log()}")
