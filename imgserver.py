@@ -4630,7 +4630,6 @@ class Page:
     def __init__(self, config, store, dsapi, imgapi):
         self.config, self.store, self.imgapi = config, store, imgapi
         self.url_base = dsapi.url_base
-        self._lock = threading.Lock()         # one is rendered at a time
         self._in_use = weakref.WeakValueDictionary()      # id: page in the cache, or being sent
         style, script = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
                          for text in (PAGE_STYLE, PAGE_SCRIPT))
@@ -4687,7 +4686,7 @@ class Page:
                            if not self.may_show(request, image))
         view = (self.url_base(request.host).decode(), channel, single_value(query, "q") or "",
                 int(number), hidden)
-        with self._lock:
+        with self.store.rendering:
             page = snapshot.pages.get(view)
             if page is None:
                 page = snapshot.pages[view] = self._render(snapshot, view)
