@@ -5,7 +5,7 @@ import re
 import sys
 import unittest
 
-from tests.support import (ServerCase, ask, check_only, imgserver, uuid_of, wait_for,
+from tests.support import (ROOT, ServerCase, ask, check_only, imgserver, uuid_of, wait_for,
                            write_image, write_v2)
 
 U = uuid_of(1)
@@ -184,6 +184,25 @@ class Counts(MetricsCase):
         self.await_value(1, "uploads_total", "stored")
         self.await_value(1, "uploads_total", "failed")
         self.await_value(2 * len(data) + 2, "http_request_body_bytes_total", "/images")
+
+
+class Readme(MetricsCase):
+
+    def test_its_table_and_alerts_name_what_there_is(self):
+        with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+            text = file.read()
+        write_image(self.serve_dir, U)
+        self.start()
+        self.server.get(f"/images/{U}/file")
+        self.await_value(1, "files_sent_total", "whole")
+        answer = self.server.get("/metrics").body.decode()
+        table = set(re.findall(r"^\| `((?:imgserver|process)_[a-z_]+)` \|", text, re.M))
+        self.assertEqual(table, set(re.findall("^# TYPE ([a-z_]+)", answer, re.M)))
+        alerts = re.search(r"```yaml\n(groups:.*?)```", text, re.S)[1]
+        used = re.findall(r"imgserver_[a-z_]+(?:\{[^{}]+\})?", alerts)
+        self.assertEqual(len(used), 4)
+        for each in used:
+            self.assertRegex(answer, rf"(?m)^{re.escape(each)} [0-9]+$")
 
 
 class Series(ServerCase):
