@@ -5849,24 +5849,24 @@ class Connection:
 
         It is written when the answer has gone, or has failed: then with the bytes that went.
         """
-        log, unlogged, self.unlogged = self.loop.log, self.unlogged, ()
-        metrics = self.loop.site.metrics
+        log, metrics, unlogged = self.loop.log, self.loop.metrics, self.unlogged
+        self.unlogged = ()
         if log.level > INFO and metrics is None:
             return
         now, sent = time.monotonic(), self.transport.sent
         for end, line, request, response, size, started, client in unlogged:
-            failure = ""
+            failure, seconds = "", now - started
             if end > sent:
                 failure, size = self.failure, max(0, size - end + sent)
             if metrics is not None:
-                metrics.count(request, response, size, now - started, failure)
+                metrics.count(request, response, size, seconds, failure)
                 if log.level > INFO:
                     continue
             if len(line) > LOG_TARGET_LIMIT or not _is_plain(line):
                 line = printable(line)
             title = response.title
             log.add(f'info {client} "{line}" {response.status} {size} '
-                    f"{(now - started) * 1000:.1f}ms{title and ' ' + title}{failure}")
+                    f"{seconds * 1000:.1f}ms{title and ' ' + title}{failure}")
 
 
 class Sender:
@@ -6081,6 +6081,7 @@ class EventLoop:
     """Waits for all sockets, answers from memory, and knows all the time limits.
 
     config, log, site   the configuration, the log and the routes
+    metrics             those of the site; None where they are off
     now, date           the time of this turn of the loop: monotonic, and for the Date header
     draining            whether it is about to end, and only finishes what has begun
     outbox              connections with answers to send in this turn
@@ -6095,8 +6096,9 @@ class EventLoop:
         self.draining = False
         self.outbox, self.share = [], LOOP_STEP
         self._connections = set()
-        if self.site.metrics is not None:
-            self.site.metrics.connections = self._connections
+        self.metrics = self.site.metrics
+        if self.metrics is not None:
+            self.metrics.connections = self._connections
         self._senders = [Sender(self) for _ in range(SENDERS)]
         self._selector = selectors.DefaultSelector()
         self._wakeup, self._waker = socket.socketpair()
