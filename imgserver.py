@@ -4473,11 +4473,11 @@ class ImgapiPublishing:
         return Response(204, CACHE_NOTHING)
 
 
-# The page: whoever changes the style or the script changes their hashes in its policy, too.
+# The page.  Its policy has the hashes of the style and of the script.
 PAGE_ROWS = 1000              # images on one page: 400 to 700 bytes each
 PAGE_TEXT = 200               # characters of a description that are shown
 PAGES_KEPT = 4                # rendered pages kept of one snapshot, below 1 MB each as a rule
-PAGES_LIMIT = 64 << 20        # bytes of rendered pages in use: who reads none must not fill memory
+PAGES_LIMIT = 64 << 20        # bytes of rendered pages in use: unread ones must not fill memory
 PAGE_HUES = 6                 # colours of the letter that stands for a missing icon
 
 PAGE_STYLE = """

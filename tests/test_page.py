@@ -485,7 +485,7 @@ class InABrowser(PageCase):
         self.own = None
 
     def tearDown(self):
-        """Whatever a test has done: nobody complained, and nobody else was asked."""
+        """After each test: the console has no error, and no other server was asked."""
         self.assertEqual(self.browser.complaints(), [])
         self.assertEqual([url for url in self.browser.requests()
                           if not url.startswith((self.own, "data:"))], [])
