@@ -428,9 +428,11 @@ def _flag(value):
 
 def _networks(value):
     """A list of addresses, networks and "unix", as ip_network objects and that word."""
-    import ipaddress
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise ValueError('must be a list of addresses, networks and "unix"')
+    if not value:                         # then that module, and 1 MiB for it, can be saved
+        return value
+    import ipaddress
     try:
         return [item if item == "unix" else ipaddress.ip_network(item) for item in value]
     except ValueError as error:
@@ -2951,14 +2953,8 @@ class Publisher:
     def delete(self, uuid, force=False):
         """Remove an image in any state; `force`: even where other images build on it."""
         with self._locked(uuid, ("", INCOMING), LOCK_PATIENCE) as image:
-            others = [] if force else self.dependents(uuid)
-            if others:
-                more = len(others) - DEPENDENTS_NAMED
-                raise ApiError(
-                    422, "ImageHasDependentImages",
-                    f'image "{uuid}" has {len(others)} dependent incremental image(s): '
-                    + ", ".join(others[:DEPENDENTS_NAMED])
-                    + (f", and {more} more..." if more > 0 else ""))
+            if not force:
+                self.refuse_dependents(uuid)
             with storing(f"image {uuid} cannot be removed"):
                 aside = self._set_aside(image.path, uuid)
         self._remove(aside, uuid)
@@ -2971,6 +2967,22 @@ class Publisher:
             except FileNotFoundError:
                 raise not_found(f"no image {uuid} waits to be activated")
         self._remove(aside, uuid)
+
+    def refuse_existing(self, uuid):
+        """Raise ApiError (409) where an image of this uuid is on show."""
+        if os.path.lexists(self._path(uuid)):
+            raise ApiError(409, "ImageUuidAlreadyExists", f'image uuid "{uuid}" already exists')
+
+    def refuse_dependents(self, uuid):
+        """Raise ApiError (422) where other images build on this one."""
+        others = self.dependents(uuid)
+        if others:
+            more = len(others) - DEPENDENTS_NAMED
+            raise ApiError(
+                422, "ImageHasDependentImages",
+                f'image "{uuid}" has {len(others)} dependent incremental image(s): '
+                + ", ".join(others[:DEPENDENTS_NAMED])
+                + (f", and {more} more..." if more > 0 else ""))
 
     def dependents(self, uuid) -> list:
         """The uuids of all images, in any state, that build on this one."""
@@ -3022,14 +3034,10 @@ class Publisher:
     def _created(self, manifest):
         """A new unactivated image, locked; nothing stays of it where the block raises."""
         uuid = manifest["uuid"]
-        if os.path.lexists(self._path(uuid)):
-            raise ApiError(409, "ImageUuidAlreadyExists", f'image uuid "{uuid}" already exists')
+        self.refuse_existing(uuid)
         manifest = validate(manifest, IMPORT)
-        origin = manifest.get("origin")
-        if origin and not any(os.path.exists(os.path.join(self._path(origin, prefix), MANIFEST))
-                              for prefix in ("", INCOMING)):
-            raise ApiError(422, "OriginDoesNotExist",
-                           f'origin image "{origin}" does not exist on this server')
+        if manifest.get("origin"):
+            self._check_chain(uuid, manifest["origin"])
         with storing("the image cannot be stored"):
             image = self._make_directory(uuid)
         try:
@@ -3043,6 +3051,27 @@ class Publisher:
             raise
         finally:
             os.close(image.fd)
+
+    def _check_chain(self, uuid, origin):
+        """Raise ApiError (422) where a new image's origin is not here, or builds on that image:
+        in a cycle, an image that waits for its origin would no longer be shown.
+        """
+        seen, link = {None}, origin
+        while link not in seen:
+            seen.add(link)
+            for prefix in ("", INCOMING):
+                with contextlib.suppress(OSError, BadImage, RecursionError):
+                    link = read_manifest(self._path(link, prefix))[0].get("origin") or None
+                    break
+            else:
+                if link == origin:
+                    raise ApiError(422, "OriginDoesNotExist",
+                                   f'origin image "{origin}" does not exist on this server')
+                break
+            link = link if isinstance(link, str) else None
+        if uuid in seen:
+            raise ApiError(422, "OriginDoesNotExist",
+                           f'origin image "{origin}" builds on image "{uuid}" itself')
 
     def _make_directory(self, uuid) -> LockedImage:
         """A new staging directory, locked; a leftover goes.  Raises ApiError and OSError."""
@@ -3655,9 +3684,12 @@ CACHE_NEVER = b"Cache-Control: private, no-cache\r\n"     # holds the Host heade
 CACHE_NOTHING = b"Cache-Control: private, no-store\r\n"   # for one user alone
 
 JSON_LIMIT = 1 << 20          # bytes of a JSON body, as of a manifest
+JSON_DEPTH = 100              # lists and objects in each other there; to write 400 would fail
 UPLOADS = 32                  # files that are uploaded at once, each with a thread
 SPACE_LEFT = 1 << 30          # bytes of the disk that an upload must leave free
-SPACE_STEP = 64 << 20         # bytes of an upload of unknown length between two looks at the disk
+SPACE_STEP = 16 << 20         # bytes of an upload between two checks; of all UPLOADS, < SPACE_LEFT
+
+_ADDRESS = re.compile(r"[0-9.]+(:|$)|\[")       # a host that is no name
 
 # method (GET includes HEAD), pattern, handler(request, *the uuid and name in the path)
 Route = collections.namedtuple("Route", "method pattern handler flags right")
@@ -3900,6 +3932,16 @@ def read_all(request) -> bytes:
     return b"".join(iter(lambda: request.body.read(request.length), b""))
 
 
+def depth_of(value) -> int:
+    """How deep lists and objects are nested in a JSON value."""
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        level = [child for item in level if isinstance(item, (dict, list))
+                 for child in (item.values() if isinstance(item, dict) else item)]
+    return depth
+
+
 def read_json(request, kind):
     """The value of a JSON body; an empty one is {}.  Its Content-Type does not count.
 
@@ -3913,6 +3955,8 @@ def read_json(request, kind):
         raise ApiError(400, "BadDigest", "the body is not as its Content-MD5 says")
     try:
         value = parse_json(data or b"{}")
+        if depth_of(value) > JSON_DEPTH:
+            raise ValueError("nested too deep")
     except ValueError as error:
         raise ApiError(400, "InvalidContent", f"Invalid JSON: {error}")
     if not isinstance(value, kind):
@@ -3984,6 +4028,11 @@ class Dsapi:
         return file_of(request, image, self.store)
 
 
+def unknown_channel(name) -> ApiError:
+    return ApiError(422, "ValidationFailed", f"unknown channel: {name}",
+                    [{"field": "channel", "code": "Invalid"}])
+
+
 class Imgapi:
     """The API that imgadm uses by default since 2013: its reading half."""
 
@@ -4016,8 +4065,7 @@ class Imgapi:
                                [{"field": "channel", "code": "MissingParameter"}])
             return self.config.default_channel
         if name not in self.channels and name != "*":
-            raise ApiError(422, "ValidationFailed", f"unknown channel: {name}",
-                           [{"field": "channel", "code": "Invalid"}])
+            raise unknown_channel(name)
         return name
 
     def in_channel(self, image, channel) -> bool:
@@ -4175,23 +4223,47 @@ class ImgapiPublishing:
 
     # parts of several routes
 
-    def _answer(self, request, uuid, image=None) -> Response:
+    @staticmethod
+    def _query(request) -> dict:
+        """The parameters of a request.  Raises ApiError, also for a version that is none:
+        _answer would find that too late.
+        """
+        parse_accept_version(request)
+        return parse_query(request.query)
+
+    def _answer(self, request, uuid) -> Response:
         """The image as it is now, in any state."""
-        image = image or self.store.in_any_state(uuid)
-        version = parse_accept_version(request)
-        before, channels, etag = image.imgapi
+        before, channels, etag = self.store.in_any_state(uuid).imgapi
+        if parse_accept_version(request) == 1 and channels:
+            channels, etag = b"", etag + b"-1"
         return Response(200, b'%bETag: "%b"\r\n' % (JSON_TYPE, etag) + CACHE_NOTHING,
-                        b"%b%b\n}" % (before, channels if version == 2 else b""))
+                        b"%b%b\n}" % (before, channels))
+
+    def _channel_of(self, query):
+        """The channel that a change is about, which is never all of them.  Raises ApiError."""
+        channel = self.imgapi.channel_of(query)
+        if channel == "*":
+            raise unknown_channel(channel)
+        return channel
+
+    @staticmethod
+    def _waits(image) -> bool:
+        """Whether an image is not on show yet.  One in its own directory is, even where its
+        manifest says "unactivated": such are for those who manage.
+        """
+        return image.place.endswith(INCOMING)
 
     def _find(self, request, uuid, query):
         """The image to be changed, in any state, where its channel shows it.
 
-        Raises ApiError: 404, 412 where If-Match names another version of it, 403 where it is
-        on show and the client may only publish.
+        One that waits to be activated need not be in the default channel: imgadm publish
+        names none.  Raises ApiError: 404, 412 where If-Match names another version of it.
         """
         image = self.store.in_any_state(uuid)
-        if not self.imgapi.in_channel(image, self.imgapi.channel_of(query)):
-            raise not_found("image not found")
+        if not self._waits(image) or "channel" in query:
+            channel = self._channel_of(query)
+            if not self.imgapi.in_channel(image, channel):
+                raise not_found("image not found")
         check_if_match(request.headers, image.imgapi[2].decode())
         return image
 
@@ -4201,8 +4273,8 @@ class ImgapiPublishing:
             raise operator_only()
 
     def _need_for(self, request, image):
-        """What is on show is for who may manage."""
-        self._need(request, PUBLISH if image.state == "unactivated" else MANAGE)
+        """An image on show is for who may manage."""
+        self._need(request, PUBLISH if self._waits(image) else MANAGE)
 
     def not_available(self, request, *_):
         """Parts of IMGAPI that need a data centre."""
@@ -4213,7 +4285,7 @@ class ImgapiPublishing:
 
     def post(self, request):
         """CreateImage; ?action=publish takes a whole image in one request."""
-        query = parse_query(request.query)
+        query = self._query(request)
         action = single_value(query, "action")
         if action == "publish":
             return self.publish(request, query)
@@ -4228,15 +4300,30 @@ class ImgapiPublishing:
         if account is not None:
             if fields.setdefault("owner", account) != account:
                 raise invalid("owner", f'"owner", {fields["owner"]}, is not the account')
-        manifest = {"v": 2, "uuid": new_uuid(), "owner": NOBODY, "public": True,
-                    "disabled": False, **validate(fields, CREATE)}
-        self._choose_channels(manifest, query)
-        self.publisher.create(manifest)
-        return self._answer(request, manifest["uuid"])
+        return self._create(request, query, new_uuid(), validate(fields, CREATE))
+
+    def _create(self, request, query, uuid, fields):
+        """Make an image that has no file yet of checked fields, and answer it."""
+        self.publisher.create(self._manifest(query, uuid, fields))
+        return self._answer(request, uuid)
+
+    def _manifest(self, query, uuid, fields) -> dict:
+        """A v2 manifest of checked fields; its channels: its own, or that of the query, or the
+        default one.
+        """
+        manifest = {"v": 2, "uuid": uuid, "owner": NOBODY, "public": True, "disabled": False,
+                    **fields}
+        if not self.imgapi.channels:
+            manifest.pop("channels", None)
+        elif "channel" in query or not manifest.get("channels"):
+            channel = self._channel_of(query)
+            manifest["channels"] = manifest.get("channels") or [channel]
+        choose_channels(self.config, manifest)
+        return manifest
 
     def post_image(self, request, uuid):
         """?action=...: a verb for one image."""
-        query = parse_query(request.query)
+        query = self._query(request)
         action = single_value(query, "action")
         if action is None:
             raise invalid("action", 'no image "action" was specified', "MissingParameter")
@@ -4260,35 +4347,32 @@ class ImgapiPublishing:
         if manifest.get("uuid") != uuid:
             raise invalid("uuid", f'URL UUID, "{uuid}" and body UUID, "{manifest.get("uuid")}" '
                                   "do not match")
+        self.publisher.refuse_existing(uuid)
         manifest = validate({name: value for name, value in manifest.items()
                              if name not in ("icon", "state", "error")}, IMPORT)
         if is_v1(manifest):
             manifest = upgrade(manifest)
             manifest.pop("state", None)
-        manifest = {"v": 2, "uuid": uuid, "owner": NOBODY, "public": True, "disabled": False,
-                    **manifest}
-        self._choose_channels(manifest, query)
-        self.publisher.create(manifest)
-        return self._answer(request, uuid)
-
-    def _choose_channels(self, manifest, query):
-        """Channels of a new image: its own, or that of the query, or the default one."""
-        if not self.imgapi.channels:
-            manifest.pop("channels", None)
-        choose_channels(self.config, manifest, single_value(query, "channel"))
+        return self._create(request, query, uuid, manifest)
 
     def activate(self, request, uuid, query):
-        self._find(request, uuid, query)
+        """ActivateImage; its body, and that of the next two, is read for the connection's sake."""
+        image = self._find(request, uuid, query)
+        if image.state == "unactivated":
+            self._need_for(request, image)
+        read_json(request, object)
         self.publisher.activate(uuid)
         return self._answer(request, uuid)
 
     def enable(self, request, uuid, query):
         self._find(request, uuid, query)
+        read_json(request, object)
         self.publisher.enable(uuid)
         return self._answer(request, uuid)
 
     def disable(self, request, uuid, query):
         self._find(request, uuid, query)
+        read_json(request, object)
         self.publisher.disable(uuid)
         return self._answer(request, uuid)
 
@@ -4305,8 +4389,7 @@ class ImgapiPublishing:
         image = self._find(request, uuid, query)
         name = read_json(request, dict).get("channel")
         if not isinstance(name, str) or name not in self.imgapi.channels:
-            raise ApiError(422, "ValidationFailed", f"unknown channel: {name}",
-                           [{"field": "channel", "code": "Invalid"}])
+            raise unknown_channel(name)
         if name not in image.channels:
             self.publisher.update(uuid, {"channels": [*image.channels, name]})
         return self._answer(request, uuid)
@@ -4319,7 +4402,7 @@ class ImgapiPublishing:
 
     def post_acl(self, request, uuid):
         """?action=add (the default) or remove, with a list of account UUIDs."""
-        query = parse_query(request.query)
+        query = self._query(request)
         image = self._find(request, uuid, query)
         accounts = read_json(request, object)
         if not isinstance(accounts, list):
@@ -4342,13 +4425,10 @@ class ImgapiPublishing:
 
     def put_file(self, request, uuid):
         """AddImageFile: straight to disk, examined on the way; the Content-Type is ignored."""
-        query = parse_query(request.query)
-        compression = single_value(query, "compression")
+        query = self._query(request)
+        compression = self._compression(query)
         if compression is None:
             raise invalid("compression", 'missing "compression"', "Missing")
-        if compression not in COMPRESSIONS:
-            raise invalid("compression", f'invalid compression "{compression}" (must be one of '
-                                         "gzip, bzip2, xz, none)")
         if single_value(query, "storage") not in (None, "local", "manta"):
             raise invalid("storage", "invalid storage: must be local")
         if "source" in query:
@@ -4364,11 +4444,20 @@ class ImgapiPublishing:
             self.publisher.add_file(uuid, read, expected, self.config.check_streams, self._turn)
         return self._answer(request, uuid)
 
+    @staticmethod
+    def _compression(query):
+        """The compression that a query names, or None.  Raises ApiError."""
+        compression = single_value(query, "compression")
+        if compression not in (None, *COMPRESSIONS):
+            raise invalid("compression", f'invalid compression "{compression}" (must be one of '
+                                         "gzip, bzip2, xz, none)")
+        return compression
+
     @contextlib.contextmanager
     def _upload(self, request):
         """Gives the read(n) of a file that is uploaded; refusals come before its first byte.
 
-        Raises ApiError where it is too large, or too many are on their way.
+        Raises ApiError where it is too large, or too many are on their way, and ClientGone.
         """
         limit = self.config.max_upload
         too_large = ApiError(400, "Upload", f"image file size exceeds max_upload, {limit} bytes")
@@ -4387,13 +4476,17 @@ class ImgapiPublishing:
             unchecked += len(data)
             if limit and request.body.received > limit:
                 raise too_large
-            if request.length is None and unchecked > SPACE_STEP:
+            if unchecked > SPACE_STEP:        # others are written at the same time
                 unchecked = 0
                 self._check_space(0)
             return data
 
         try:
             yield read
+        except ApiError as error:
+            if isinstance(error.__cause__, ClientGone):
+                raise error.__cause__         # nobody is there to read that
+            raise
         finally:
             self._uploads.release()
 
@@ -4417,12 +4510,12 @@ class ImgapiPublishing:
                     raise invalid(name, str(error))
                 fields[field] = value
         uuid = single_value(query, "uuid") or new_uuid()
-        if not is_uuid(uuid):
-            raise invalid("uuid", f'invalid "uuid": not a UUID: "{uuid}"')
-        manifest = validate(new_manifest(self.config, uuid, fields), IMPORT)
-        self._choose_channels(manifest, query)
-        manifest["files"] = [{"compression": single_value(query, "compression"),
-                              "sha1": single_value(query, "sha1"), "size": request.length}]
+        manifest = self._manifest(query, uuid, validate({
+            "v": 2, "uuid": uuid, "owner": self.config.image_creator_uuid or NOBODY,
+            "type": "zone-dataset", "os": "smartos",
+            **{name: value for name, value in fields.items() if value is not None}}, IMPORT))
+        manifest["files"] = [{"compression": self._compression(query), "size": request.length,
+                              "sha1": single_value(query, "sha1")}]
         with self._upload(request) as read:
             self.publisher.import_image(manifest, read, True, self.config.check_streams,
                                         self._turn)
@@ -4430,7 +4523,7 @@ class ImgapiPublishing:
 
     def put_icon(self, request, uuid):
         """AddImageIcon, in place of the one before."""
-        query = parse_query(request.query)
+        query = self._query(request)
         self._need_for(request, self._find(request, uuid, query))
         if (request.length or 0) > ICON_LIMIT:
             raise ApiError(400, "Upload", f"icon size {request.length} (from Content-Length) "
@@ -4444,7 +4537,7 @@ class ImgapiPublishing:
         return self._answer(request, uuid)
 
     def delete_icon(self, request, uuid):
-        self._need_for(request, self._find(request, uuid, parse_query(request.query)))
+        self._need_for(request, self._find(request, uuid, self._query(request)))
         self.publisher.remove_icon(uuid)
         return self._answer(request, uuid)
 
@@ -4452,7 +4545,7 @@ class ImgapiPublishing:
 
     def delete(self, request, uuid):
         """DeleteImage: out of its channel, and altogether where that was the last one."""
-        query = parse_query(request.query)
+        query = self._query(request)
         image = self._find(request, uuid, query)
         self._need_for(request, image)
         account = single_value(query, "account")
@@ -4462,11 +4555,13 @@ class ImgapiPublishing:
         force = single_value(query, "force_all_channels")
         if force not in (None, "true", "false"):
             raise invalid("force_all_channels", f'invalid "force_all_channels": "{force}"')
-        channel = self.imgapi.channel_of(query)
-        others = [name for name in image.channels if name != channel]
-        if image.state == "unactivated":
+        channel = None if self._waits(image) else self._channel_of(query)
+        others = [name for name in image.channels if name != channel
+                  and name in self.imgapi.channels]
+        if self._waits(image):
+            self.publisher.refuse_dependents(uuid)
             self.publisher.discard(uuid)
-        elif channel is not None and others and force != "true":
+        elif others and force != "true":
             self.publisher.update(uuid, {"channels": others})
         else:
             self.publisher.delete(uuid)
@@ -5120,13 +5215,16 @@ class Site:
         """Refuse a client without the right for a route, and web pages of other sites.
 
         A page may make a browser ask anything, with the address and login of its user; but a
-        browser tells where the page is from (Origin, Fetch Metadata).  Raises ApiError (403).
+        browser tells where the page is from (Origin, Fetch Metadata).  A name without TLS says
+        nothing: a page's owner may let its own name lead here (DNS rebinding).  Raises
+        ApiError (403).
         """
         headers = request.headers
-        origin = headers.get("origin")
-        if request.method != "GET" and (
-                headers.get("sec-fetch-site") == "cross-site" or origin is not None
-                and origin.partition("://")[2].lower() != request.host.lower()):
+        scheme, _, host = headers.get("origin", "").lower().partition("://")
+        if request.method not in ("GET", "HEAD") and (
+                headers.get("sec-fetch-site") == "cross-site" or "origin" in headers and (
+                    host != request.host.lower()
+                    or scheme != "https" and not _ADDRESS.match(host))):
             raise ApiError(403, "OperatorOnly", "pages of other sites may change nothing here")
         if self.rights.of(request) < route.right:
             raise operator_only()

@@ -14,6 +14,7 @@ The parts: tools - images - servers - clients - measurements - table - main.
 import argparse
 import collections
 import contextlib
+import importlib
 import json
 import os
 import platform
@@ -50,6 +51,8 @@ PINGS = 200                   # manifests asked for while the idle connections s
 
 NGINX, OURS, STOCK, BASE = "nginx", "imgserver", "http.server", "base"
 BOTH = (NGINX, OURS)
+IMPORTED, QUIET = "import", "no uploads"      # beside uploads, in nginx's column
+UPLOADERS = 16                # uploads at once
 
 
 class Failure(Exception):
@@ -607,6 +610,7 @@ SPEED, CPU_GIB = "GB/s", "CPU s/GiB"
 DROPPED, GROWTH, SLOWEST, PSS = "dropped", "MiB more", "slowest ms", "Pss MiB"
 READY, FIRST_LIST, SHOWN = "ready ms", "first list s", "slowest s"
 THREADS, REFUSED, LEAVING = "threads", "refused", "slowest ms, leaving"
+MEDIAN = "median ms"
 
 
 def load(images, target, connections, *headers):
@@ -904,6 +908,79 @@ def write_over(path, data):
         file.truncate()
 
 
+def stream_file(bench):
+    """The path of a compressed ZFS stream as real zones have it; made once."""
+    path = os.path.join(bench.directory, "stream.gz")
+    if not os.path.exists(path):
+        importlib.import_module("import").make_file(path, 128 * MIB if bench.quick else GIB)
+    return path
+
+
+def upload(server, path):
+    """Publish a file in one request, and delete it; seconds until it was answered."""
+    with connect(server.address) as sock, open(path, "rb") as file:
+        size, began, sent = os.path.getsize(path), time.monotonic(), 0
+        sock.sendall(b"POST /images?action=publish&name=bench&version=1 HTTP/1.1\r\nHost: h\r\n"
+                     b"Content-Length: %d\r\n\r\n" % size)
+        sock.settimeout(None)
+        while sent < size:
+            sent += os.sendfile(sock.fileno(), file.fileno(), sent, size - sent)
+        status, _, body = read_answer(sock)
+        took = time.monotonic() - began
+        if status != 200:
+            raise Failure(f"an upload was answered {status}: {body!r}")
+        uuid = json.loads(body)["uuid"]
+        sock.sendall(f"DELETE /images/{uuid} HTTP/1.1\r\nHost: h\r\n\r\n".encode())
+        read_head(sock)
+    return took
+
+
+def one_upload(bench, side):
+    """The rate of one upload; beside it `import` of the same file into the same directory."""
+    path = stream_file(bench)
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:        # from the page cache, for both
+        while file.read(MIB):
+            pass
+    if side == OURS:
+        with bench.fresh(OURS, bench.small, {"manage_from": ["127.0.0.1"]}) as server:
+            return {SPEED: size / upload(server, path) / 1e9}
+    command = [bench.python, IMGSERVER, "--dir", bench.small.serve_dir]
+    began = time.monotonic()
+    done = subprocess.run([*command, "import", "-q", "--file", path, "bench", "1", "x"],
+                          stdout=subprocess.PIPE, text=True, check=True)
+    took = time.monotonic() - began
+    shutil.rmtree(os.path.join(bench.small.serve_dir, done.stdout.strip()))
+    return {SPEED: size / took / 1e9}
+
+
+def many_uploads(bench, side):
+    """How long one manifest takes, 100 times a second, while others upload."""
+    path, ending_soon, late = stream_file(bench), threading.Event(), []
+    with bench.fresh(OURS, bench.small, {"manage_from": ["127.0.0.1"]}) as server:
+        def keep_on():
+            while not ending_soon.is_set():
+                upload(server, path)
+        threads = [threading.Thread(target=keep_on)
+                   for _ in range(UPLOADERS if side == OURS else 0)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.5)
+        with connect(server.address) as sock:
+            end = time.monotonic() + max(3, bench.seconds)
+            while time.monotonic() < end:
+                began = time.monotonic()
+                send_request(sock, server.targets["manifest"])
+                read_answer(sock)
+                late.append(time.monotonic() - began)
+                time.sleep(0.01)
+        ending_soon.set()
+        for thread in threads:
+            thread.join()
+    return {MEDIAN: statistics.median(late) * 1e3,
+            P99: statistics.quantiles(late, n=100)[98] * 1e3}
+
+
 # One thing measured.  goals: figure -> goal, "" for none; sides: who is measured, the last
 # of them beside nginx; most: its rounds at most where --only names no rows, since it takes
 # long or differs little.  A quick run leaves out those of one round.
@@ -919,7 +996,7 @@ def work(name, label, measure, sides=BOTH, most=99, **goals):
 FIGURES = {"rate": RATE, "cpu": CPU, "p99": P99, "speed": SPEED, "gib": CPU_GIB,
            "dropped": DROPPED, "growth": GROWTH, "slowest": SLOWEST, "pss": PSS, "ready": READY,
            "first": FIRST_LIST, "shown": SHOWN, "threads": THREADS, "refused": REFUSED,
-           "leaving": LEAVING}
+           "leaving": LEAVING, "median": MEDIAN}
 
 # Goals beside the base; of other figures those without an "x" stay.
 BASE_GOALS = {RATE: ">= 0.95 x", SPEED: ">= 0.95 x", CPU: "<= 1.05 x", CPU_GIB: "<= 1.05 x",
@@ -981,6 +1058,10 @@ WORKS = [
     work("unread-gzip", "100 unread lists of 10,000, gzip",
          unread("/datasets", "Accept-Encoding: gzip", count=100), (OURS,), most=1,
          refused="<= 0", growth="<= 100", slowest=""),
+    work("upload-1", "one upload, beside `import`", one_upload, (IMPORTED, OURS), most=3,
+         speed=">= 0.9 x"),
+    work("upload-16", "manifest, while 16 upload, beside none", many_uploads, (QUIET, OURS),
+         most=1, median="<= 3 x", p99="<= 20"),
     work("stock", "for scale: python3 -m http.server, 16", load("small", "manifest", 16),
          (NGINX, STOCK), rate="", cpu="", p99=""),
 ]
@@ -1001,7 +1082,8 @@ def beside_base(item):
 def chosen(names, quick=False, base=None):
     """The works that --only asks for, in the order of the table."""
     if base:
-        return [beside_base(item) for item in chosen(names, quick) if STOCK not in item.sides]
+        return [beside_base(item) for item in chosen(names, quick)
+                if not {STOCK, IMPORTED, QUIET} & set(item.sides)]
     if not names:
         return [item for item in WORKS if item.most > 1 or not quick]
     known = {name for item in WORKS for name in names_of(item)}

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Throw mutated requests and directories at the server: fuzz.py [--seconds N] [--seed N]
+"""Throw mutated requests, bodies and directories at the server: fuzz.py [--seconds N] [--seed N]
 
 A failure is an answer of 500 or 503 that nobody asked for, a traceback or a raw byte in
 the log, JSON that a strict parser refuses, a connection still open after 20 seconds, a
@@ -21,7 +21,7 @@ import time
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import imgserver                                                # noqa: E402
-from tests import test_bodies                                    # noqa: E402
+from tests import streams, test_bodies                           # noqa: E402
 from tests.support import Server, uuid_of, wait_for, write_image, write_v2     # noqa: E402
 
 PATIENCE = 20                 # seconds a connection may stay open once all has been sent
@@ -94,6 +94,53 @@ def with_body(rng):
         return test_bodies.with_length(body, method, path, fields)
     return (test_bodies.head(method, path, test_bodies.CHUNKED + fields)
             + test_bodies.chunks(rng, body))
+
+
+ACTIONS = ("import", "activate", "enable", "disable", "update", "channel-add", "publish", "export",
+           "import-remote", "bogus", "")
+FIELD_TEXTS = ("name=a", "version=1", "name=", "os=other", "type=other", "type=zvol", "public=false",
+               "tags={}", "acl=[]", "channels=[%22dev%22]", "origin=" + GOOD, "uuid=" + PLAIN,
+               "sha1=0", "compression=gzip", "compression=xz", "state=active", "%ff=%00", "v=2")
+
+
+def writing(rng):
+    """One request that publishes, changes or deletes, or nearly so."""
+    uuid = uuid_of(rng.randrange(1, 4))
+    kind, packer = rng.randrange(10), rng.choice(("gzip", "gzip", "none", "xz", "bzip2"))
+    query = rng.sample(FIELD_TEXTS, rng.choice((1, 2, 4))) if rng.random() < 0.3 else []
+    data = streams.pack(streams.stream(bytes(rng.choice((0, 100, 70000)))), packer)
+    if rng.random() < 0.2:
+        data = mutated(rng, data)
+    method, path, fields, chunked = "POST", f"/images/{uuid}", "", rng.random() < 0.05
+    if kind == 0:
+        path, query = "/images", ["action=publish", "name=a", "version=1", *query]
+        chunked = rng.random() < 0.5
+    elif kind in (1, 2):
+        method, path, chunked = "PUT", path + "/file", rng.random() < 0.5
+        query.append("compression=" + rng.choice((packer, packer, packer, "gzip", "x")))
+    elif kind == 3:
+        method, path = rng.choice(("PUT", "PUT", "DELETE")), path + "/icon"
+        fields = "Content-Type: " + rng.choice(("image/png", "image/gif", "text/html")) + "\r\n"
+        data = data[:300]
+    elif kind == 4 and rng.random() < 0.4:
+        method, data = "DELETE", b""
+    else:
+        action = rng.choice(("import", "import", "activate", "update", *ACTIONS))
+        query.append("action=" + action)
+        manifest = {"v": 2, "uuid": uuid, "name": "a", "version": "1", "type": "zone-dataset",
+                    "os": "smartos", "tags": {"role": "x"}}
+        right = {"import": manifest, "channel-add": {"channel": "dev"}}.get(
+            action, {rng.choice(FIELDS): rng.choice(ODD)})
+        data = rng.choice((b"", b"{}", b"[]", json.dumps(right).encode(),
+                           json.dumps(right).encode(), json.dumps(right).encode(),
+                           manifest_bytes(rng, manifest),
+                           json.dumps([uuid, rng.choice(ODD)]).encode()))
+        path += rng.choice(("", "", "", "", "/acl"))
+    target = path + "?" * bool(query) + "&".join(query)
+    if not chunked:
+        return test_bodies.with_length(data, method, target, fields)
+    return (test_bodies.head(method, target, test_bodies.CHUNKED + fields)
+            + test_bodies.chunks(rng, data))
 
 
 def mutated(rng, data):
@@ -199,6 +246,26 @@ def fuzz_requests(rng, servers, serve_dir):
     try:
         answers = exchange(rng.choice(servers), packets)
         check_answers(answers.replace(b"HTTP/1.1 100 Continue\r\n\r\n", b""), data)
+    except Found as found:
+        raise Found(f"{found}\n  input: {packets!r}")
+
+
+def fuzz_writes(rng, servers, serve_dir):
+    """Requests that change a directory; then all that is shown must be whole."""
+    data = b"".join(mutated(rng, writing(rng)) if rng.random() < 0.3 else writing(rng)
+                    for _ in range(rng.choice((1, 2, 5))))
+    packets = pieces(rng, data)
+    try:
+        answers = exchange(rng.choice(servers), packets)
+        check_answers(answers.replace(b"HTTP/1.1 100 Continue\r\n\r\n", b""), data)
+        if rng.random() < 0.1:
+            for image in get_json(rng.choice(servers), "/images?state=all"):
+                uuid = image["uuid"]
+                if image["state"] != "unactivated":
+                    check_file(servers[0], get_json(servers[0], "/datasets/" + uuid)["files"][0])
+        if rng.random() < 0.02:
+            for name in os.listdir(serve_dir):
+                shutil.rmtree(os.path.join(serve_dir, name))
     except Found as found:
         raise Found(f"{found}\n  input: {packets!r}")
 
@@ -401,32 +468,46 @@ class Watched(Server):
             raise Found(f"raw byte in the log: {data[max(0, odd.start() - 100):odd.end()]!r}")
 
 
+def channels_of(seed):
+    """The channels of a run: none in every second one."""
+    return [{"name": "release", "default": True}, {"name": "dev"}] if seed % 2 else []
+
+
 def run(seed, seconds, directory):
-    serve_dir = os.path.join(directory, "images")
+    serve_dir, written = (os.path.join(directory, name) for name in ("images", "written"))
     os.mkdir(serve_dir)
+    os.mkdir(written)
     write_image(serve_dir, GOOD, tags={"role": "x"})
     write_v2(serve_dir, PLAIN, bytes(100000), origin=GOOD, tags={"role": "x"})
-    servers = []
+    servers, writers = [], []
     rounds = 0
     try:
         for unix in (False, True):
             servers.append(Watched(directory, serve_dir, unix=unix, prelude=(
                 test_bodies.ROUTES + "imgserver.LINGER = 2.0\n")))
+            writers.append(Watched(directory, written, unix=unix, config={
+                "manage_from": ["127.0.0.1", "unix"], "channels": channels_of(seed)}))
         for server in servers:
             get_json(server, "/images")
             get_json(server, "/datasets")
-        files = [server.files() for server in servers]
+        for server in writers:
+            get_json(server, "/images?state=all")
+            get_json(server, "/datasets")
+        files = [server.files() for server in servers + writers]
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             one = f"{seed}.{rounds}"
             rng = random.Random(one)
-            step = fuzz_trees if rounds % 10 == 9 else fuzz_requests
-            step(rng, servers, serve_dir)
+            if rounds % 3 == 0:
+                fuzz_writes(rng, writers, written)
+            else:
+                step = fuzz_trees if rounds % 10 == 9 else fuzz_requests
+                step(rng, servers, serve_dir)
             rounds += 1
             if rounds % 25 == 0:
-                for server in servers:
+                for server in servers + writers:
                     server.check_log()
-        for server, before in zip(servers, files):
+        for server, before in zip(servers + writers, files):
             wait_for(lambda: server.files() <= before, "the number of open files", 20)
             wait_for(lambda: server.threads() <= 2 + imgserver.SENDERS,
                      "the end of idle threads", 30)
@@ -437,7 +518,7 @@ def run(seed, seconds, directory):
         print(f"FAILED: seed {seed}, round {rounds}: {found}")
         return 1
     finally:
-        for server in servers:
+        for server in servers + writers:
             server.kill()
     print(f"fuzz: seed {seed}, {rounds} rounds in {seconds} s, nothing found")
     return 0

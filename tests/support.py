@@ -29,6 +29,7 @@ A class that takes seconds says so in `seconds`: the runner (run.py) begins with
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import random
@@ -296,11 +297,23 @@ def parse(data):
     return imgserver.parse_request(imgserver._HEAD.match(data.decode("latin-1")))
 
 
-def ask(site, request, method="GET", **headers):
+class BodyBytes(io.BytesIO):
+    """A request's body that has come already."""
+
+    @property
+    def received(self):
+        return self.tell()
+
+
+def ask(site, request, method="GET", body=b"", peer="127.0.0.1", **headers):
     """The Answer of a Site to a request, whole bytes or a target, as a thread would get it.
 
+    body      of it; its length is told
+    peer      the address of the client; "" is the Unix socket
     headers   field names with _ for -; None leaves one out
     """
+    if body:
+        headers = {"Content_Length": len(body), **headers}
     if isinstance(request, str):
         headers = {"Host": "images.example.com", **headers}
         lines = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()
@@ -308,7 +321,7 @@ def ask(site, request, method="GET", **headers):
         request = "\r\n".join([f"{method} {request} HTTP/1.1", *lines, "", ""]).encode("latin-1")
     try:
         parsed = parse(request)
-        parsed.may_block = True
+        parsed.may_block, parsed.peer, parsed.body = True, peer, BodyBytes(body)
         response = site.answer(parsed)
     except imgserver.ApiError as refusal:
         response = imgserver.error_response(refusal)
@@ -464,7 +477,7 @@ class ServerCase(unittest.TestCase):
         self.addCleanup(file.close)
         config = imgserver.Config({"serve_dir": self.serve_dir, **config})
         log = imgserver.Log("info", file.fileno())
-        return imgserver.Site(config, imgserver.Store(config, log, lambda job: None), log)
+        return imgserver.Site(config, imgserver.Store(config, log, lambda job: job()), log)
 
     def serve(self, **options):
         """Start a server on self.serve_dir; it must still be well when the test ends."""

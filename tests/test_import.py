@@ -658,9 +658,9 @@ class TestTrouble(ImportCase):
     def test_a_signal_while_a_file_keeps_it_waiting(self):
         pipe = os.path.join(self.directory, "pipe")
         os.mkfifo(pipe)
-        for option in ("--manifest", "--file"):
-            with self.subTest(option):
-                process = self.start(option, pipe, *WORDS)
+        for words in (("--manifest", pipe), ("--file", pipe, *WORDS)):
+            with self.subTest(words[0]):
+                process = self.start(*words)
                 with open(pipe, "wb"):    # which waits until the import opens it
                     process.send_signal(signal.SIGTERM)
                     process.wait(PATIENCE)

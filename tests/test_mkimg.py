@@ -16,12 +16,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import termios
 import time
 import unittest
 
 from tests import streams
-from tests.support import (IMGSERVER, PATIENCE, ROOT, ServerCase, default_signals, need, uuid_of,
-                           wait_for)
+from tests.support import (IMGSERVER, PATIENCE, ROOT, Server, ServerCase, default_signals, need,
+                           uuid_of, wait_for, write_v2)
 
 MKIMG = os.path.join(ROOT, "mkimg")
 SHELLS = {"dash": ["dash"], "ksh93": ["ksh93"], "bash": ["bash"], "busybox": ["busybox", "sh"]}
@@ -95,7 +97,7 @@ exec sh -c "$2"
     "json": f"""#!{sys.executable} -SE
 import json, sys
 value = json.load(sys.stdin)
-if sys.argv[1] == "-e":                   # a change in JavaScript, of which this knows one form
+if sys.argv[1:2] == ["-e"]:             # a change in JavaScript, of which this knows one form
     key, text = sys.argv[2].split(" = ")
     value[key[len("this."):]] = json.loads(text)
     sys.argv[1:] = []
@@ -162,10 +164,11 @@ class MkimgCase(ServerCase):
                 "IMGSERVER": "img.example.com", "IMPORTPATH": self.importer, "LOGIN": "admin",
                 "TMPDIR": self.temporary, "PYTHON": sys.executable}
 
-    def start(self, *words, shell=(), stderr=subprocess.PIPE, session=False, **changes):
+    def start(self, *words, shell=(), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
+              session=False, **changes):
         environment = {**self.environment(), **changes}
         return subprocess.Popen(
-            [*shell, MKIMG, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            [*shell, MKIMG, *words], stdin=stdin, stdout=subprocess.PIPE,
             stderr=stderr, encoding="utf-8", cwd=self.directory,
             preexec_fn=default_signals, start_new_session=session,
             env={key: value for key, value in environment.items() if value is not None})
@@ -511,8 +514,8 @@ status=$?
 [ "$STEP" != "$name $number after" ] || kill -s "$SIGNAL" -- "$TO$pid"
 exit $status
 """
-COMMANDS = ("vmadm", "imgadm", "zfs", "ssh", "json", "uname", "mkdir", "mkfifo", "date", "tail",
-            "gzip", "rm", "od", "tr", "sed")
+COMMANDS = ("curl", "vmadm", "imgadm", "zfs", "ssh", "json", "uname", "mkdir", "mkfifo", "date",
+            "tail", "gzip", "rm", "od", "tr", "sed")
 SIGNALS = ("INT", "TERM", "HUP", "PIPE")
 THOROUGH = os.environ.get("IMGSERVER_CHECK") == "1"
 
@@ -528,6 +531,8 @@ def is_alive(pid):
 
 class TestSignals(MkimgCase):
     """A signal at any moment: the VM runs again, or a line says how; nothing else is left."""
+
+    transport = "ssh"
 
     def setUp(self):
         super().setUp()
@@ -551,6 +556,13 @@ class TestSignals(MkimgCase):
             shell=("sh", "-c", 'echo $$ > "$STAND/pid"; exec "$0" "$@"', *shell),
             PATH=self.steps + ":" + self.environment()["PATH"])
 
+    def images_there(self):
+        """The names of all images on the server, active or not."""
+        return os.listdir(self.serve_dir)
+
+    def remove(self, uuid):
+        shutil.rmtree(os.path.join(self.serve_dir, uuid))
+
     def end(self, process, number):
         """Wait for the end of mkimg, which got a signal; what is left must be in order."""
         output, errors = process.communicate(timeout=PATIENCE * 3)
@@ -558,10 +570,10 @@ class TestSignals(MkimgCase):
         wait_for(lambda: not is_alive(-process.pid), "the end of all that it started")
         if self.take("state") != "running\n":
             self.assertIn(f"vmadm start {VM}\n", errors)
-        images = os.listdir(self.serve_dir)
+        images = self.images_there()
         if process.returncode == 0:
             self.assertEqual(images, [output.split()[0]], errors)
-            shutil.rmtree(os.path.join(self.serve_dir, images[0]))
+            self.remove(images[0])
         else:
             self.assertEqual((output, images), ("", []), errors)
             # 1: the signal has ended a command as well, and mkimg saw that first; negative: it
@@ -574,6 +586,7 @@ class TestSignals(MkimgCase):
         self.end(self.begin(self.shells[0]), "TERM")
         steps = self.take("steps").splitlines()
         self.assertIn("zfs 3", steps)
+        self.assertIn(self.transport + " 3", steps)
         if not THOROUGH:                  # until there, nothing is to be put back
             steps = steps[steps.index("mkdir 1"):]
         ways = [(shell, number, group) for shell in self.shells for number in SIGNALS
@@ -606,7 +619,7 @@ class TestSignals(MkimgCase):
         for shell in self.shells:
             with self.subTest(shell=shell[0]):
                 self.put("deaf")
-                process = self.begin(shell, "zfs 4 after", "TERM")
+                process = self.begin(shell)
                 wait_for(lambda: os.path.exists(os.path.join(self.stand, "listening")), "ssh")
                 end = time.monotonic() + PATIENCE
                 while process.poll() is None and time.monotonic() < end:
@@ -633,3 +646,173 @@ class TestSignals(MkimgCase):
                     (os.killpg if group else os.kill)(
                         process.pid, signal.Signals["SIG" + number])
                     self.end(process, number)
+
+
+# Until a user has logged in, who comes from the address has no right.
+LOGIN = """
+import base64
+WANTED = "Basic " + base64.b64encode({!r}).decode()
+imgserver.Rights.of = lambda self, request: (
+    imgserver.MANAGE if request.headers.get("authorization") == WANTED else imgserver.READ)
+"""
+NO_ACTIVATION = """
+def activate(self, uuid):
+    raise imgserver.ApiError(422, "NoActivationNoFile", "no")
+imgserver.Publisher.activate = activate
+"""
+
+
+class HttpCase(MkimgCase):
+    """mkimg, real curl, and the real server."""
+
+    def setUp(self):
+        super().setUp()
+        need("curl")
+        self.start_server()
+        with open(os.path.join(self.bin, "curl"), "w") as file:
+            file.write(NOTE + 'exec /usr/bin/curl "$@"\n')
+        os.chmod(os.path.join(self.bin, "curl"), 0o755)
+
+    def start_server(self, prelude=""):
+        home = tempfile.mkdtemp(prefix="imgserver-test-")
+        self.addCleanup(shutil.rmtree, home, ignore_errors=True)
+        self.server = Server(home, self.serve_dir, {"manage_from": ["127.0.0.1"]},
+                             prelude=prelude)
+        self.addCleanup(self.end_server, self.server)
+
+    def end_server(self, server):
+        ServerCase.end(self, server)
+
+    def host(self, user=""):
+        return f"http://{user}127.0.0.1:{self.server.address[1]}"
+
+    def environment(self):
+        return {**super().environment(), "IMGSERVER": self.host(),
+                "http_proxy": "http://127.0.0.1:1", "HOME": self.directory}
+
+    def published(self, *words, **options):
+        status, output, errors = self.mkimg(*words, **options)
+        self.assertEqual(status, 0, errors)
+        uuid, line = output.splitlines()[-2:]
+        self.assertEqual(line, f"imgadm import {uuid}")
+        self.assertEqual(os.listdir(self.serve_dir), [uuid])
+        image = self.server.get(f"/images/{uuid}").json()
+        self.assertEqual((image["state"], image["uuid"]), ("active", uuid))
+        with open(os.path.join(self.serve_dir, uuid, "manifest.json"), "rb") as file:
+            manifest = json.load(file)
+        shutil.rmtree(os.path.join(self.serve_dir, uuid))
+        return manifest
+
+    def assertNothing(self, result, pattern, status=1):
+        self.assertEqual((result[0], result[1]), (status, ""), result[2])
+        self.assertRegex(result[2], pattern)
+        self.assertEqual(os.listdir(self.serve_dir), [])
+
+
+class TestHttp(HttpCase):
+
+    def test_a_running_zone_under_every_shell(self):
+        for name, shell in SHELLS.items():
+            if not shutil.which(shell[0]):
+                continue
+            with self.subTest(shell=name):
+                self.put("state", "running\n")
+                text = "it's\ta \"\\\" & $(touch hacked)\n\u00e9 /\n\n"
+                manifest = self.published(
+                    VM, "web", "1.10", text, "homepage=http://x/'$(touch hacked)", "public=false",
+                    "urn=007", 'tags={"a": "b"}', "requirements={}", shell=shell)
+                for name in ("uuid", "owner", "disabled", "published_at", "files"):
+                    del manifest[name]    # the server's
+                self.assertEqual(manifest, {
+                    "v": 2, "name": "web", "version": "1.10", "description": text,
+                    "type": "zone-dataset", "os": "smartos", "urn": "007", "public": False,
+                    "homepage": "http://x/'$(touch hacked)", "tags": {"a": "b"},
+                    "requirements": {}})
+                self.assertEqual(self.take("state"), "running\n")
+        self.assertEqual(self.asked("ssh"), [])
+
+    def test_every_compression(self):
+        for kind in streams.PACKERS:
+            with self.subTest(kind=kind):
+                self.published("-c", kind, VM, *WORDS)
+
+    def test_bhyve(self):
+        self.vm(BHYVE)
+        self.put("stream", streams.stream(kind=streams.ZVOL))
+        manifest = self.published(VM, *WORDS)
+        self.assertEqual((manifest["image_size"], manifest["type"], manifest["requirements"]),
+                         (10240, "zvol", {"brand": "bhyve", "bootrom": "uefi"}))
+
+    def test_incremental(self):
+        self.put("origin", f"zones/{IMAGE}@{VM}\n")
+        self.assertNothing(self.mkimg("-i", VM, *WORDS), f'origin image "{IMAGE}" does not exist')
+        write_v2(self.serve_dir, IMAGE, streams.stream(guid=5), "image.zfs", "none")
+        self.put("stream", streams.stream(guid=6, from_guid=5))
+        status, output, errors = self.mkimg("-i", VM, *WORDS)
+        self.assertEqual(status, 0, errors)
+        image = self.server.get("/images/" + output.split()[-1]).json()
+        self.assertEqual((image["origin"], image["state"]), (IMAGE, "active"))
+
+    def test_each_step_may_fail(self):
+        self.assertNothing(self.mkimg(VM, *WORDS, "homepage=x"),
+                           "answers 422: invalid image data: homepage\n.* does not take the image")
+        self.assertEqual({words[0] for words in self.asked("vmadm")}, {"get"})
+        for name, pattern in (("fail-vmadm-stop", "cannot stop VM"),
+                              ("fail-zfs-snapshot", "cannot snapshot"),
+                              ("fail-zfs-send", "zfs send has failed"),
+                              ("half", "answers 400: image refused: (?s:.)*zfs send has"),
+                              ("late", "zfs send has failed")):
+            with self.subTest(name=name):
+                self.put(name)
+                self.put("state", "running\n")
+                self.assertNothing(self.mkimg(VM, *WORDS), pattern)
+                self.assertEqual(self.take("state"), "running\n")
+                os.unlink(os.path.join(self.stand, name))
+        self.start_server(NO_ACTIVATION)
+        self.assertNothing(self.mkimg(VM, *WORDS), "activating image .* has failed")
+        self.assertNothing(self.mkimg(VM, *WORDS, IMGSERVER="http://127.0.0.1:1"),
+                           "does not take the image")
+
+    def test_passwords(self):
+        secret = 'p"a\\ss $word\''
+        self.start_server(LOGIN.format(f"joe:{secret}".encode()))
+        self.assertNothing(self.mkimg(VM, *WORDS), "answers 403: this endpoint may only be")
+        terminal, ours = pty.openpty()
+        try:
+            process = self.start(VM, *WORDS, IMGSERVER=self.host("joe@"), stdin=ours)
+            wait_for(lambda: not termios.tcgetattr(ours)[3] & termios.ECHO, "the question")
+            os.write(terminal, secret.encode() + b"\n")
+            output, errors = process.communicate(timeout=PATIENCE * 3)
+            self.assertEqual(process.returncode, 0, errors)
+            self.assertTrue(termios.tcgetattr(ours)[3] & termios.ECHO)
+        finally:
+            os.close(terminal)
+            os.close(ours)
+        shutil.rmtree(os.path.join(self.serve_dir, output.split()[-1]))
+        self.assertNotIn("ss $word", self.take("log") + output + errors)
+        self.assertNothing(self.mkimg(VM, *WORDS, IMGSERVER=self.host("joe@")), "no terminal")
+
+    def test_netrc(self):
+        path = os.path.join(self.stand, 'net"rc')
+        self.put('net"rc', "machine 127.0.0.1 login joe password secret\n")
+        os.chmod(path, 0o644)
+        self.start_server(LOGIN.format(b"joe:secret"))
+        self.assertNothing(self.mkimg(VM, *WORDS, NETRC=path), "its owner alone may read", 2)
+        self.assertNothing(self.mkimg(VM, *WORDS, NETRC=path + "x"), "NETRC is", 2)
+        os.chmod(path, 0o600)
+        self.published(VM, *WORDS, NETRC=path)
+        self.published(VM, *WORDS, NETRC=path, IMGSERVER=self.host("joe@"))
+
+    def test_urls(self):
+        for url in (self.host("joe:secret@"), "ftp://x", "://"):
+            with self.subTest(url=url):
+                self.assertNothing(self.mkimg(VM, *WORDS, IMGSERVER=url), "usage", 2)
+        self.published(VM, *WORDS, IMGSERVER=self.host() + "/")
+
+
+class TestHttpSignals(HttpCase, TestSignals):
+    """The same, over HTTP."""
+
+    transport = "curl"
+
+    test_a_second_signal_ends_the_wait_for_the_server = None

@@ -20,14 +20,18 @@ def snippet():
         return re.search(r"```nginx\n(.*?)```", file.read(), re.DOTALL)[1]
 
 
-class Nginx(ServerCase):
+class NginxCase(ServerCase):
+    """Real nginx in front of a server."""
+
+    config = None
+    changes = ()                          # (old, new): in the snippet
 
     def setUp(self):
         super().setUp()
         need("nginx")
         self.data = os.urandom(3 << 20)
         write_image(self.serve_dir, U, self.data)
-        self.server = self.serve(unix=True)
+        self.server = self.serve(unix=True, config=self.config)
         with socket.create_server(("127.0.0.1", 0)) as sock:
             self.port = sock.getsockname()[1]
             self.start_nginx(sock.fileno())
@@ -37,6 +41,9 @@ class Nginx(ServerCase):
         text = snippet()
         self.assertEqual(text.count("/var/imgserver/imgserver.sock"), 1)
         text = text.replace("/var/imgserver/imgserver.sock", self.server.address)
+        for old, new in self.changes:
+            self.assertEqual(text.count(old), 1, old)
+            text = text.replace(old, new)
         text = text.replace("listen 80;", f"listen 127.0.0.1:{self.port};")
         directory = os.path.join(self.directory, "nginx")
         os.mkdir(directory)
@@ -60,6 +67,9 @@ class Nginx(ServerCase):
         with self.connect() as connection:
             return connection.request(target, headers={"Host": f"127.0.0.1:{self.port}",
                                                        **dict(headers)})
+
+
+class Nginx(NginxCase):
 
     def test_lists_and_manifests_name_the_proxy(self):
         for path in ("/datasets", "/images"):
