@@ -4599,7 +4599,7 @@ header>:first-child,small,footer,#count{color:var(--soft)}
 header p,li>p{display:flex;min-width:0;border:1px solid var(--line);border-radius:.5rem;
 background:var(--code);overflow:hidden}
 code{font:.8125rem/1.5 ui-monospace,Menlo,Consolas,monospace}
-p>code{flex:1;padding:.45rem .75rem;white-space:nowrap}
+p>code{flex:1;min-width:0;padding:.45rem .75rem;overflow-wrap:anywhere}
 p>button{flex:none;width:4.75rem;border:0;border-left:1px solid var(--line);
 background:var(--card);color:var(--link);font:600 .8125rem system-ui,sans-serif;cursor:pointer}
 p>button:hover{background:var(--link);color:var(--on)}
@@ -4615,13 +4615,13 @@ form button{font:600 1rem system-ui,sans-serif;color:var(--on);background:var(--
 border-radius:.5rem;padding:0 1.2rem;cursor:pointer}
 nav{display:flex;flex-wrap:wrap;gap:.4rem;margin-top:1rem;align-items:center}
 nav a{border:1px solid var(--line);border-radius:2rem;padding:.25rem .9rem;
-background:var(--card);text-decoration:none}
+background:var(--card);text-decoration:none;overflow-wrap:anywhere}
 nav a[aria-current]{background:var(--link);border-color:var(--link);color:var(--on)}
 #count{padding:.1rem 0 .6rem}
 ol{list-style:none;margin:0;padding:0;border:1px solid var(--line);border-radius:.75rem;
 background:var(--card);overflow:hidden}
-li{display:grid;grid-template-columns:2.75rem minmax(0,1fr) auto;gap:0 1rem;align-items:center;
-padding:.9rem 1rem;content-visibility:auto;contain-intrinsic-size:auto 6rem}
+li{display:grid;grid-template-columns:2.75rem minmax(12rem,1fr) minmax(0,auto);gap:0 1rem;
+align-items:center;padding:.9rem 1rem;content-visibility:auto;contain-intrinsic-size:auto 6rem}
 li+li{border-top:1px solid var(--line)}
 li i,li img{width:2.75rem;height:2.75rem;border-radius:.6rem;align-self:start;object-fit:contain}
 li i{display:grid;place-items:center;font:700 1.25rem system-ui,sans-serif;color:#fff;
@@ -4639,7 +4639,7 @@ footer a{margin-right:.9rem}
 li>p{grid-column:2;margin-top:.6rem;justify-self:start;max-width:100%}}
 @media(max-width:40rem){header,main,footer{padding-inline:.9rem}header{padding-top:1.25rem}
 header>*{width:100%}h1{font-size:1.6rem}li>p{grid-column:1/3;width:100%}
-p>code{white-space:normal;word-break:break-all;font-size:.75rem}p>button{width:4rem}}
+p>code{font-size:.75rem}p>button{width:4rem}}
 @media print{form,p>button,nav,footer{display:none}li{content-visibility:visible}}
 """
 

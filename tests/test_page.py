@@ -134,6 +134,14 @@ class Pages(PageCase):
         self.assertNotIn("javascript", "".join(page.links("href")))
         self.assertIn("3 images, 1.50\xa0KiB", page.text)
 
+    def test_a_homepage_is_checked_again(self):
+        self.images(1)
+        site = self.site()
+        with mock.patch.object(imgserver.Image, "fields", lambda self: {
+                "homepage": "javascript:alert(1)"}):
+            self.assertNotIn("javascript", "".join(self.read(site, "/?page=1", Host="x")
+                                                   .links("href")))
+
     def test_sizes(self):
         for size, wanted in ((0, "0 bytes"), (999, "999 bytes"), (1000, "0.98 KiB"),
                              (1024 * 99.6, "99.6 KiB"), (310 << 20, "310 MiB"),
@@ -582,12 +590,18 @@ class InABrowser(PageCase):
         self.assertLessEqual(self.browser.run("document.scrollingElement.scrollWidth"), width)
         self.assertEqual(self.browser.run(
             "[...document.querySelectorAll('p>button, p>code, h2, input')].filter(e => "
-            f"e.getBoundingClientRect().right > {width}).length"), 0)
+            f"e.getBoundingClientRect().right > {width} || e.scrollWidth > e.clientWidth && "
+            "e.clientWidth && e.tagName !== 'INPUT').length"), 0)
 
     def test_narrow_and_wide(self):
         self.images(3, description="Some text " * 30, origin=uuid_of(2))
-        channels = [{"name": f"channel-{number}", "description": ""} for number in range(9)]
-        self.visit("?channel=*", config={"channels": channels})
+        channels = [{"name": f"channel-{number}" + "x" * 20 * number, "description": ""}
+                    for number in range(9)]
+        for number in range(1, 4):
+            write_v2(self.serve_dir, uuid_of(number + 10), channels=[channels[-1]["name"]])
+        self.visit("?channel=" + channels[-1]["name"],
+                   config={"channels": channels, "suffix": "/" + "a" * 100})
+        self.assertEqual(self.browser.run(ROWS), 3)
         for width in (320, 480, 700, 1000, 2000):
             with self.subTest(width):
                 self.fits(width)
