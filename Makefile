@@ -85,7 +85,8 @@ uninstall:
 	for file in $(PROGRAMS) $(TEXTS) $(MANIFEST) __pycache__; do \
 	    rm -rf "$$directory/$$file" || exit 1; \
 	done; \
-	echo "config.json and the images in $$directory are left"
+	echo "config.json and the images in $$directory are left; if its service is still there:"; \
+	echo '    svcadm disable -s image-server; svccfg delete image-server'
 
 clean:
 	rm -rf __pycache__ tests/__pycache__ bench/__pycache__ $(MANIFEST).new .config.json.[0-9]*

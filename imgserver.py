@@ -17,10 +17,10 @@ request, what is not sound is left out with one line in the log, and nothing in 
 ever changed by serving it.  It needs Python 3.9 or newer and nothing else.
 
 The parts, each resting only on those above it: constants - errors - log - JSON -
-configuration - manifests - store - image files - publishing - requests and responses -
-routes - connections - servers - commands.
+configuration - manifests - store - image files - publishing - users - mirroring - HTTP
+messages - routes - connections - servers - commands.
 
-What it does not do: TLS (put nginx in front), authentication, HTTP/2, uploads over HTTP.
+What it does not do: TLS (put nginx in front), HTTP/2, uploads over HTTP.
 
 MIT licence; see LICENSE.
 """
@@ -50,6 +50,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import hmac
 import html
 import http
 import itertools
@@ -136,6 +137,10 @@ class UserError(Exception):
         self.exit_status = exit_status
 
 
+class AddressInUse(UserError):
+    """Somebody listens there already; the server itself, perhaps."""
+
+
 def bad_request(message) -> ApiError:
     return ApiError(400, "BadRequestError", message)
 
@@ -161,6 +166,7 @@ LOG_DELAY = 0.2               # seconds a line may wait for others, so that a bu
 LOG_LIMIT = 1 << 20           # bytes of log held while nobody reads it; then lines are dropped
 TRACEBACK_LIMIT = 4000        # characters of a traceback in one log line, the last ones
 LOG_TARGET_LIMIT = 1000       # characters of a client's text in one log line
+AGENT_LIMIT = 200             # characters of a User-Agent there; imgadm's has some 90
 
 LEVELS = {"trace": 10, "debug": 20, "info": 30, "warn": 40, "error": 50, "fatal": 60}
 INFO, WARN = LEVELS["info"], LEVELS["warn"]
@@ -179,6 +185,15 @@ def printable(text, limit=LOG_TARGET_LIMIT) -> str:
     return text.encode("unicode_escape").decode("ascii").replace('"', '\\"')
 
 
+def client_name(peer, headers) -> str:
+    """A client as the log names it: its address, or the one that a proxy on the Unix socket gives.
+
+    That is for the log alone: the header may be made up.
+    """
+    address = peer or headers.get("x-real-ip") or headers.get("x-forwarded-for", "").split(",")[-1]
+    return printable(address.strip(), ADDRESS_LIMIT) or "unix"
+
+
 def stamp(seconds) -> str:
     """A time in seconds since 1970 as the log and manifests have it."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
@@ -190,12 +205,16 @@ class Log:
     Lines are gathered and written together, at once from warn upwards.  A reader of
     stderr that has stopped reading costs lines, never a request: what is written to a
     pipe is only what fits it.
+
+    form    "text", or "json": an object a line, with the keys of bunyan, as Triton's logs
     """
 
-    def __init__(self, level="info", fd=2):
+    def __init__(self, level="info", fd=2, form="text"):
         self.level = LEVELS[level]
         self.fd = fd
-        self.counts = dict.fromkeys(("info", "warn", "error"), 0)     # lines but for add()
+        self.counts = dict.fromkeys(("info", "warn", "error"), 0)     # lines but of requests
+        self._record = None if form == "text" else {
+            "v": 0, "name": "imgserver", "hostname": socket.gethostname(), "pid": os.getpid()}
         self._lines = []
         self._held = b""
         self._lost = 0
@@ -212,19 +231,47 @@ class Log:
         if LEVELS[level] >= self.level:
             self.tick(int(time.time()))
             self.counts[level] += 1
-            self.add(f"{level} {text}")
+            self.add(level, text)
             if LEVELS[level] >= WARN:
                 self.flush(wait=True)
 
-    def add(self, text):
-        """Have a line wait for the next flush, with the time of the last tick before it."""
-        self._lines.append(self._stamp + text)
+    def add(self, level, text, facts=None):
+        """Queue a line, with the time of the last tick; facts: further keys of the JSON form."""
+        self._lines.append(f"{self._stamp} {level} {text}" if self._record is None
+                           else self._as_json(level, text, facts or {}))
+
+    def _as_json(self, level, text, facts) -> str:
+        return json.dumps({**self._record, "level": LEVELS[level], "time": self._stamp,
+                           "msg": text, **facts}, separators=(",", ":"))
+
+    def request(self, client, user, line, agent, status, size, seconds, title, failure):
+        """Queue the line of a request.
+
+        client, user    who: an address, and a name or None
+        line, agent     the request line and the User-Agent as they came
+        size, seconds   bytes of the body that went, and the time taken
+        title, failure  further facts about the answer, "" where there are none
+        """
+        if len(line) > LOG_TARGET_LIMIT or not _is_plain(line):
+            line = printable(line)
+        if len(agent) > AGENT_LIMIT or not _is_plain(agent):
+            agent = printable(agent, AGENT_LIMIT)
+        if self._record is None:
+            self.add("info", f'{client} "{line}" {status} {size} {seconds * 1000:.1f}ms '
+                             f"{user or '-'} \"{agent}\"{title and ' ' + title}{failure}")
+            return
+        method, _, target = line.partition(" ")
+        self.add("info", f"{line} {status}{failure}", {
+            "req": {"method": method, "url": target.rpartition(" ")[0] or target,
+                    "headers": {"user-agent": agent}, "remoteAddress": client},
+            "res": {"statusCode": status, "bytes": size},
+            "latency": round(seconds * 1000, 1), "user": user, "image": title or None})
 
     def tick(self, now):
         """It is `now`, in whole seconds since 1970."""
         if now != self._second:
             self._second = now
-            self._stamp = stamp(now) + " "
+            self._stamp = stamp(now)
 
     def info(self, text):
         self.line("info", text)
@@ -238,7 +285,7 @@ class Log:
     def exception(self, what):
         """A fault of our own: the traceback, on one line."""
         self.line("error", what + ": " + printable(traceback.format_exc()[-TRACEBACK_LIMIT:],
-                                                          TRACEBACK_LIMIT))
+                                                   TRACEBACK_LIMIT))
 
     @property
     def pending(self) -> bool:
@@ -256,7 +303,10 @@ class Log:
             del self._lines[:len(lines)]  # not all: a thread may add one just now
             data = self._held + "\n".join(lines + [""]).encode("ascii", "backslashreplace")
             if self._lost:
-                data = f"\n({self._lost} bytes of log lost: nobody read them)\n".encode() + data
+                text = f"({self._lost} bytes of log lost: nobody read them)"
+                if self._record is not None:
+                    text = self._as_json("warn", text, {})
+                data = f"\n{text}\n".encode() + data
             try:
                 while data and self._poll.poll(0):
                     data = data[os.write(self.fd, data[:self._piece]):]
@@ -274,6 +324,7 @@ class Log:
 # -- JSON --------------------------------------------------------------------------------
 
 NUMBER_LIMIT = 20             # digits of an integer in JSON: 2**64 has 20
+NESTING_LIMIT = 100           # levels of JSON, so that whatever was parsed can be written, too
 
 def _unique(pairs):
     value = dict(pairs)
@@ -307,6 +358,16 @@ _quote = json.encoder.encode_basestring_ascii
 compact_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
+def _is_deeper(value, levels) -> bool:
+    """Whether arrays and objects are nested in more levels."""
+    level = [value]
+    while level and levels >= 0:
+        levels -= 1
+        level = [item for each in level if isinstance(each, (dict, list))
+                 for item in (each.values() if isinstance(each, dict) else each)]
+    return bool(level)
+
+
 def parse_json(data: bytes, unique=False):
     """The value of strict JSON in UTF-8, with or without a byte-order mark.  Raises ValueError.
 
@@ -317,6 +378,8 @@ def parse_json(data: bytes, unique=False):
     try:
         text = data.decode("utf-8").removeprefix("\ufeff")
         value = (_UNIQUE_DECODER if unique else _DECODER).decode(text)
+        if text.count("{") + text.count("[") > NESTING_LIMIT and _is_deeper(value, NESTING_LIMIT):
+            raise ValueError("nested too deep")
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
@@ -406,6 +469,12 @@ def _loglevel(value):
     return value
 
 
+def _logformat(value):
+    if value not in ("text", "json"):
+        raise ValueError('must be "text" or "json"')
+    return value
+
+
 def _number(low, high, kinds=(int,)):
     def check(value):
         if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
@@ -423,6 +492,12 @@ def _socket_mode(value):
 def _flag(value):
     if not isinstance(value, bool):
         raise ValueError("must be true or false")
+    return value
+
+
+def _readers(value):
+    if value not in ("anyone", "public", "users"):
+        raise ValueError('must be "anyone", "public" or "users"')
     return value
 
 
@@ -503,6 +578,7 @@ SETTINGS = {
     "prefix": ("http://", _prefix),
     "suffix": ("", _suffix),
     "loglevel": ("info", _loglevel),
+    "logformat": ("text", _logformat),
     "serve_dir": (".", _directory),
     "image-creator": ("internal", _text),
     "image-creator-uuid": ("", _uuid_or_empty),
@@ -515,6 +591,8 @@ SETTINGS = {
     "drain_time": (30, _number(0, 3600, (int, float))),
     "channels": ([], _channels),
     "metrics": (False, _flag),
+    "users": ("", _text),
+    "read": ("anyone", _readers),
     "publish_from": ([], _networks),
     "manage_from": ([], _networks),
     "check_streams": (True, _flag),
@@ -555,6 +633,10 @@ class Config:
                                      "socket may do so, with nginx in front all whom it lets in")
         self.listen = parse_listen(self.listen_port)
         self.serve_dir = os.path.abspath(os.path.join(directory, self.serve_dir))
+        self.users = self.users and os.path.abspath(os.path.join(directory, self.users))
+        if self.read == "users" and not (self.users or self.publish_from or self.manage_from):
+            raise UserError('config: read is "users", but users names no file of them',
+                            EXIT_CONFIG)
 
     @classmethod
     def load(cls, path, must_exist=True):
@@ -1354,6 +1436,13 @@ def recorded_md5(file: dict):
     return bytes.fromhex(md5) if of_this and FILE_FIELDS["md5"].check(md5) else None
 
 
+def matches_text(value, wanted, prefix=False) -> bool:
+    """IMGAPI's filter for name and version: exact, or ~substring; DSAPI's is by prefix."""
+    if wanted.startswith("~"):
+        return wanted[1:] in value
+    return value.startswith(wanted) if prefix else value == wanted
+
+
 # -- store -------------------------------------------------------------------------------
 #
 # The directory, read and remembered.  Nothing here changes it.  What is in memory is
@@ -1374,6 +1463,8 @@ ZIPPED_LIMIT = 32 << 20       # bytes of gzip forms in use; of 10,000 images one
 MD5_LIMIT = 16 << 20          # bytes; a file up to this size is hashed when it is asked for, or
                               # when it is read without a sha1 in its manifest
 PIECE = 1 << 20               # bytes of a file in memory at once while it is hashed
+OPEN_TRIES = 3                # of a file that is replaced between the look at it and open()
+LINKS_IN_LOOP = 100           # origins of an image that the event loop follows, each by 2 stats
 HASHES_KEPT = 10000           # files whose hashes are remembered: 200 bytes each
 
 def trusted_stat(path, serve_dir):
@@ -1396,18 +1487,20 @@ def open_regular(path, serve_dir=None):
 
     With serve_dir, symlinks are followed as trusted_stat does.  Raises OSError.
     """
-    trusted = serve_dir and trusted_stat(path, serve_dir)
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        if trusted and not os.path.samestat(trusted, status):
-            raise OSError(errno.ENOENT, "replaced while it was opened")
-    except OSError:
+    for _ in range(OPEN_TRIES):
+        trusted = serve_dir and trusted_stat(path, serve_dir)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
+        except OSError:
+            os.close(fd)
+            raise
+        if not trusted or os.path.samestat(trusted, status):
+            return fd, status
         os.close(fd)
-        raise
-    return fd, status
+    raise OSError(errno.ENOENT, "replaced while it was opened")
 
 
 def stat_key(status):
@@ -1419,6 +1512,7 @@ def stat_key(status):
     return status.st_ctime_ns, status.st_size, status.st_ino
 
 
+REPLACED = f"{MANIFEST}: replaced while it was read"
 UNSETTLED = ()                # no file's key: an image that has it is read again when asked for
 
 
@@ -1452,6 +1546,7 @@ class Hasher:
     def __init__(self, later=False):
         self._later = later
         self._lock = threading.Lock()
+        self._computing = threading.Lock()        # taken before _lock
         self._results = {}                # (path, stat_key): (sha1, md5), or an OSError
         self._queue = collections.deque()
         self._running = False
@@ -1476,6 +1571,21 @@ class Hasher:
             raise result
         return result
 
+    def hashes_of(self, fd, path):
+        """The same of an open file, which was opened at `path`; at once.  Raises OSError.
+
+        The first one who asks has it computed, the others wait.
+        """
+        with self._computing:
+            key = stat_key(os.fstat(fd))
+            result = self._results.get((path, key))
+            if not isinstance(result, tuple):
+                sha1, md5 = hash_file(fd, key[1])
+                result = sha1.hexdigest(), md5.digest()
+                if stat_key(os.fstat(fd)) == key:
+                    self._keep(path, key, result)
+        return result
+
     def _hash(self, path, key):
         try:
             fd, _ = open_regular(path)
@@ -1485,12 +1595,17 @@ class Hasher:
                 if stat_key(os.fstat(fd)) != key:
                     return OSError(errno.EAGAIN, "it changed while it was read")
         except OSError as error:
+            if error.errno in SHORTAGE or key[1] <= MD5_LIMIT:
+                return error              # it may be over with the next request
             result = error
+        self._keep(path, key, result)
+        return result
+
+    def _keep(self, path, key, result):
         with self._lock:
             self._results[path, key] = result
             if len(self._results) > HASHES_KEPT:
                 del self._results[next(iter(self._results))]
-        return result
 
     def _run(self):
         while True:
@@ -1637,15 +1752,18 @@ def passed_over(serve_dir, name):
     return None
 
 
-def read_manifest(directory):
-    """The manifest of an image directory, with its stat.  Raises BadImage and OSError."""
-    fd, status = open_regular(f"{directory}/{MANIFEST}")
+def read_manifest(directory, serve_dir=None, name=MANIFEST):
+    """The manifest of an image directory, with its stat; serve_dir as open_regular takes it.
+
+    Raises BadImage and OSError.
+    """
+    fd, status = open_regular(f"{directory}/{name}", serve_dir)
     try:
         if status.st_size > MANIFEST_LIMIT:
-            raise BadImage(f"{MANIFEST} is larger than {MANIFEST_LIMIT} bytes")
+            raise BadImage(f"{name} is larger than {MANIFEST_LIMIT} bytes")
         return parse_object(os.read(fd, status.st_size)), status
     except ValueError as error:
-        raise BadImage(f"{MANIFEST} {error}")
+        raise BadImage(f"{name} {error}")
     finally:
         os.close(fd)
 
@@ -1667,18 +1785,28 @@ class ImageReader:
         Raises OSError only where the system is short of something: that says nothing
         about the image.
         """
+        for _ in range(OPEN_TRIES):
+            image = self._read(uuid, place, apis)
+            if image is None or image.problem != REPLACED:
+                break
+        return image
+
+    def _read(self, uuid, place, apis) -> Image | None:
+        """Read it once; where its manifest is replaced on the way its problem is REPLACED."""
         image = Image(uuid, place)
         directory = place + uuid
         image.checked, began = time.monotonic(), time.time_ns()
         try:
             status = trusted_stat(directory, self.serve_dir)
             image.directory_changed, image.device = status.st_ctime_ns, status.st_dev
-            trusted_stat(f"{directory}/{MANIFEST}", self.serve_dir)
-            manifest, status = read_manifest(directory)
+            manifest, status = read_manifest(directory, self.serve_dir)
             image.manifest_key = stat_key(status)
             if status.st_dev != image.device:
                 image.device = None
             self._fill(image, manifest, os.listdir(directory), status.st_mtime, apis)
+            if stat_key_at(f"{directory}/{MANIFEST}") != image.manifest_key:
+                image.try_again = True    # or the file may be that of another manifest
+                raise BadImage(REPLACED)
         except BadImage as error:
             image.problem = str(error)
         except OSError as error:
@@ -1969,7 +2097,6 @@ class Store:
         self.log = log
         self._in_background = in_background
         self._reader = ImageReader(config, Hasher(later=True))
-        self._hashing = threading.Lock()
         self._told = set()            # warnings of names and of origins that were logged once
         self._images = {}             # uuid: Image, sound or not; written under _lock
         self._lock = threading.Lock()
@@ -2002,7 +2129,8 @@ class Store:
         if image is None or image.try_again:
             os.stat(f"{self.directory}/.")            # is it serve_dir that cannot be read?
         if image is None or image.problem or image.origin and self._is_cyclic(
-                image, lambda origin: self._known(origin, api, may_block)):
+                image, lambda origin: self._known(origin, api, may_block),
+                math.inf if may_block else LINKS_IN_LOOP):
             raise not_found(f"image {uuid} not found")
         return image
 
@@ -2128,27 +2256,34 @@ class Store:
                 self._told.add((image.uuid, origin.uuid))
                 self.log.warn(f"image {image.uuid}: {no_common_channel(origin.uuid)}")
 
+    def hashes_of(self, fd, image, name):
+        """(sha1 in hexadecimal, md5 as bytes) of a file of an image, open as fd; kept.
+
+        Raises OSError.
+        """
+        return self._reader.hasher.hashes_of(fd, f"{image.directory}/{name}")
+
     def content_md5(self, image, fd):
         """The MD5 of an image's file, open as fd, as bytes; None where that takes too long.
 
-        Raises OSError.  The first one who asks has it computed, the others wait.
+        Raises OSError.
         """
         if image.md5 is not None or image.size > MD5_LIMIT:
             return image.md5
-        with self._hashing:
-            if image.md5 is None:
-                md5 = hash_file(fd, image.size)[1].digest()
-                if stat_key(os.fstat(fd)) != image.file_key:
-                    return md5            # of a file that is not this image's any more
-                image.md5 = md5
-        return image.md5
+        return self.hashes_of(fd, image, image.file)[1]
 
-    def _is_cyclic(self, image, find) -> bool:
-        """Whether its chain of origins never ends: imgadm would follow it for ever."""
-        now = time.monotonic()
+    def _is_cyclic(self, image, find, limit=math.inf) -> bool:
+        """Whether its chain of origins never ends: imgadm would follow it for ever.
+
+        It is followed for each change of an image, and once a second, by one thread, while the
+        others go on with the verdict before.  Raises NeedsThread for more than `limit` links.
+        """
+        now, before = time.monotonic(), self._cyclic
+        memo, chain, link = before, [], image
         if now - self._cyclic_since >= RECHECK:
-            self._cyclic, self._cyclic_since = {}, now
-        memo, chain, link = self._cyclic, [], image
+            memo = {}
+            if limit == math.inf:
+                self._cyclic_since = now
         seen = set()
         while True:
             if link is None or link.problem or not link.origin:
@@ -2159,11 +2294,15 @@ class Store:
                 verdict = memo.get(link.uuid)
             if verdict is not None:
                 break
+            if len(chain) >= limit:
+                raise NeedsThread
             seen.add(link.uuid)
             chain.append(link.uuid)
             link = find(link.origin)
         for uuid in chain:
             memo[uuid] = verdict
+        if memo is not before and self._cyclic is before:
+            self._cyclic, self._cyclic_since = memo, now
         if not verdict:
             self._cycles_logged.discard(image.uuid)
         elif image.uuid not in self._cycles_logged:
@@ -2354,11 +2493,13 @@ class SendStream:
         self._order = None
         self._is_compound = self._is_clone = self._is_resumed = False
         self._head = bytearray()
-        self._tail = b""
+        self._tail = bytearray()
 
     def feed(self, data):
         """Feed the next bytes of the stream, decompressed."""
-        self._tail = data if len(data) >= TAIL else (self._tail + data)[-TAIL:]
+        self._tail += data[-TAIL:]
+        if len(self._tail) > 2 * TAIL:    # not each time: pieces may be single bytes
+            del self._tail[:-TAIL]
         if self._head is not None and len(self._head) < PROLOGUE:
             self._head += data[:PROLOGUE]
             self._read_begin()
@@ -2611,6 +2752,8 @@ MKDIR_TRIES = 5               # of a staging directory, while leftovers or other
 ICON_LIMIT = 128 << 10        # bytes of an icon, as in IMGAPI
 DEPENDENTS_NAMED = 5          # images named in one refusal to delete their origin
 V2_ALONE = frozenset(("owner", "public", "acl"))      # fields that v1 has no words for
+PARTIAL = ".partial"          # beside the manifest: a file of which a mirror has a part
+UPSTREAM = ".upstream.json"   # the same: the manifest of the server that a mirror asked
 _TEMPORARY = re.compile(r"\.(manifest\.json|file|icon\.(png|jpg|gif))\.[0-9a-f]+")
 
 
@@ -2647,32 +2790,34 @@ def give(fd, owner):
 
 
 @contextlib.contextmanager
-def new_file(name, directory=None, mode=0o644):
+def new_file(name, directory=None, mode=0o644, or_old=os.O_EXCL):
     """A new binary file in an open directory; on disk when the block has ended.
 
-    It never has a wider mode than this one.  Raises OSError.
+    It never has a wider mode than this one.  or_old 0: one that is there will do.  Raises
+    OSError.
     """
-    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode,
+    fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | or_old, mode,
                  dir_fd=directory)
-    with open(fd, "wb") as file:
+    with open(fd, "r+b") as file:
         os.fchmod(fd, mode)               # the umask of an ssh session may be 077
         yield file
         file.flush()
         os.fsync(fd)
 
 
-def replace_at(directory, name, data, owner=None, keep_time=False):
+def replace_at(directory, name, data, owner=None, keep_time=False, mode=0o644):
     """Put a file in the place of `name` in an open directory, by rename.  Raises OSError.
 
-    Mode and owner of the file before stay; `owner` is for one that is new.  keep_time: the
-    mtime stays, too.  The directory is left to be synced.
+    Permissions and owner of the file before stay; `owner` and `mode` are for one that is new,
+    or takes the place of a symlink.  keep_time: the mtime stays, too.  The directory is left
+    to be synced.
     """
-    aside, mode = temporary_name(name), 0o644
-    try:
-        before = os.stat(name, dir_fd=directory)
-        mode, owner = stat.S_IMODE(before.st_mode), (before.st_uid, before.st_gid)
-    except FileNotFoundError:
-        before = None
+    aside, before = temporary_name(name), None
+    with contextlib.suppress(FileNotFoundError):
+        status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        if stat.S_ISREG(status.st_mode):          # never a set-uid bit: the bytes are others'
+            before = status
+            mode, owner = status.st_mode & 0o777, (status.st_uid, status.st_gid)
     try:
         with new_file(aside, directory, mode) as file:
             file.write(data)
@@ -2691,7 +2836,16 @@ def replace_at(directory, name, data, owner=None, keep_time=False):
         raise
 
 
-def replace_file(path, data, keep_time=False):
+def manifest_bytes(manifest) -> bytes:
+    """A manifest as it is stored.  Raises ApiError where it is larger than one can be read."""
+    data = (render_json(manifest) + "\n").encode()
+    if len(data) > MANIFEST_LIMIT:
+        raise ApiError(422, "ValidationFailed", f"the manifest would have {len(data)} bytes, "
+                                                f"of which {MANIFEST_LIMIT} are the most")
+    return data
+
+
+def replace_file(path, data, keep_time=False, owner=None, mode=0o644):
     """replace_at by path, and synced.  Behind a symlink, it is the file there that is replaced.
 
     Raises ApiError.
@@ -2701,10 +2855,21 @@ def replace_file(path, data, keep_time=False):
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with storing(f"cannot write {name}"):
-            replace_at(fd, name, data, keep_time=keep_time)
+            replace_at(fd, name, data, owner, keep_time, mode)
         sync(fd, f"{name} is written, but not surely on disk")
     finally:
         os.close(fd)
+
+
+def remove_tree(path):
+    """Remove a directory, or what else stands in its place; of a symlink the link alone.
+
+    Raises OSError.
+    """
+    if stat.S_ISDIR(os.lstat(path).st_mode):
+        shutil.rmtree(path)
+    else:
+        os.unlink(path)
 
 
 def is_still(path, fd) -> bool:
@@ -2781,7 +2946,8 @@ def choose_channels(config, manifest, default=None):
     for name in manifest["channels"]:
         if name not in names:
             raise ApiError(422, "ValidationFailed",
-                           f"there is no channel {name!a} in the configuration",
+                           f"there is no channel {name!a} in the configuration, but "
+                           + ", ".join(names),
                            [{"field": "channels", "code": "Invalid"}])
     origin = manifest.get("origin") and ImageReader(config).read(
         manifest["origin"], os.path.join(config.serve_dir, ""), ())
@@ -2907,7 +3073,6 @@ class Publisher:
         def changed(manifest):
             if is_v1(manifest) and V2_ALONE & changes.keys():
                 manifest = upgrade(manifest)
-                manifest.pop("state", None)
             manifest = {**manifest, **changes}
             manifest = {key: value for key, value in manifest.items()
                         if value is not None or key not in changes}
@@ -2929,6 +3094,13 @@ class Publisher:
 
     def add_icon(self, uuid, content_type, data):
         """Give an image in any state its icon, in place of the one before."""
+        name = self._icon_name(content_type, data)
+        with self._locked(uuid, ("", INCOMING), LOCK_PATIENCE) as image:
+            self._store_icon(image, name, data)
+
+    @staticmethod
+    def _icon_name(content_type, data) -> str:
+        """The name of an icon's file.  Raises ApiError."""
         name = {kind: name for name, kind in ICONS.items()}.get(content_type)
         if name is None:
             raise ApiError(400, "Upload", f"invalid content-type, {content_type}, must be one of "
@@ -2936,11 +3108,14 @@ class Publisher:
         if len(data) > ICON_LIMIT:
             raise ApiError(400, "Upload", f"icon size {len(data)} exceeds the maximum allowed "
                            f"size, {ICON_LIMIT >> 10} KiB")
-        with self._locked(uuid, ("", INCOMING), LOCK_PATIENCE) as image:
-            with storing("the icon cannot be stored"):
-                replace_at(image.fd, name, data, self._owner())
-                self._remove_icons(image, name)
-            sync(image.fd, "the icon is stored, but not surely on disk")
+        return name
+
+    def _store_icon(self, image, name, data):
+        """add_icon for a locked image."""
+        with storing("the icon cannot be stored"):
+            replace_at(image.fd, name, data, self._owner())
+            self._remove_icons(image, name)
+        sync(image.fd, "the icon is stored, but not surely on disk")
 
     def remove_icon(self, uuid):
         """Remove the icon of an image in any state.  Raises ApiError: 404 where it has none."""
@@ -2954,9 +3129,9 @@ class Publisher:
         """Remove an image in any state; `force`: even where other images build on it."""
         with self._locked(uuid, ("", INCOMING), LOCK_PATIENCE) as image:
             if not force:
-                self.refuse_dependents(uuid)
+                self.refuse_dependents(uuid, self.dependents(uuid))
             with storing(f"image {uuid} cannot be removed"):
-                aside = self._set_aside(image.path, uuid)
+                aside = self._set_aside(image.path, uuid, image.fd)
         self._remove(aside, uuid)
 
     def discard(self, uuid):
@@ -2973,9 +3148,9 @@ class Publisher:
         if os.path.lexists(self._path(uuid)):
             raise ApiError(409, "ImageUuidAlreadyExists", f'image uuid "{uuid}" already exists')
 
-    def refuse_dependents(self, uuid):
+    @staticmethod
+    def refuse_dependents(uuid, others):
         """Raise ApiError (422) where other images build on this one."""
-        others = self.dependents(uuid)
         if others:
             more = len(others) - DEPENDENTS_NAMED
             raise ApiError(
@@ -2984,17 +3159,27 @@ class Publisher:
                 + ", ".join(others[:DEPENDENTS_NAMED])
                 + (f", and {more} more..." if more > 0 else ""))
 
+    def manifest(self, uuid) -> dict:
+        """The manifest of an image in any state, as stored.  Raises ApiError."""
+        with self._locked(uuid, ("", INCOMING), LOCK_PATIENCE) as image:
+            return image.manifest()
+
     def dependents(self, uuid) -> list:
         """The uuids of all images, in any state, that build on this one."""
-        found = []
+        return self.all_dependents().get(uuid, [])
+
+    def all_dependents(self) -> dict:
+        """uuid: the uuids of all images, in any state, that build on it; if there are any."""
+        found = {}
         with storing("the images cannot be read"):
             names = os.listdir(self.serve_dir)
         for name in sorted(names):
             other = name[len(INCOMING):] if name.startswith(INCOMING) else name
             if is_uuid(other):
                 try:
-                    if read_manifest(os.path.join(self.serve_dir, name))[0].get("origin") == uuid:
-                        found.append(other)
+                    manifest, _ = read_manifest(os.path.join(self.serve_dir, name))
+                    if isinstance(manifest.get("origin"), str):
+                        found.setdefault(manifest["origin"], []).append(other)
                 except (OSError, BadImage, RecursionError):
                     pass                  # no client could import it
         return found
@@ -3035,7 +3220,7 @@ class Publisher:
         """A new unactivated image, locked; nothing stays of it where the block raises."""
         uuid = manifest["uuid"]
         self.refuse_existing(uuid)
-        manifest = validate(manifest, IMPORT)
+        manifest = self._checked(manifest)
         if manifest.get("origin"):
             self._check_chain(uuid, manifest["origin"])
         with storing("the image cannot be stored"):
@@ -3045,12 +3230,22 @@ class Publisher:
                                          if key not in ("files", "state", "icon")})
             yield image
         except BaseException:
-            if is_still(image.path, image.fd):
-                with contextlib.suppress(OSError):
-                    shutil.rmtree(self._set_aside(image.path, uuid), ignore_errors=True)
+            if is_still(image.path, image.fd) and not self._is_kept(image.path):
+                with contextlib.suppress(OSError, ApiError):
+                    remove_tree(self._set_aside(image.path, uuid, image.fd))
             raise
         finally:
             os.close(image.fd)
+
+    @staticmethod
+    def _checked(manifest) -> dict:
+        """A manifest that may be stored.  Raises ApiError."""
+        return validate(manifest, IMPORT)
+
+    @staticmethod
+    def _is_kept(path) -> bool:
+        """Whether an unfinished image is gone on with, not begun once more."""
+        return False
 
     def _check_chain(self, uuid, origin):
         """Raise ApiError (422) where a new image's origin is not here, or builds on that image:
@@ -3066,7 +3261,8 @@ class Publisher:
             else:
                 if link == origin:
                     raise ApiError(422, "OriginDoesNotExist",
-                                   f'origin image "{origin}" does not exist on this server')
+                                   f'origin image "{origin}" does not exist on this server: '
+                                   f"`imgserver.py mirror URL {origin}` brings it")
                 break
             link = link if isinstance(link, str) else None
         if uuid in seen:
@@ -3084,12 +3280,18 @@ class Publisher:
                     fd = lock_directory(path)
                 except BlockingIOError:
                     raise busy(uuid)
-                if fd is not None:
-                    try:
-                        aside = self._set_aside(path, uuid)
-                    finally:
+                if fd is not None and self._is_kept(path):
+                    return LockedImage(uuid, path, fd)
+                try:                      # without fd it is gone, or no directory
+                    if fd is not None or not os.path.isdir(path):
+                        aside = self._set_aside(path, uuid, fd)
+                        with contextlib.suppress(OSError):
+                            remove_tree(aside)
+                except FileNotFoundError:
+                    pass
+                finally:
+                    if fd is not None:
                         os.close(fd)
-                    shutil.rmtree(aside, ignore_errors=True)
                 continue
             fd = None
             try:
@@ -3108,17 +3310,24 @@ class Publisher:
                 raise
         raise busy(uuid)
 
-    def _set_aside(self, path, uuid) -> str:
-        """Rename an image's directory so that nobody finds it; the new path.  Raises OSError."""
+    def _set_aside(self, path, uuid, fd=None) -> str:
+        """Rename an image's directory so that nobody finds it; the new path.
+
+        fd: the directory that is meant; another one that has come in its place is put back.
+        Raises OSError, ApiError.
+        """
         aside = self._path(f"{uuid}.{os.urandom(8).hex()}", DISCARDED)
         os.rename(path, aside)
+        if fd is not None and not is_still(aside, fd):
+            os.rename(aside, path)
+            raise busy(uuid)
         return aside
 
     def _remove(self, aside, uuid):
         """Remove the files of an image that was set aside."""
         self._sync(f"image {uuid} is removed, but not surely on disk")
         with storing(f"image {uuid} is removed, but not all of its files"):
-            shutil.rmtree(aside)
+            remove_tree(aside)
 
     def _sync(self, action):
         """fsync serve_dir.  Raises ApiError."""
@@ -3148,7 +3357,10 @@ class Publisher:
                     raise already_active(uuid)
                 raise
             if not is_still(path, image.fd):          # another one has come in its place
-                os.rename(path, image.path)
+                try:
+                    os.rename(path, image.path)
+                except OSError:                       # and a third one in the place of that
+                    self._set_aside(path, uuid)
                 raise busy(uuid)
         self._sync(f"image {uuid} is on show, but not surely on disk")
 
@@ -3157,8 +3369,7 @@ class Publisher:
     def _write_manifest(self, image, manifest):
         """Store the manifest of a locked image in its own directory.  Raises ApiError."""
         with storing("the image cannot be stored"):
-            replace_at(image.fd, MANIFEST, (render_json(manifest) + "\n").encode(),
-                       self._owner())
+            replace_at(image.fd, MANIFEST, manifest_bytes(manifest), self._owner())
         sync(image.fd, "the image is stored, but not surely on disk")
 
     def _change(self, uuid, change) -> dict:
@@ -3170,8 +3381,8 @@ class Publisher:
             before = image.manifest()
             manifest = change(before)
             if manifest != before:
-                replace_file(os.path.join(image.path, MANIFEST),
-                             (render_json(manifest) + "\n").encode(), keep_time=True)
+                replace_file(os.path.join(image.path, MANIFEST), manifest_bytes(manifest),
+                             keep_time=True)
             return manifest
 
     def _without_state(self, manifest):
@@ -3192,26 +3403,29 @@ class Publisher:
 
     def _store_file(self, image, read, expected, check_stream, turn) -> dict:
         """add_file for a locked image."""
-        manifest = image.manifest()
         aside = temporary_name("file")
         try:
             with storing("the image cannot be stored"):
                 found = self._receive(image, aside, read, turn or contextlib.nullcontext())
-            expected = {key: value for key, value in expected.items()
-                        if value not in (None, "")}
-            file = self._describe(manifest, found, expected, check_stream)
-            if not is_still(image.path, image.fd):
-                raise not_found(f"image {image.uuid} was discarded while it was imported")
-            with storing("the image cannot be stored"):
-                # The manifest decides which file counts: another one may still be in use.
-                if file["path"] in os.listdir(image.fd):
-                    name = file_name(manifest, found.compression)
-                    file["path"] = f"{file['sha1'][:8]}-{name}"
-                os.rename(aside, file["path"], src_dir_fd=image.fd, dst_dir_fd=image.fd)
+            return self._accept(image, aside, found, expected, check_stream)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(aside, dir_fd=image.fd)
             raise
+
+    def _accept(self, image, aside, found, expected, check_stream) -> dict:
+        """Make the file `aside`, which was received, that of a locked image."""
+        manifest = image.manifest()
+        expected = {key: value for key, value in expected.items() if value not in (None, "")}
+        file = self._describe(manifest, found, expected, check_stream)
+        if not is_still(image.path, image.fd):
+            raise not_found(f"image {image.uuid} was discarded while it was imported")
+        with storing("the image cannot be stored"):
+            # The manifest decides which file counts: another one may still be in use.
+            if file["path"] in os.listdir(image.fd):
+                name = file_name(manifest, found.compression)
+                file["path"] = f"{file['sha1'][:8]}-{name}"
+            os.rename(aside, file["path"], src_dir_fd=image.fd, dst_dir_fd=image.fd)
         try:
             self._write_manifest(image, {**manifest, "files": [file]})
         finally:
@@ -3224,7 +3438,7 @@ class Publisher:
         with contextlib.suppress(ApiError, OSError, LookupError, TypeError):
             name = image.manifest()["files"][0]["path"]
             for each in os.listdir(image.fd):
-                if each not in (name, MANIFEST) and each not in ICONS:
+                if each not in (name, MANIFEST, UPSTREAM) and each not in ICONS:
                     with contextlib.suppress(OSError):
                         os.unlink(each, dir_fd=image.fd)
 
@@ -3311,25 +3525,216 @@ class Publisher:
 # -- users -------------------------------------------------------------------------------
 #
 # Rights over HTTP, each with those before it: to read, to publish images that are not on show
-# yet, to manage those that are.
+# yet, to manage those that are.  A client has them by its address, or as a user, of whom a
+# line of a file has the name, the right and a hash of the password (HTTP Basic, RFC 7617).
 
 ANYONE, READ, PUBLISH, MANAGE = range(4)
+RIGHTS = {"read": READ, "publish": PUBLISH, "manage": MANAGE}
 PEERS_KEPT = 1024             # addresses of which the right is remembered
+EVERYBODY, SAME_CREDENTIALS, CLIENT = range(3)    # audiences: whom a cache may give an answer
+
+SCRYPT = {"n": 1 << 14, "r": 8, "p": 1, "dklen": 32}      # takes 16 MiB, and some 70 ms
+SALT_SIZE = 16                # bytes
+USERS_LIMIT = 1 << 20         # bytes of the file: some 7,000 users
+PASSWORD_LIMIT = 1024         # bytes of a new password
+CHECKS_WAITING = 8            # passwords that wait to be checked, some 0.6 s; further ones: 503
+CHECKS_OF_ONE = 4             # of these for one address, so that others get their turn
+FITTED = 600.0                # seconds that a password that fitted is remembered
+WRONG = 5.0                   # seconds that a wrong one is
+
+_USER_NAME = "[A-Za-z0-9._@-]{1,64}"
+_USER = re.compile(rf"({_USER_NAME}) ({'|'.join(RIGHTS)}) "
+                   r"scrypt\$16384\$8\$1\$([0-9a-f]{32})\$([0-9a-f]{64})")
+
+User = collections.namedtuple("User", "name rights salt hash")
+
+
+def hash_password(password: bytes, salt: bytes) -> bytes:
+    """scrypt of a password without NUL: its HMAC would ignore one at the end (RFC 2104)."""
+    return hashlib.scrypt(password, salt=salt, **SCRYPT)
+
+
+def parse_basic(header):
+    """(name, password as bytes) of an Authorization header; None, None of another scheme.
+
+    The password is None where it is none (RFC 7617 §2).
+    """
+    scheme, _, text = header.partition(" ")
+    if scheme.lower() != "basic":
+        return None, None
+    try:
+        name, colon, password = base64.b64decode(text.strip(" "), validate=True).partition(b":")
+    except ValueError:
+        return "", None
+    return name.decode("ascii", "replace"), password if colon and b"\0" not in password else None
+
+
+def read_users(path) -> dict:
+    """The users of a file: name: User.  Raises UserError, which shows no hash."""
+    if not hasattr(hashlib, "scrypt"):
+        raise UserError("users need a Python with hashlib.scrypt (OpenSSL 1.1)", EXIT_CONFIG)
+    try:
+        fd, status = open_regular(path)
+        with open(fd, "rb") as file:
+            lines = file.read(USERS_LIMIT).decode("ascii", "replace").split("\n")
+    except OSError as error:
+        raise UserError(f"cannot read the users in {path}: {error.strerror}", EXIT_CONFIG)
+    if status.st_mode & (stat.S_IROTH | stat.S_IWOTH):
+        raise UserError(f"others may read or write {path}, which has passwords: chmod 600 it",
+                        EXIT_CONFIG)
+    users = {}
+    for number, line in enumerate(lines, 1):
+        match = _USER.fullmatch(line)
+        if match and match[1] not in users:
+            users[match[1]] = User(match[1], match[2], *map(bytes.fromhex, match.groups()[2:]))
+        elif line:
+            raise UserError(f"{path}: line {number} is not a user, or one that is there already",
+                            EXIT_CONFIG)
+    return users
+
+
+def write_users(path, users, serve_dir):
+    """Replace the file of users; a new one is its owner's alone.  Raises ApiError."""
+    text = "".join(f"{user.name} {user.rights} scrypt$16384$8$1${user.salt.hex()}"
+                   f"${user.hash.hex()}\n" for user in users.values())
+    status = os.stat(serve_dir)
+    owner = (status.st_uid, status.st_gid) if os.geteuid() == 0 else None
+    replace_file(path, text.encode(), owner=owner, mode=0o600)
+
+
+class Users:
+    """The users of a file, read again when it changes, and passwords checked lately.
+
+    One password is checked at a time, while the thread of a request waits; the event loop only
+    remembers.  The same pair is not checked twice, and an unknown user takes as long as a
+    wrong password.
+    """
+
+    def __init__(self, path, log):
+        """Raises UserError where the file cannot be used."""
+        self.path, self.log = path, log
+        self.failed = 0                   # wrong passwords so far
+        self._key = os.urandom(32)        # of the hashes in memory
+        self._lock = threading.Lock()     # for _waiting, and for reading the file
+        self._waiting = []                # addresses of clients whose passwords wait
+        self._checking = threading.Lock()
+        self._jobs = None                 # for _hash
+        key = stat_key_at(path)
+        # stat_key of the file, its users, {hash of a header: (until (monotonic), User or None)}
+        self._state = key, read_users(path), {}
+
+    def user_of(self, request) -> User | None:
+        """The User whose name and password a request has; None where it has none that fit.
+
+        A wrong password is a line in the log.  Raises NeedsThread, and ApiError (503) where
+        too many passwords wait to be checked.
+        """
+        header = request.headers["authorization"]
+        users, checked = self._current(request.may_block)
+        digest = hashlib.blake2b(header.encode("latin-1"), key=self._key).digest()
+        until, user = checked.get(digest, (-math.inf, None))
+        if user is None or until <= time.monotonic():
+            name, password = parse_basic(header)
+            if name is None:
+                return None
+            if password is not None and until <= time.monotonic():
+                user = self._check(request, users.get(name), password, digest, checked)
+            if user is None:              # a name that is unknown may be a password
+                self.failed += 1
+                self.log.warn(f"{client_name(request.peer, request.headers)} gave a wrong "
+                              f"password {f'for user {name}' if name in users else 'or user'}")
+        return user
+
+    def _current(self, may_block):
+        """(users, headers checked) of the file as it is now.  Raises NeedsThread."""
+        key = stat_key_at(self.path)
+        if key != self._state[0]:
+            if not may_block:
+                raise NeedsThread
+            with self._lock:
+                if key != self._state[0]:
+                    try:
+                        users = read_users(self.path)
+                    except UserError as error:
+                        users = self._state[1]
+                        self.log.error(f"the users stay as they were: {printable(str(error))}")
+                    self._state = key, users, {}
+        return self._state[1:]
+
+    def _check(self, request, user, password, digest, checked):
+        """`user`, if that is the password, else None; checked once.  Raises as user_of."""
+        with self._lock:
+            if len(self._waiting) >= CHECKS_WAITING or request.peer and \
+                    self._waiting.count(request.peer) >= CHECKS_OF_ONE:
+                raise ApiError(503, "ServiceUnavailableError",
+                               "too many passwords wait to be checked",
+                               fields=b"Retry-After: 1\r\n")
+            if not request.may_block:
+                raise NeedsThread
+            self._waiting.append(request.peer)
+        try:
+            with self._checking:
+                now = time.monotonic()
+                until, known = checked.get(digest, (-math.inf, None))
+                if until > now:           # another request with the same was faster
+                    return known
+                found = self._hash(password, user.salt if user else bytes(SALT_SIZE))
+                if user is None or not hmac.compare_digest(found, user.hash):
+                    user = None
+                for old in [old for old, (until, _) in checked.items() if until <= now]:
+                    del checked[old]
+                checked[digest] = time.monotonic() + (FITTED if user else WRONG), user
+                return user
+        finally:
+            with self._lock:
+                self._waiting.remove(request.peer)
+
+    def _hash(self, password, salt) -> bytes:
+        """hash_password, in one thread for all: malloc may keep its 16 MiB for each thread.
+
+        Raises RuntimeError and MemoryError; _checking is held.
+        """
+        if self._jobs is None:
+            jobs = queue.SimpleQueue()
+            start_new_thread(self._run, (jobs,))
+            self._jobs = jobs
+        reply = queue.SimpleQueue()
+        self._jobs.put((password, salt, reply))
+        found = reply.get()
+        if found is None:
+            raise MemoryError("a password cannot be checked")
+        return found
+
+    @staticmethod
+    def _run(jobs):
+        while True:
+            password, salt, reply = jobs.get()
+            try:
+                reply.put(hash_password(password, salt))
+            except Exception:
+                reply.put(None)
 
 
 class Rights:
-    """Who may do what, as the configuration says."""
+    """Who may do what, as the configuration says.
 
-    failed_logins = 0             # names and passwords that did not fit
+    hides     whether there are images that strangers may not know of
+    least     the right of strangers
+    matter    whether a request that changes nothing may be refused, or has a user
+    """
 
-    def __init__(self, config):
+    def __init__(self, config, log):
         self.config = config
+        self.users = Users(config.users, log) if config.users else None
+        self.hides = config.read != "anyone"
+        self.least = ANYONE if self.hides else READ
+        self.matter = self.hides or self.users is not None
         self.of_address = functools.lru_cache(PEERS_KEPT)(self._of_address)
 
     @property
     def publishing(self) -> bool:
         """Whether anybody may publish over HTTP at all."""
-        return bool(self.config.publish_from or self.config.manage_from)
+        return bool(self.users or self.config.publish_from or self.config.manage_from)
 
     def _of_address(self, peer) -> int:
         """The right of a client by its address; "" is the Unix socket.  Never by a header."""
@@ -3337,13 +3742,776 @@ class Rights:
                                 (PUBLISH, self.config.publish_from)):
             if is_among(peer, networks):
                 return right
-        return READ
+        return self.least
 
     def of(self, request) -> int:
-        """The right of the client that a request came from."""
+        """The right of the client that a request came from.  Raises as Users.user_of."""
         if request.right is None:
-            request.right = self.of_address(request.peer)
+            right = self.of_address(request.peer)
+            if self.users is not None and "authorization" in request.headers:
+                user = self.users.user_of(request)
+                if user is not None:
+                    request.user, right = user.name, max(right, RIGHTS[user.rights])
+            request.right = right
         return request.right
+
+    def need(self, request, right):
+        """Raise ApiError where the client lacks a right: 401 where a user may have it."""
+        if self.of(request) < right:
+            if self.users is None or request.user:
+                raise operator_only()
+            raise ApiError(401, "UnauthorizedError", "a user and a password are needed",
+                           fields=b'WWW-Authenticate: Basic realm="imgserver"\r\n')
+
+    def admit(self, request):
+        """Find out who sends a request, before anything of it is answered.
+
+        Raises ApiError (401) where all reading needs a user, and as Users.user_of: but what
+        everybody may read does not depend on a password.
+        """
+        if self.config.read == "users":
+            request.audience = CLIENT
+            self.need(request, READ)
+        elif "authorization" in request.headers:
+            try:
+                self.of(request)
+            except ApiError:
+                if self.hides or request.method not in ("GET", "HEAD"):
+                    raise
+
+    def visible(self, request, image):
+        """`image`, where the client may know of it.  Raises ApiError, as where there is none."""
+        if self.hides and not image.public:
+            request.audience = CLIENT
+            if self.of(request) < READ:
+                raise not_found(f"image {image.uuid} not found")
+        return image
+
+    def lists_all(self, request) -> bool:
+        """Whether a list has the private images, too."""
+        if not self.hides:
+            return True
+        all_of_them = self.of(request) >= READ
+        request.audience = max(request.audience, CLIENT if all_of_them else SAME_CREDENTIALS)
+        return all_of_them
+
+
+# -- mirroring ---------------------------------------------------------------------------
+#
+# Images of another server, or of a directory on a disk, with the images that they build on.
+# The other side is not trusted: names are checked before they become a path, lists are
+# bounded, and a file is on show only once its size, sha1 and stream are right.
+
+LIST_LIMIT = 64 << 20         # bytes of a list, all its pages together: of some 50,000 images
+PAGE = 1000                   # images of a list that are asked for at once, as imgadm does
+RETRY_DELAYS = (1, 3, 10, 30)     # seconds before each further try of a request that failed
+RETRY_AFTER_LIMIT = 300       # seconds that a server may ask to wait
+RETRIED = (408, 429, 500, 502, 503, 504)      # statuses that may pass
+GOOD_TRY = 1 << 20            # bytes after which a broken connection has all tries before it
+LEAST_PACE = 64 << 10         # bytes that must come in stall_timeout: slower is stalled, too
+ERROR_LIMIT = 4 << 10         # bytes of an error's body that are read for its message
+
+
+class SourceError(Exception):
+    """The other side cannot be reached, or answers with nothing of use; the text says why.
+
+    status      of its answer, or None
+    wait        seconds until another try makes sense; None: it makes none
+    """
+
+    def __init__(self, message, status=None, wait=None):
+        super().__init__(message)
+        self.status, self.wait = status, wait
+
+
+class StartOver(SourceError):
+    """The file comes from its first byte on, though only the rest of it was asked for."""
+
+
+def retry_after(value) -> float:
+    """The seconds that a Retry-After field asks for, or a date (RFC 9110 §10.2.3); 0: none."""
+    try:
+        seconds = int(value) if value.strip().isdigit() else \
+            email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        return 0
+    return min(max(seconds, 0), RETRY_AFTER_LIMIT)
+
+
+def failure(error, timeout) -> SourceError:
+    """The SourceError for an OSError or HTTPException of a connection."""
+    reason = getattr(error, "reason", error)
+    if type(reason).__name__ == "SSLCertVerificationError":
+        return SourceError(f"its certificate cannot be verified: {reason.verify_message} "
+                           "(--ca FILE names those to trust)")
+    if isinstance(reason, TimeoutError) or type(reason).__name__ == "timeout":    # before 3.10
+        return SourceError(f"stalled: nothing came for {timeout:g} s", wait=0)
+    return SourceError(getattr(reason, "strerror", None) or str(reason)
+                       or type(reason).__name__, wait=0)
+
+
+def make_opener(ca, insecure):
+    """urllib's opener, with its proxies, but redirects to the same server alone.
+
+    Here and not at the top: a server does without these modules.  Raises OSError for `ca`.
+    """
+    import ssl
+    import urllib.request
+
+    class SameServer(urllib.request.HTTPRedirectHandler):
+
+        def redirect_request(self, request, response, code, message, headers, url):
+            place = urllib.parse.urlsplit(url)
+            if place[:2] != urllib.parse.urlsplit(request.full_url)[:2]:
+                response.close()
+                raise SourceError(f"it redirects to {place.scheme}://{place.hostname}, which is "
+                                  "another server", code)
+            return super().redirect_request(request, response, code, message, headers, url)
+
+    context = ssl.create_default_context(cafile=ca)
+    if insecure:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return urllib.request.build_opener(SameServer, urllib.request.HTTPSHandler(context=context))
+
+
+class RemoteBody:
+    """The body of an answer, read as a file.  It raises SourceError where it ends too early:
+    http.client's read(n) ends quietly there.
+    """
+
+    def __init__(self, response, server):
+        self.response, self._server = response, server
+        self._since, self._came = time.monotonic(), 0
+
+    def read(self, size) -> bytes:
+        """At most `size` bytes; b"" at the end of the body."""
+        with self._server.asking():
+            data = self.response.read1(size)
+        if not data and self.response.length:
+            raise SourceError(f"the connection ended {self.response.length} bytes too early",
+                              wait=0)
+        now = time.monotonic()
+        self._came += len(data)
+        if now - self._since > self._server.timeout:
+            if self._came < LEAST_PACE:
+                raise SourceError(f"stalled: {self._came} bytes came in {now - self._since:.0f} "
+                                  "s", wait=0)
+            self._since, self._came = now, 0
+        return data
+
+    def read_all(self, limit) -> bytes:
+        """All of it.  Raises SourceError above `limit` bytes."""
+        data = bytearray()
+        for piece in iter(lambda: self.read(CHUNK), b""):
+            data += piece
+            if len(data) > limit:
+                raise SourceError(f"its answer is larger than {limit} bytes")
+        return bytes(data)
+
+    def close(self):
+        self.response.close()
+
+
+class RemoteFile:
+    """An image file of a server, from any byte on; a broken connection is taken up again."""
+
+    def __init__(self, server, path, size):
+        self._server, self._path, self._size = server, path, size
+        self._offset = self._good = self._tries = 0
+        self._body = self._etag = None
+        self.resumed = False              # whether it came in several parts
+
+    def seek(self, offset):
+        """Have read begin at this byte."""
+        self.close()
+        self._offset = self._good = offset
+        self.resumed = offset > 0
+
+    def read(self, size) -> bytes:
+        """At most `size` bytes; b"" at the end.  Raises SourceError, StartOver, BadImage."""
+        while self._offset < self._size:
+            try:
+                if self._body is None:
+                    self._open()
+                data = self._body.read(min(size, self._size - self._offset))
+                if data:
+                    self._offset += len(data)
+                    return data
+                raise SourceError(f"the connection ended {self._size - self._offset} bytes too "
+                                  "early", wait=0)
+            except SourceError as error:
+                self.close()
+                if self._offset - self._good >= GOOD_TRY:
+                    self._good, self._tries = self._offset, 0
+                self._tries = self._server.wait(error, self._tries)
+        if self._body is not None and self._body.read(1):
+            raise BadImage(f"its file has more than the {self._size} bytes of its manifest")
+        return b""
+
+    def _open(self):
+        fields = {}
+        if self._offset:
+            self.resumed = True
+            fields["Range"] = f"bytes={self._offset}-"
+            if self._etag:
+                fields["If-Range"] = self._etag
+        try:
+            self._body = self._server.open(self._path, fields)
+        except SourceError as error:
+            if error.status == 416 and self._offset:
+                raise StartOver("its file is another one now")
+            raise
+        response = self._body.response
+        etag = response.headers.get("ETag", "")
+        self._etag = etag if etag.startswith('"') else None       # RFC 9110 §13.1.5: strong ones
+        if self._offset and response.status != 206:
+            raise StartOver("it sends files from their first byte on alone")
+        begin, total = 0, response.length
+        if response.status == 206:
+            match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)",
+                                 response.headers.get("Content-Range", ""))
+            begin, total = map(int, match.groups()) if match else (None, None)
+        if begin != self._offset:
+            raise SourceError("it sends another part of the file than was asked for")
+        if total not in (None, self._size):
+            raise SourceError(f"its file has {total} bytes, not the {self._size} of its manifest")
+
+    def close(self):
+        if self._body is not None:
+            self._body.close()
+            self._body = None
+
+
+class RemoteServer:
+    """An IMGAPI server, or a DSAPI one where the URL ends in /datasets.
+
+    url         without credentials, which go into a header; fit to be printed
+    timeout     seconds without a byte until a connection is given up
+    waiting     a context manager around all that waits for the other side
+    pause       pause(seconds) between two tries
+    tell        tell(text): why it pauses
+
+    Methods raise SourceError.
+    """
+
+    def __init__(self, url, channel=None, ca=None, insecure=False, timeout=300,
+                 waiting=contextlib.nullcontext, pause=time.sleep, tell=lambda text: None):
+        """Raises ValueError, without the URL, for one that is none and for `ca`."""
+        try:
+            parts = urllib.parse.urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0 \
+                    or not re.fullmatch("[!-~]+", url):
+                raise ValueError
+        except ValueError:                # urlsplit's may show a password
+            raise ValueError("is not http://HOST[:PORT], https://HOST[:PORT] or a "
+                             "directory") from None
+        channel = channel or dict(urllib.parse.parse_qsl(parts.query)).get("channel")
+        path = parts.path.rstrip("/")
+        self._is_dsapi = path.endswith("/datasets")
+        if channel and self._is_dsapi:
+            raise ValueError("is a DSAPI server, which has no channels")
+        self._root = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+        self.url, self._images = self._root + path, path + "/images" * (not self._is_dsapi)
+        self._query = {"channel": channel} if channel else {}
+        self._fields = {"User-Agent": f"imgserver/{__version__}", "Accept": "application/json"}
+        if not self._is_dsapi:
+            self._fields["Accept-Version"] = "~2"
+        if parts.username is not None:
+            pair = map(urllib.parse.unquote, (parts.username, parts.password or ""))
+            self._fields["Authorization"] = "Basic " + base64.b64encode(
+                ":".join(pair).encode()).decode()
+        self.timeout, self._waiting, self._pause, self._tell = timeout, waiting, pause, tell
+        self._is_down = False
+        try:
+            self._opener = make_opener(ca, insecure)
+        except OSError as error:
+            raise ValueError(f"cannot be asked: --ca {ca}: {error.strerror or error}")
+
+    def list(self, filters):
+        """Yield the manifests of its list; one may come twice."""
+        left, marker = LIST_LIMIT, None
+        query = {} if self._is_dsapi else {**filters, "limit": PAGE}
+        while True:
+            data = self._get(self._images, query, left)
+            left -= len(data)
+            page = self._parse(data, list)
+            yield from page
+            last = page[-1].get("uuid") if page and isinstance(page[-1], dict) else None
+            if self._is_dsapi or len(page) < PAGE or last == marker:
+                return
+            query["marker"] = marker = checked_name(last)
+
+    def manifest(self, uuid) -> dict:
+        """The manifest of an image in any state, as it is given."""
+        manifest = self._parse(self._get(f"{self._images}/{uuid}", {}, MANIFEST_LIMIT), dict)
+        if manifest.get("uuid") != uuid:
+            raise SourceError(f"its manifest is that of image {spell(manifest.get('uuid'))}")
+        return manifest
+
+    def file(self, manifest) -> RemoteFile:
+        """The file of a manifest that was normalised."""
+        file, place = manifest["files"][0], f"{self._images}/{manifest['uuid']}"
+        if not self._is_dsapi:
+            path = self._target(place + "/file", {})
+        elif "path" in file:
+            path = f"{place}/{urllib.parse.quote(file['path'], safe='')}"
+        else:                             # on this very server, as imgadm asks for it
+            path = urllib.parse.quote("/" + urllib.parse.urlsplit(
+                str(file.get("url"))).path.lstrip("/"), safe="/%~")
+        return RemoteFile(self, path, file["size"])
+
+    def icon(self, manifest):
+        """(content type, bytes) of its icon, or None."""
+        if self._is_dsapi or not manifest.get("icon"):
+            return None
+        path = self._target(f"{self._images}/{manifest['uuid']}/icon", {})
+        with contextlib.closing(self._retried(lambda: self.open(path, {}))) as body:
+            return body.response.headers.get_content_type(), body.read_all(ICON_LIMIT)
+
+    def open(self, path, fields) -> RemoteBody:
+        """Send one request: the body of its answer."""
+        import urllib.error
+        import urllib.request
+        request = urllib.request.Request(self._root + path, headers={**self._fields, **fields})
+        try:
+            with self.asking():
+                response = self._opener.open(request, timeout=self.timeout)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise self._refusal(error)
+        self._is_down = False
+        return RemoteBody(response, self)
+
+    @contextlib.contextmanager
+    def asking(self):
+        """Make a SourceError of each error of a connection in the block."""
+        import http.client
+        import urllib.error
+        try:
+            with self._waiting():
+                yield
+        except urllib.error.HTTPError:
+            raise
+        except (OSError, http.client.HTTPException) as error:
+            raise failure(error, self.timeout) from None
+
+    def _refusal(self, error) -> SourceError:
+        """The SourceError for an answer of status 400 or more."""
+        text = error.reason
+        with contextlib.suppress(SourceError, ValueError, AttributeError):
+            with self.asking():
+                text = parse_object(error.read(ERROR_LIMIT)).get("message") or text
+        wait = retry_after(error.headers.get("Retry-After")) if error.code in RETRIED else None
+        return SourceError(f"it answers {error.code}: {text}", error.code, wait)
+
+    def wait(self, error, tries) -> int:
+        """Wait until a request is to be sent once more; the number of its tries.
+
+        Raises `error` where it will not pass, or did not: all further requests to a server
+        that cannot be reached get one try.
+        """
+        if error.wait is None or tries == len(RETRY_DELAYS) or self._is_down:
+            self._is_down = error.wait is not None and error.status is None
+            raise error
+        delay = max(error.wait, RETRY_DELAYS[tries])
+        self._tell(f"{self.url}: {error}; trying again in {delay:.0f} s")
+        self._pause(delay)
+        return tries + 1
+
+    def _retried(self, ask):
+        tries = 0
+        while True:
+            try:
+                return ask()
+            except SourceError as error:
+                tries = self.wait(error, tries)
+
+    def _target(self, path, query) -> str:
+        query = urllib.parse.urlencode({**self._query, **query})
+        return path + ("?" + query if query else "")
+
+    def _get(self, path, query, limit) -> bytes:
+        def ask():
+            with contextlib.closing(self.open(self._target(path, query), {})) as body:
+                return body.read_all(limit)
+        return self._retried(ask)
+
+    def _parse(self, data, kind):
+        try:
+            value = parse_json(data)
+        except ValueError as error:
+            raise SourceError(f"its answer is not JSON: {error}")
+        if not isinstance(value, kind):
+            raise SourceError("its answer is not a JSON "
+                              + ("object" if kind is dict else "array"))
+        return value
+
+
+def checked_name(uuid) -> str:
+    """A uuid of the other side.  Raises SourceError."""
+    if not (isinstance(uuid, str) and is_uuid(uuid)):
+        raise SourceError(f"its list names an image {spell(uuid)}, which is no UUID")
+    return uuid
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Make a SourceError of each OSError and BadImage in the block."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise SourceError(f"there is no {path}", 404)
+    except OSError as error:
+        raise SourceError(f"cannot read {path}: {error.strerror}")
+    except BadImage as error:
+        raise SourceError(str(error))
+
+
+class LocalFile:
+    """An image file of a directory, as RemoteFile."""
+
+    resumed = False
+
+    def __init__(self, path):
+        with reading(path):
+            self._file = open(open_regular(path)[0], "rb", buffering=0)
+        self._path, self.seek, self.close = path, self._file.seek, self._file.close
+
+    def read(self, size) -> bytes:
+        with reading(self._path):
+            return self._file.read(size)
+
+
+class SourceDirectory:
+    """A directory of images as a source: <uuid>/ as in a serve_dir, or pairs of files, NAME.zfs.gz
+    and NAME.imgmanifest, as imgadm create -o writes them.  Methods are those of RemoteServer.
+    """
+
+    def __init__(self, path):
+        self.url, self._places = os.path.abspath(path), {}
+        with reading(self.url):
+            for name in sorted(os.listdir(self.url)):
+                if is_uuid(name):
+                    self._places[name] = os.path.join(self.url, name), MANIFEST, ""
+                elif name.endswith(".imgmanifest"):
+                    with contextlib.suppress(BadImage, OSError):
+                        uuid = str(read_manifest(self.url, name=name)[0].get("uuid"))
+                        self._places[uuid] = self.url, name, name[:-len("imgmanifest")]
+
+    def list(self, filters):
+        for uuid in self._places:
+            try:
+                manifest = self.manifest(uuid)
+            except SourceError:           # the plan says why
+                manifest = {"uuid": uuid}
+            if manifest.get("disabled") is not True:
+                yield manifest
+
+    def manifest(self, uuid) -> dict:
+        if uuid not in self._places:
+            raise SourceError("image not found", 404)
+        directory, name, _ = self._places[uuid]
+        with reading(os.path.join(directory, name)):
+            return read_manifest(directory, name=name)[0]
+
+    def file(self, manifest) -> LocalFile:
+        directory, _, stem = self._places[manifest["uuid"]]
+        file = manifest["files"][0]
+        with reading(directory):
+            name = not stem and file.get("path") or sole_file(
+                directory, [each for each in os.listdir(directory) if each.startswith(stem)],
+                file["size"])
+        return LocalFile(os.path.join(directory, name))
+
+    def icon(self, manifest):
+        directory, _, stem = self._places[manifest["uuid"]]
+        names = [] if stem else [name for name in ICONS
+                                 if os.path.exists(os.path.join(directory, name))]
+        for name in names:
+            with contextlib.closing(LocalFile(os.path.join(directory, name))) as file:
+                return ICONS[name], file.read(ICON_LIMIT + 1)
+        return None
+
+
+def localise(config, given) -> dict:
+    """A manifest of the other side as it is stored here.  Raises BadImage and ApiError."""
+    manifest, _, reasons = normalise(given)
+    if reasons:
+        raise BadImage("its manifest cannot be used: " + ", ".join(reasons))
+    manifest = dict(manifest)
+    state = manifest.pop("state", "active")
+    if state not in ("active", "disabled"):
+        raise BadImage(f"it is {state} there")
+    if state == "disabled":
+        manifest["disabled"] = True
+    file = manifest["files"][0]
+    if not file.get("sha1") or not file.get("size"):
+        raise BadImage("its manifest has no sha1 or no size of its file, so that nothing would "
+                       "be verified")
+    here = [channel["name"] for channel in config.channels]
+    channels = [name for name in manifest.pop("channels", ()) if name in here]
+    if channels:
+        manifest["channels"] = channels
+    choose_channels(config, manifest)
+    return manifest
+
+
+class MirrorPublisher(Publisher):
+    """A Publisher that goes on with a file of which it has a part, and follows the manifests
+    that it has brought.
+    """
+
+    @staticmethod
+    def _checked(manifest):
+        return manifest                   # localise has done it, and imgadm is no stricter
+
+    @staticmethod
+    def _is_kept(path):
+        with contextlib.suppress(OSError):
+            names = os.listdir(path)
+            return UPSTREAM in names and any(
+                os.path.getsize(os.path.join(path, name)) for name in names
+                if name == PARTIAL or not (name.startswith(".") or name == MANIFEST
+                                           or name in ICONS))
+        return False
+
+    def bring(self, source, given, manifest, check_stream, count):
+        """Import an image from a source: its manifest as it was given, and as it is stored.
+
+        count(size) is called for each piece of its file.  After a failure the part of the
+        file that came stays, for the next call.  Raises ApiError, SourceError, BadImage.
+        """
+        expected = {key: value for key, value in manifest["files"][0].items()
+                    if key in FILE_FIELDS}
+        with self._created(manifest) as image:
+            self._record(image, source, given)
+            with storing("the image cannot be stored"):
+                for name in os.listdir(image.fd):     # all of a file, from before a crash
+                    if not (name.startswith(".") or name == MANIFEST or name in ICONS):
+                        os.rename(name, PARTIAL, src_dir_fd=image.fd, dst_dir_fd=image.fd)
+            with contextlib.closing(source.file(manifest)) as file:
+                found = self._download(image, file, expected, count)
+            found.finish()                # or BadImage: the file is theirs, and .partial stays
+            self._accept(image, PARTIAL, found, expected, check_stream)
+            icon = source.icon(given)
+            if icon is not None:
+                self._store_icon(image, self._icon_name(*icon), icon[1])
+            self._show(image)
+
+    def _download(self, image, file, expected, count) -> FileScan:
+        """Complete .partial; raises ApiError, SourceError, BadImage.
+
+        A part that does not fit the sha1 was perhaps of another file: all is fetched once more.
+        """
+        starts = 0
+        with storing("the image cannot be stored"), \
+                new_file(PARTIAL, image.fd, or_old=0) as partial:
+            give(partial.fileno(), self._owner())
+            while True:
+                try:
+                    return self._fill(partial, file, expected, count)
+                except (StartOver, BadImage) as error:
+                    partial.truncate(0)
+                    limit = len(RETRY_DELAYS) if isinstance(error, StartOver) else file.resumed
+                    if starts >= limit:
+                        raise
+                    starts += 1
+
+    @staticmethod
+    def _fill(partial, file, expected, count) -> FileScan:
+        """Read a part of a file, and append the rest.  Raises BadImage where it is another."""
+        found = FileScan()
+        file.seek(partial.seek(0, os.SEEK_END))
+        partial.seek(0)
+        for chunk in iter(lambda: partial.read(CHUNK), b""):
+            count(len(chunk))
+            found.feed(chunk)
+        for chunk in iter(lambda: file.read(CHUNK), b""):
+            count(len(chunk))
+            partial.write(chunk)
+            found.feed(chunk)
+        hashes = found.hashes()
+        truth = {"size": found.size, "sha1": hashes["sha1"], "md5": hashes["md5"]}
+        for name, value in truth.items():
+            if expected.get(name, value) != value:
+                raise BadImage(f"its {name} is {value}, not {expected[name]}")
+        partial.flush()
+        return found
+
+    def _record(self, image, source, given):
+        """Keep the manifest that the other side gave.  Raises ApiError."""
+        with storing("the image cannot be stored"):
+            replace_at(image.fd, UPSTREAM, (render_json(
+                {"url": source.url, "manifest": given}) + "\n").encode(), self._owner())
+        sync(image.fd, "the image is stored, but not surely on disk")
+
+    def upstream(self, uuid) -> dict:
+        """{"url", "manifest"} of an image that was brought; {} of all others."""
+        with contextlib.suppress(OSError, BadImage):
+            return read_manifest(self._path(uuid), name=UPSTREAM)[0]
+        return {}
+
+    def follow(self, uuid, source, given) -> list:
+        """Change the fields that the other side has changed since an image was brought, or
+        followed; their names.  All others stay as they are here.  Raises ApiError, BadImage.
+        """
+        with self._locked(uuid, ("",), LOCK_PATIENCE) as image:
+            last = self.upstream(uuid).get("manifest")
+            if last == given or not isinstance(last, dict):
+                return []
+            here = image.manifest()
+            before, after = localise(self.config, last), localise(self.config, given)
+            if not is_v1(before) == is_v1(after) == is_v1(here):
+                before, after, here = (upgrade(each) if is_v1(each) else each
+                                       for each in (before, after, here))
+            names = [name for name in sorted(before.keys() | after.keys())
+                     if before.get(name) != after.get(name) and name not in ("files", "icon", "v")]
+            if names:
+                here = {name: value for name, value in here.items() if name not in names}
+                here.update((name, after[name]) for name in names if name in after)
+                replace_file(os.path.join(image.path, MANIFEST),
+                             (render_json(here) + "\n").encode(), keep_time=True)
+            self._record(image, source, given)
+            return names
+
+
+class Mirror:
+    """One run of `mirror`: which images are to come, and then one after the other.
+
+    say         say(text) for each image that has come or has changed
+    complain    complain(text) for each that has not
+    progress    progress(text, size) begins to show an image, and returns a function to be
+                called with the length of each piece
+    """
+
+    def __init__(self, config, source, say, complain, progress, check_stream=True):
+        self.config, self.source, self.say, self.complain = config, source, say, complain
+        self.progress, self.check_stream = progress, check_stream
+        self.publisher, self.reader = MirrorPublisher(config), ImageReader(config)
+        self.failed = set()
+
+    def select(self, filters, latest=None) -> list:
+        """The uuids of all listed images that fit, or of the `latest` newest of each name.
+
+        filters: name and version as IMGAPI has them, os and type.  Raises SourceError.
+        """
+        found = {}
+        for given in self.source.list(filters):
+            entry = mend(given) if isinstance(given, dict) else {}
+            try:
+                uuid = checked_name(entry.get("uuid"))
+            except SourceError as error:
+                self.failed.add("")
+                self.complain(str(error))
+                continue
+            name = str(entry.get("name"))
+            if all(matches_text(str(entry.get(key)), wanted) for key, wanted in filters.items()):
+                found[uuid] = (name, order_of(str(entry.get("published_at", ""))), uuid)
+        if latest is None:
+            return sorted(found)
+        kept = collections.defaultdict(list)
+        for name, order, uuid in sorted(found.values(), reverse=True):
+            if len(kept[name]) < latest:
+                kept[name].append(uuid)
+        return sorted(uuid for uuids in kept.values() for uuid in uuids)
+
+    def brought(self) -> list:
+        """The uuids of images here that an earlier run has brought from this source."""
+        with storing("the images cannot be read"):
+            return [uuid for uuid in sorted(os.listdir(self.config.serve_dir)) if is_uuid(uuid)
+                    and self.publisher.upstream(uuid).get("url") == self.source.url]
+
+    def plan(self, uuids, follow=True) -> dict:
+        """{uuid: (size, text)} of the images that are to come, origins before those that build
+        on them.  Images that are here are compared, and, with `follow`, followed.
+        """
+        plan = {}
+        for uuid in uuids:
+            self._attempt(self._add, uuid, plan, follow)
+        return plan
+
+    def bring(self, plan):
+        """Import the images of a plan."""
+        for number, (uuid, (size, text)) in enumerate(plan.items(), 1):
+            self._attempt(self._bring, uuid, self.progress(
+                f"image {number} of {len(plan)}, {text}", size))
+
+    def _attempt(self, act, uuid, *words):
+        """Call act(uuid, ...); say in a sentence why it failed."""
+        try:
+            act(uuid, *words)
+        except (SourceError, BadImage, ApiError) as error:
+            self.failed.add(uuid)
+            self.complain(f"image {uuid}: {error}")
+
+    def _here(self, uuid) -> Image | None:
+        """An image that is here.  Raises BadImage where it is not sound."""
+        with storing(f"image {uuid} cannot be read"):
+            image = self.reader.read(uuid, os.path.join(self.config.serve_dir, ""), ())
+        if image is not None and image.problem:
+            raise BadImage(f"image {uuid} is here, but not sound: {image.problem}")
+        return image
+
+    def _add(self, first, plan, follow):
+        """Add an image to a plan, and before it those of its origins that are not here."""
+        chain, seen, uuid = {}, set(), first
+        while uuid is not None and uuid not in plan:
+            if uuid in seen:
+                raise BadImage("its chain of origins is a cycle")
+            seen.add(uuid)
+            here = self._here(uuid)
+            if here is None:
+                manifest = self._ask(uuid, first)
+                text = f"{uuid} {manifest['name']} {manifest['version']}"
+                chain[uuid] = (manifest["files"][0]["size"], printable(text))
+                uuid = manifest.get("origin")
+            else:
+                if uuid == first:
+                    self._compare(here, follow)
+                uuid = here.origin
+        plan.update(reversed(chain.items()))
+
+    def _ask(self, uuid, first) -> dict:
+        """The manifest of an image, localised.  Raises SourceError, BadImage, ApiError."""
+        try:
+            return localise(self.config, self.source.manifest(uuid))
+        except (SourceError, BadImage) as error:
+            if uuid == first:
+                raise
+            raise BadImage(f"image {uuid}, on which it builds: {error}")
+
+    def _compare(self, here, follow):
+        """Compare an image that is here with the other side's, and follow it."""
+        is_brought = self.publisher.upstream(here.uuid).get("url") == self.source.url
+        try:
+            given = self.source.manifest(here.uuid)
+        except SourceError as error:
+            if error.status != 404 or not is_brought:
+                raise
+            self.say(f"{here.uuid} {here.title}: no longer there; it stays here")
+            return
+        sha1 = localise(self.config, given)["files"][0]["sha1"]
+        if sha1 != here.sha1:
+            raise BadImage(f"it is here with other bytes, and stays so: sha1 {here.sha1} here, "
+                           f"{sha1} there")
+        if is_brought and follow:
+            names = self.publisher.follow(here.uuid, self.source, given)
+            if names:
+                self.say(f"{here.uuid} {here.title}: changed: {', '.join(names)}")
+
+    def _bring(self, uuid, count):
+        given = self.source.manifest(uuid)
+        manifest = localise(self.config, given)
+        if manifest.get("origin") in self.failed:
+            raise BadImage(f"image {manifest['origin']}, on which it builds, has not come")
+        try:
+            self.publisher.bring(self.source, given, manifest, self.check_stream, count)
+        except ApiError as error:
+            here = self._here(uuid) if error.status == 409 else None
+            if here is None or here.sha1 != manifest["files"][0]["sha1"]:
+                raise
+        else:
+            self.say(f"{uuid} {printable(manifest['name'])} {printable(manifest['version'])}")
 
 
 # -- HTTP messages -----------------------------------------------------------------------
@@ -3369,6 +4537,7 @@ _HOST = re.compile(r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{0
 _LENGTH = re.compile("[0-9]{1,19}")
 _RANGE = re.compile("bytes=([0-9]{0,19})-([0-9]{0,19})")
 _TARGET_HOST = re.compile("https?://[^/?]*", re.IGNORECASE)
+_USER_INFO = re.compile(r"(://|^\S+ )[^/?#]*@")    # in a request line
 
 METHODS = frozenset(("GET", "HEAD", "OPTIONS", "POST", "PUT", "DELETE", "PATCH", "TRACE",
                      "CONNECT"))
@@ -3386,14 +4555,17 @@ class Request:
     length      bytes of its body; None where it is chunked
     body        an object with read(n), as Body has it; None until a thread answers it
     peer        the address of the client; "" on a Unix socket
+    user        the name of the client's user; None for nobody, or until its right was asked for
     right       the right of the client, once it was asked for
+    user        the name of its user, once that is sure; or None
+    audience    whom the answer may be given to by a cache, as Rights tells
     may_block   whether answering may take its time: True in a thread, False in the event loop
     route, arguments    the row of the route table that answers it, once it was found
     """
 
     __slots__ = ("line", "method", "target", "is_1_0", "headers", "segments", "query", "host",
-                 "keep_alive", "length", "body", "peer", "right", "may_block", "route",
-                 "arguments")
+                 "keep_alive", "length", "body", "peer", "right", "user", "audience", "may_block",
+                 "route", "arguments")
 
 
 def parse_request(match) -> Request:
@@ -3404,7 +4576,7 @@ def parse_request(match) -> Request:
     """
     request = Request()
     request.may_block, request.body, request.route = False, None, None
-    request.peer, request.right = "", None
+    request.peer, request.right, request.user, request.audience = "", None, None, EVERYBODY
     request.line, request.method, request.target, version, block = match.groups()
     if version[0] != "1":
         raise ApiError(505, "HttpVersionNotSupported", "HTTP/1.0 and HTTP/1.1 are spoken here")
@@ -3428,6 +4600,11 @@ def parse_request(match) -> Request:
         raise ApiError(417, "ExpectationFailed", "only 100-continue can be expected")
     request.segments, request.query = split_target(request.target)
     return request
+
+
+def without_credentials(line) -> str:
+    """A request line for the log: a URL as its target may hold a password."""
+    return _USER_INFO.sub(r"\1", line) if "@" in line else line
 
 
 def explain_head(data):
@@ -3684,7 +4861,6 @@ CACHE_NEVER = b"Cache-Control: private, no-cache\r\n"     # holds the Host heade
 CACHE_NOTHING = b"Cache-Control: private, no-store\r\n"   # for one user alone
 
 JSON_LIMIT = 1 << 20          # bytes of a JSON body, as of a manifest
-JSON_DEPTH = 100              # lists and objects in each other there; to write 400 would fail
 UPLOADS = 32                  # files that are uploaded at once, each with a thread
 SPACE_LEFT = 1 << 30          # bytes of the disk that an upload must leave free
 SPACE_STEP = 16 << 20         # bytes of an upload between two checks; of all UPLOADS, < SPACE_LEFT
@@ -3721,13 +4897,6 @@ def single_value(query, name):
     if len(values) > 1:
         raise invalid(name, f'invalid "{name}": given {len(values)} times')
     return values[0] or None
-
-
-def matches_text(value, wanted, prefix=False) -> bool:
-    """IMGAPI's filter for name and version: exact, or ~substring; DSAPI's is by prefix."""
-    if wanted.startswith("~"):
-        return wanted[1:] in value
-    return value.startswith(wanted) if prefix else value == wanted
 
 
 def as_text(value) -> str:
@@ -3860,12 +5029,12 @@ def check_admin_fields(query):
 def open_of(image, name, kind, fits, serve_dir=None):
     """Open a file of an image: (fd, its stat).
 
-    Raises ApiError (404) where it has no such file, or fits(its size in bytes) is false.
+    Raises ApiError (404) where it has no such file, or fits(its stat) is false.
     """
     try:
         if name is not None:
             fd, status = open_regular(os.path.join(image.directory, name), serve_dir)
-            if fits(status.st_size):
+            if fits(status):
                 return fd, status
             os.close(fd)
     except OSError as error:
@@ -3873,12 +5042,23 @@ def open_of(image, name, kind, fits, serve_dir=None):
     raise not_found(f'image "{image.uuid}" has no {kind}')
 
 
-def file_of(request, image, store) -> Response:
-    """The file of an image; its manifest may have been true until a moment ago only."""
-    fd, status = open_of(image, image.file, "file", lambda size: size == image.size)
-    return file_response(request, fd, status, image.sha1,
-                         b"Content-Type: application/octet-stream\r\n" + CACHE_FILES,
-                         lambda: store.content_md5(image, fd), image.title)
+def file_of(request, find, store) -> Response:
+    """The file of the image that find() gives, whose ETag goes with that state of the file alone.
+
+    Where it was replaced between the two, find() is asked again.
+    """
+    for _ in range(OPEN_TRIES):
+        image = find()
+        try:
+            fd, status = open_of(image, image.file, "file",
+                                 lambda status: stat_key(status) == image.file_key)
+        except ApiError as error:
+            refusal = error
+            continue
+        return file_response(request, fd, status, image.sha1,
+                             b"Content-Type: application/octet-stream\r\n" + CACHE_FILES,
+                             lambda: store.content_md5(image, fd), image.title)
+    raise refusal
 
 
 def check_if_match(headers, etag):
@@ -3932,16 +5112,6 @@ def read_all(request) -> bytes:
     return b"".join(iter(lambda: request.body.read(request.length), b""))
 
 
-def depth_of(value) -> int:
-    """How deep lists and objects are nested in a JSON value."""
-    depth, level = 0, [value]
-    while level:
-        depth += 1
-        level = [child for item in level if isinstance(item, (dict, list))
-                 for child in (item.values() if isinstance(item, dict) else item)]
-    return depth
-
-
 def read_json(request, kind):
     """The value of a JSON body; an empty one is {}.  Its Content-Type does not count.
 
@@ -3955,8 +5125,6 @@ def read_json(request, kind):
         raise ApiError(400, "BadDigest", "the body is not as its Content-MD5 says")
     try:
         value = parse_json(data or b"{}")
-        if depth_of(value) > JSON_DEPTH:
-            raise ValueError("nested too deep")
     except ValueError as error:
         raise ApiError(400, "InvalidContent", f"Invalid JSON: {error}")
     if not isinstance(value, kind):
@@ -3967,8 +5135,8 @@ def read_json(request, kind):
 class Dsapi:
     """The API of 2012: everything is below /datasets, and files have names."""
 
-    def __init__(self, config, store):
-        self.config, self.store = config, store
+    def __init__(self, config, store, rights):
+        self.config, self.store, self.rights = config, store, rights
         # prefix + Host + suffix, as JSON: the beginning of files[].url
         self.url_base = functools.lru_cache(HOSTS_KEPT)(self._make_url_base)
         # The suffix was made to add a port: not to a Host header that has one.
@@ -3990,6 +5158,7 @@ class Dsapi:
     def list(self, request):
         """All active images; filters as dsapid has them: by prefix, or ~part."""
         base, api = self.url_base(request.host), dsapi_of(request.headers)
+        all_of_them = self.rights.lists_all(request)
 
         def text_of(image):
             return base.join(getattr(image, api)[:2])
@@ -4004,28 +5173,34 @@ class Dsapi:
                 images = self.store.snapshot(api, True).images
                 with self.store.rendering:
                     numbers = [number for number, image in enumerate(images)
-                               if all(value is None or matches_text(getattr(image, name), value,
-                                                                    name != "type")
-                                      for name, value in wanted.items())]
+                               if (all_of_them or image.public)
+                               and all(value is None or matches_text(getattr(image, name), value,
+                                                                     name != "type")
+                                       for name, value in wanted.items())]
                     return filtered_response(images, numbers, text_of, VARY + CACHE_NEVER)
-        listing = self.store.listing(api, (), lambda images: images, text_of,
-                                     request.may_block, base)
+        listing = self.store.listing(
+            api, (all_of_them,),
+            lambda images: [image for image in images if all_of_them or image.public],
+            text_of, request.may_block, base)
         return list_response(request, self.store, listing, b"Accept, Accept-Encoding",
                              CACHE_NEVER)
 
     def manifest(self, request, uuid):
         """One manifest, also of a disabled image."""
         api = dsapi_of(request.headers)
-        before, after, etag = getattr(self.store.image(uuid, api, request.may_block), api)
+        image = self.rights.visible(request, self.store.image(uuid, api, request.may_block))
+        before, after, etag = getattr(image, api)
         return manifest_response(request, etag, VARY + CACHE_NEVER, before,
                                  self.url_base(request.host), after)
 
     def file(self, request, uuid, name):
         """The file of an image, by the name that its v1 manifest gives."""
-        image = self.store.image(uuid, DSAPI, True)
-        if name != image.path:
-            raise not_found(f"{request.target} does not exist")
-        return file_of(request, image, self.store)
+        def find():
+            image = self.rights.visible(request, self.store.image(uuid, DSAPI, True))
+            if name != image.path:
+                raise not_found(f"{request.target} does not exist")
+            return image
+        return file_of(request, find, self.store)
 
 
 def unknown_channel(name) -> ApiError:
@@ -4094,9 +5269,11 @@ class Imgapi:
                     numbers = [number for number in numbers if check(images[number])]
                 numbers = numbers[::-1 if backwards else 1][:limit]
                 return filtered_response(images, numbers, self.text_of(version), CACHE_MANIFESTS)
+        all_of_them = self.rights.lists_all(request)
         listing = self.store.listing(
-            IMGAPI, (channel, version if self.channels else None),
-            lambda images: [image for image in images if self.in_channel(image, channel)],
+            IMGAPI, (channel, version if self.channels else None, all_of_them),
+            lambda images: [image for image in images if self.in_channel(image, channel)
+                            and (all_of_them or image.public)],
             self.text_of(version), request.may_block)
         return list_response(request, self.store, listing, b"Accept-Encoding", CACHE_MANIFESTS)
 
@@ -4107,6 +5284,8 @@ class Imgapi:
         state = single_value(query, "state") or "active"
         if state != "all" and state not in STATES:
             raise invalid("state", f'invalid state: "{state}"')
+        if state != "active":
+            request.audience = CLIENT
         may_see_all = self.rights.of(request) >= PUBLISH
         if state not in ("active", "all") and not may_see_all:
             return (), (), False, None
@@ -4117,17 +5296,19 @@ class Imgapi:
         else:
             images = [image for image in self.store.all_images() if state in ("all", image.state)]
         checks = [lambda image: self.in_channel(image, channel), *image_filters(query, account)]
+        if not self.rights.lists_all(request):
+            checks.insert(0, lambda image: image.public)
         marker = single_value(query, "marker")
         if marker is not None:
-            first = self._marker(marker, backwards)
+            first = self._marker(request, marker, backwards)
             checks.append(lambda image: image.order <= first if backwards
                           else image.order >= first)
         return images, checks, backwards, limit
 
-    def _marker(self, marker, backwards):
+    def _marker(self, request, marker, backwards):
         """The place in the order where a list is to begin.  Raises ApiError."""
         if is_uuid(marker):
-            return self.store.image(marker, IMGAPI, True).order
+            return self.rights.visible(request, self.store.image(marker, IMGAPI, True)).order
         try:
             return parse_marker(marker), "~" if backwards else ""
         except ValueError:
@@ -4156,6 +5337,7 @@ class Imgapi:
             if not request.may_block:
                 raise NeedsThread
             image = self.store.unactivated(uuid)
+        self.rights.visible(request, image)
         if channel and not self.in_channel(image, channel) \
                 or account and not may_see(image, account):
             raise not_found("image not found")
@@ -4171,25 +5353,27 @@ class Imgapi:
 
     def file(self, request, uuid):
         """The file of an image; ?index=0 is the only one."""
-        image, _, query = self.find(request, uuid)
-        index = single_value(query, "index") or "0"
-        if re.fullmatch("[0-9]+", index) and index.strip("0"):
-            raise not_found(f'image "{uuid}" has no file at index {index.lstrip("0")}')
-        return file_of(request, image, self.store)
+        def find():
+            image, _, query = self.find(request, uuid)
+            index = single_value(query, "index") or "0"
+            if re.fullmatch("[0-9]+", index) and index.strip("0"):
+                raise not_found(f'image "{uuid}" has no file at index {index.lstrip("0")}')
+            return image
+        return file_of(request, find, self.store)
 
     def icon(self, request, uuid):
         """The icon of an image, with the Content-MD5 that sdc-clients insist on."""
         image, _, _ = self.find(request, uuid)
-        fd, status = open_of(image, image.icon, "icon", lambda size: size <= MD5_LIMIT,
-                             self.config.serve_dir)
+        fd, status = open_of(image, image.icon, "icon",
+                             lambda status: status.st_size <= MD5_LIMIT, self.config.serve_dir)
         try:
-            data = os.pread(fd, status.st_size, 0)
+            sha1, md5 = self.store.hashes_of(fd, image, image.icon)
         except OSError:
             os.close(fd)
             raise
-        return file_response(request, fd, status, hashlib.sha1(data).hexdigest(),
+        return file_response(request, fd, status, sha1,
                              header_line("Content-Type", ICONS[image.icon]) + CACHE_MANIFESTS
-                             + CORS, hashlib.md5(data).digest)
+                             + CORS, lambda: md5)
 
     def channel_list(self, request):
         """The channels as they are configured."""
@@ -4233,6 +5417,7 @@ class ImgapiPublishing:
 
     def _answer(self, request, uuid) -> Response:
         """The image as it is now, in any state."""
+        self.store.in_any_state(uuid).checked = -math.inf     # its icon may be new
         before, channels, etag = self.store.in_any_state(uuid).imgapi
         if parse_accept_version(request) == 1 and channels:
             channels, etag = b"", etag + b"-1"
@@ -4267,14 +5452,9 @@ class ImgapiPublishing:
         check_if_match(request.headers, image.imgapi[2].decode())
         return image
 
-    def _need(self, request, right):
-        """Raise ApiError (403) where the client lacks a right."""
-        if self.rights.of(request) < right:
-            raise operator_only()
-
     def _need_for(self, request, image):
-        """An image on show is for who may manage."""
-        self._need(request, PUBLISH if self._waits(image) else MANAGE)
+        """An image that is not in staging is for who may manage."""
+        self.rights.need(request, PUBLISH if self._waits(image) else MANAGE)
 
     def not_available(self, request, *_):
         """Parts of IMGAPI that need a data centre."""
@@ -4333,7 +5513,7 @@ class ImgapiPublishing:
         if verb is None or action == "channel-add" and not self.imgapi.channels:
             raise invalid("action", f'"{action}" is not a valid action')
         right, verb = verb
-        self._need(request, right)
+        self.rights.need(request, right)
         return verb(self, request, uuid, query)
 
     def import_image(self, request, uuid, query):
@@ -4415,7 +5595,8 @@ class ImgapiPublishing:
         if action == "add":
             acl = list(dict.fromkeys((*image.acl, *accounts)))
         elif action == "remove":
-            acl = [account for account in image.acl if account not in accounts]
+            removed = set(accounts)
+            acl = [account for account in image.acl if account not in removed]
         else:
             raise invalid("action", f'"{action}" is not a valid action')
         self.publisher.update(uuid, {"acl": acl or None})
@@ -4459,6 +5640,8 @@ class ImgapiPublishing:
 
         Raises ApiError where it is too large, or too many are on their way, and ClientGone.
         """
+        if "content-range" in request.headers:        # curl -C -; RFC 9110 §14.4
+            raise bad_request("an upload cannot be resumed: it must be the whole file")
         limit = self.config.max_upload
         too_large = ApiError(400, "Upload", f"image file size exceeds max_upload, {limit} bytes")
         if limit and (request.length or 0) > limit:
@@ -4533,6 +5716,7 @@ class ImgapiPublishing:
         if wanted is not None and wanted.lower() != sha1:
             raise ApiError(400, "Upload", f'"sha1" hash, {wanted}, does not match the uploaded '
                            f"icon file sha1 hash, {sha1}")
+        self._need_for(request, self._find(request, uuid, query))     # the body took its time
         self.publisher.add_icon(uuid, request.headers.get("content-type", ""), data)
         return self._answer(request, uuid)
 
@@ -4559,7 +5743,7 @@ class ImgapiPublishing:
         others = [name for name in image.channels if name != channel
                   and name in self.imgapi.channels]
         if self._waits(image):
-            self.publisher.refuse_dependents(uuid)
+            self.publisher.refuse_dependents(uuid, self.publisher.dependents(uuid))
             self.publisher.discard(uuid)
         elif others and force != "true":
             self.publisher.update(uuid, {"channels": others})
@@ -4724,6 +5908,7 @@ class Page:
 
     def __init__(self, config, store, dsapi, imgapi):
         self.config, self.store, self.imgapi = config, store, imgapi
+        self.rights = imgapi.rights
         self.url_base = dsapi.url_base
         self._in_use = weakref.WeakValueDictionary()      # id: page in the cache, or being sent
         style, script = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
@@ -4740,15 +5925,13 @@ class Page:
     def routes(self):
         return [Route("GET", "", self.root, THREAD, ANYONE)]
 
-    def may_show(self, request, image) -> bool:
-        """Whether the client of a request may see an image in the list."""
-        return True
-
     def root(self, request):
         """index.html for a browser, index.json for the rest, as the original; else the page,
         or a hint.  The page in any case where the query asks for it (?page=1).
         """
         query = parse_query(request.query)
+        if "login" in query:
+            self.rights.need(request, READ)
         if "page" in query:
             return self.page(request, query)
         accept = request.headers.get("accept", "")
@@ -4756,7 +5939,8 @@ class Page:
         name, kind = (("index.html", "text/html; charset=utf-8") if for_people
                       else ("index.json", "application/json"))
         try:
-            fd, status = open_regular(os.path.join(self.config.serve_dir, name))
+            fd, status = open_regular(os.path.join(self.config.serve_dir, name),
+                                      self.config.serve_dir)
         except OSError as error:
             raise_shortage(error)
             if for_people:
@@ -4777,10 +5961,8 @@ class Page:
             channel = self.config.default_channel or "*"
         channel = self.imgapi.channel_of({"channel": [channel or ""]})
         snapshot = self.store.snapshot(IMGAPI, True)
-        hidden = frozenset(image.uuid for image in snapshot.images
-                           if not self.may_show(request, image))
         view = (self.url_base(request.host).decode(), channel, single_value(query, "q") or "",
-                int(number), hidden)
+                int(number), self.rights.lists_all(request))
         with self.store.rendering:
             page = snapshot.pages.get(view)
             if page is None:
@@ -4814,11 +5996,11 @@ class Page:
 class PageView:
     """One page while it is rendered: everything of a manifest goes through html.escape."""
 
-    def __init__(self, page, snapshot, url, channel, words, number, hidden):
-        self.page, self.snapshot = page, snapshot
+    def __init__(self, page, snapshot, url, channel, words, number, all_of_them):
+        self.page, self.snapshot, self.all_of_them = page, snapshot, all_of_them
         self.url, self.channel, self.words, self.number = url, channel, words, number
-        self.images = [image for image in reversed(snapshot.images) if image.uuid not in hidden
-                       and page.imgapi.in_channel(image, channel)]
+        self.images = [image for image in reversed(snapshot.images)
+                       if (all_of_them or image.public) and page.imgapi.in_channel(image, channel)]
         self.by_uuid = {image.uuid: image for image in self.images}
         self.children = collections.Counter(image.origin for image in self.images)
         # A channel that clients do not get by themselves.
@@ -4848,7 +6030,7 @@ spellcheck="false" placeholder="Name, version, os, description or uuid">
 <button>Filter</button></form>
 <p id="count" role="status">{self._count(found, last)}</p>
 <div id="list">{f'<ol>{listed}</ol>' if rows else self._nothing()}{self._pages(last)}</div></main>
-<footer><p><a href="images">Images as JSON</a> imgserver {__version__}</p></footer>
+<footer><p><a href="images">Images as JSON</a>{self._login()} imgserver {__version__}</p></footer>
 <div role="status" id="said" class="skip"></div>
 <script>{PAGE_SCRIPT}</script></body></html>
 """
@@ -4875,6 +6057,12 @@ spellcheck="false" placeholder="Name, version, os, description or uuid">
         if channel or self.special:
             query["channel"] = channel or self.special
         return html.escape("?" + urllib.parse.urlencode(query))
+
+    def _login(self) -> str:
+        """A link for users where strangers do not see all images."""
+        if self.all_of_them or self.page.rights.users is None:
+            return ""
+        return f' <a href="{self._link(self.words)}&amp;login">Log in for private images</a>'
 
     def _hidden_channel(self) -> str:
         return (f'<input type="hidden" name="channel" value="{html.escape(self.special)}">'
@@ -5118,7 +6306,7 @@ class Metrics:
                            [("", {"level": level}, count) for level, count in levels.items()])
         yield sample_lines("imgserver_failed_logins_total", "counter",
                            "Names and passwords that did not fit.",
-                           [("", {}, self.rights.failed_logins)])
+                           [("", {}, self.rights.users.failed if self.rights.users else 0)])
         yield sample_lines("process_start_time_seconds", "gauge",
                            "When it was started, in seconds since 1970.",
                            [("", {}, self._started)])
@@ -5134,10 +6322,12 @@ class Site:
 
     def __init__(self, config, store, log, routes=()):
         self.config, self.store, self.log = config, store, log
-        self.rights = Rights(config)
+        self.rights = Rights(config, log)
         self.metrics = Metrics(store, log, self.rights) if config.metrics else None
-        dsapi, imgapi = Dsapi(config, store), Imgapi(config, store, self.rights)
+        dsapi, imgapi = Dsapi(config, store, self.rights), Imgapi(config, store, self.rights)
         if self.rights.publishing:
+            if not os.access(config.serve_dir, os.W_OK | os.X_OK):
+                log.warn("nothing can be published over HTTP: serve_dir cannot be written")
             routes = [*routes, *ImgapiPublishing(config, store, imgapi, self.rights).routes()]
         self.table = {}                   # pattern: {method: Route}
         for route in (Route("GET", "ping", self.ping, MEMORY, ANYONE), *dsapi.routes(),
@@ -5151,20 +6341,43 @@ class Site:
         Raises NeedsThread in the event loop; then it is called again in a thread.
         """
         try:
+            if self.rights.matter and request.method != "OPTIONS":
+                self.rights.admit(request)
             route = request.route or self._find(request)
             if route.flags and not request.may_block:
                 raise NeedsThread
-            return route.handler(request, *request.arguments)
+            response = route.handler(request, *request.arguments)
         except ApiError as error:
-            return error_response(error)
+            response = error_response(error)
+            if self.rights.hides:         # it may say that an image is not there
+                request.audience = CLIENT
         except ClientGone:
             raise
         except OSError as error:
-            self.log.error(f"cannot answer {printable(request.target)} from serve_dir "
+            target = printable(without_credentials(request.target))
+            self.log.error(f"cannot answer {target} from serve_dir "
                            f"{printable(self.config.serve_dir)}: {error.strerror}")
-            return error_response(ApiError(503, "ServiceUnavailableError",
-                                           "the image directory cannot be read",
-                                           fields=b"Retry-After: 10\r\n"))
+            response = error_response(ApiError(503, "ServiceUnavailableError",
+                                               "the image directory cannot be read",
+                                               fields=b"Retry-After: 10\r\n"))
+        if request.audience != EVERYBODY:
+            self._restrict(request, response)
+        return response
+
+    def _restrict(self, request, response):
+        """Have caches give an answer to its audience alone.
+
+        Scripts of other sites may not read it where an address has sufficed.
+        """
+        fields, count = re.subn(rb"(?m)^Vary: ([^\r]*)", rb"Vary: \1, Authorization",
+                                response.fields)
+        if not count:
+            fields += b"Vary: Authorization\r\n"
+        if request.audience == CLIENT:
+            fields = re.sub(rb"(?m)^Cache-Control: .*\n", b"", fields) + CACHE_NOTHING
+            if request.user is None and (request.right or ANYONE) > self.rights.least:
+                fields = fields.replace(CORS, b"")
+        response.fields = fields
 
     def _find(self, request) -> Route:
         """The row for a request; it is noted there, with the arguments.  Raises ApiError."""
@@ -5206,7 +6419,7 @@ class Site:
         if request.method not in METHODS:
             raise ApiError(501, "NotImplemented", "the method is not known here")
         hint = ("" if self.rights.publishing or request.segments[0] != "images" else
-                ": publishing over HTTP is off, until publish_from or manage_from of the "
+                ": publishing over HTTP is off, until users, publish_from or manage_from of the "
                 "configuration says who may")
         raise ApiError(405, "MethodNotAllowedError", f"{request.method} is not allowed{hint}",
                        fields=header_line("Allow", allow))
@@ -5226,8 +6439,7 @@ class Site:
                     host != request.host.lower()
                     or scheme != "https" and not _ADDRESS.match(host))):
             raise ApiError(403, "OperatorOnly", "pages of other sites may change nothing here")
-        if self.rights.of(request) < route.right:
-            raise operator_only()
+        self.rights.need(request, route.right)
 
     @staticmethod
     def _check_body(request, route):
@@ -5236,6 +6448,19 @@ class Site:
             raise ApiError(411, "LengthRequired", "a body needs a Content-Length here")
         if request.method in ("GET", "HEAD", "OPTIONS"):
             raise bad_request(f"a {request.method} has no body here")
+
+    def log_hidden(self):
+        """Log how many images strangers do not see: builders write `public: false` by default."""
+        try:
+            images = self.store.snapshot(IMGAPI, True).images
+        except OSError:                   # the first request meets it, too
+            return
+        hidden = {image.uuid for image in images
+                  if self.config.read == "users" or not image.public}
+        cut_off = sum(image.origin in hidden and image.uuid not in hidden for image in images)
+        self.log.info(f'read is "{self.config.read}": {len(hidden)} of {len(images)} images are '
+                      "hidden from strangers" + (f", who cannot import {cut_off} that build on "
+                                                 "them" if cut_off else ""))
 
     def options(self, request, allow):
         """The methods of a path; scripts of other sites may read, and no more (CORS)."""
@@ -5651,7 +6876,7 @@ class Connection:
             self._wait_for_more(text)
             return False
         end = match.end()
-        self.line = match[1]
+        self.line = without_credentials(match[1])
         if end > HEAD_LINE_LIMIT:
             check_size(text[:end])
         self.buffer = self.buffer[end:]
@@ -5672,7 +6897,7 @@ class Connection:
             has_line = text.find("\n", 0, HEAD_LINE_LIMIT + 1) >= 0
             if len(text) <= (HEAD_LIMIT if has_line else HEAD_LINE_LIMIT):
                 return                    # nothing that could be judged is new
-        self.line = text[:HEAD_LINE_LIMIT].partition("\n")[0].rstrip("\r")
+        self.line = without_credentials(text[:HEAD_LINE_LIMIT].partition("\n")[0].rstrip("\r"))
         explain_head(text)
         self.scanned = max(0, len(text) - 2)
         if not self.partial:
@@ -5724,8 +6949,7 @@ class Connection:
             if response.file is None:
                 transport.queue(response.body, size)
         self.answered += 1
-        self.unlogged += ((end, self.line, self.request, response, size, self.started,
-                           self.peer or self._proxied()),)
+        self._to_log(end, response, size)
         return not self.closing
 
     def flush(self):
@@ -5777,7 +7001,9 @@ class Connection:
         loop.unwatch(self.transport.sock)
         self.state, self.deadline = WORKING, math.inf
         try:
-            loop.workers.submit(self._answer_in_thread, self.request.length == 0)
+            # Lists wait for each other, and nobody else for them.
+            workers = loop.list_workers if len(self.request.segments) == 1 else loop.workers
+            workers.submit(self._answer_in_thread, self.request.length == 0)
         except (RuntimeError, MemoryError):       # can't start new thread
             self.state = READING
             loop.watch(self.transport.sock, selectors.EVENT_READ, self.readable)
@@ -5789,9 +7015,8 @@ class Connection:
         request.may_block = True
         response = None
         try:
-            if request.route.flags & BODY == BODY:
-                request.body = Body(self.transport, self.buffer, request,
-                                    self.loop.config.stall_timeout)
+            request.body = Body(self.transport, self.buffer, request,
+                                self.loop.config.stall_timeout)
             response = self.loop.site.answer(request)
             if response.file is not None and (not self._wants_body
                                               or response.length <= ONE_PIECE):
@@ -5823,8 +7048,7 @@ class Connection:
         if self.request.body is not None:
             self.buffer = self.request.body.rest
         if response is None:              # nobody is there to be answered
-            self.unlogged += ((math.inf, self.line, self.request, Response(GONE), 0,
-                               self.started, self.peer or self._proxied()),)
+            self._to_log(math.inf, Response(GONE), 0)
             self._log_answers()
             self.close()
             return
@@ -5936,14 +7160,12 @@ class Connection:
 
     # log
 
-    def _proxied(self):
-        """Behind a Unix socket the client is whom the proxy names; for the log alone."""
-        headers = self.request.headers if self.request is not None else {}
-        address = headers.get("x-real-ip") or headers.get("x-forwarded-for", "").split(",")[-1]
-        return printable(address.strip(), ADDRESS_LIMIT) or "unix"
+    def _to_log(self, end, response, size):
+        """Remember an answer for the log; `end` is the number of the byte behind it."""
+        self.unlogged += ((end, self.line, self.request, response, size, self.started),)
 
     def _log_answers(self):
-        """A line for each answer: client, request, status, bytes of the body, time, image.
+        """A line for each answer: client, request, status, bytes, time, user, agent, image.
 
         It is written when the answer has gone, or has failed: then with the bytes that went.
         """
@@ -5952,7 +7174,7 @@ class Connection:
         if log.level > INFO and metrics is None:
             return
         now, sent = time.monotonic(), self.transport.sent
-        for end, line, request, response, size, started, client in unlogged:
+        for end, line, request, response, size, started in unlogged:
             failure, seconds = "", now - started
             if end > sent:
                 failure, size = self.failure, max(0, size - end + sent)
@@ -5960,11 +7182,10 @@ class Connection:
                 metrics.count(request, response, size, seconds, failure)
                 if log.level > INFO:
                     continue
-            if len(line) > LOG_TARGET_LIMIT or not _is_plain(line):
-                line = printable(line)
-            title = response.title
-            log.add(f'info {client} "{line}" {response.status} {size} '
-                    f"{seconds * 1000:.1f}ms{title and ' ' + title}{failure}")
+            user, headers = (None, {}) if request is None else (request.user, request.headers)
+            log.request(self.peer or client_name("", headers), user, line,
+                        headers.get("user-agent", ""), response.status, size, seconds,
+                        response.title, failure)
 
 
 class Sender:
@@ -6088,6 +7309,7 @@ OVERFLOW = 256                # connections above the limit that are told 503 be
 SPARE_FILES = 64              # file descriptors kept for images, directories and the log
 THREAD_IDLE = 10.0            # seconds until a thread without work ends
 WORKERS = 24                  # threads for short jobs: more only wait for the interpreter's lock
+LIST_WORKERS = 4              # threads for lists, of which one is computed at a time
 MANY_EVENTS = 32              # ready sockets after which the time of a turn is checked
 TURN_TIME = 0.02              # seconds of a turn after which answers go out and others get theirs
 GIVEN_BACK = 64               # connections taken back from threads in one turn, some 3 ms
@@ -6103,14 +7325,15 @@ NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)       # a machine wi
 class Workers:
     """Threads for jobs that may block: started when none is idle, ended when idle for long.
 
-    Of short jobs at most WORKERS run at once, unless a disk hangs: then watch() adds some.
+    Of short jobs at most `limit` run at once, unless a disk hangs: then watch() adds some.
     """
 
-    def __init__(self):
+    def __init__(self, limit=None):
+        self._limit = limit or WORKERS
         self._jobs = queue.SimpleQueue()  # one for each thread that was taken from the idle ones
         self._idle = threading.Semaphore(0)
         self._lock = threading.Lock()     # for all that follows
-        self._waiting = collections.deque()       # short jobs above WORKERS
+        self._waiting = collections.deque()       # short jobs above the limit
         self._running = 0                 # short jobs that run
         self._finished = self._seen = 0   # short jobs finished, and at the last watch()
 
@@ -6118,7 +7341,7 @@ class Workers:
         """Have a thread call job().  Raises RuntimeError, MemoryError where none can be had."""
         if is_short:
             with self._lock:
-                if self._running >= WORKERS:
+                if self._running >= self._limit:
                     self._waiting.append(job)
                     return
                 self._running += 1
@@ -6140,7 +7363,8 @@ class Workers:
         with self._lock:
             jobs = []
             if self._finished == self._seen:
-                jobs = [self._waiting.popleft() for _ in range(min(WORKERS, len(self._waiting)))]
+                jobs = [self._waiting.popleft()
+                        for _ in range(min(self._limit, len(self._waiting)))]
             self._running += len(jobs)
             self._seen = self._finished
         for job in jobs:
@@ -6188,7 +7412,7 @@ class EventLoop:
 
     def __init__(self, config, log):
         self.config, self.log = config, log
-        self.workers = Workers()
+        self.workers, self.list_workers = Workers(), Workers(LIST_WORKERS)
         self.site = Site(config, Store(config, log, self.workers.submit), log)
         self.servers = []
         self.draining = False
@@ -6320,6 +7544,7 @@ class EventLoop:
             except Exception:
                 self.fault(connection)
         self.workers.watch()
+        self.list_workers.watch()
         for sender in self._senders:
             sender.watch(now, sum(each.threads for each in self._senders) < SENDER_THREADS)
         if self._accept_again is not None and now >= self._accept_again and not self.draining:
@@ -6562,7 +7787,7 @@ class UnixImageServer(ImageServer):
                 return                    # the last one has ended well: nothing to remove
             except (BlockingIOError, socket.timeout):
                 pass                      # a listener that does not accept: its queue is full
-            raise UserError(f"another server listens on {path}")
+            raise AddressInUse(f"another server listens on {path}")
 
     def describe(self):
         return self.server_address
@@ -6588,6 +7813,13 @@ class UnixImageServer(ImageServer):
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE)     # end a command
 PIPE_WRITE = 512              # bytes that a writable pipe takes at once (POSIX, _POSIX_PIPE_BUF)
 PROGRESS_EVERY = 0.25         # seconds between two figures on a terminal
+COLUMN_LIMIT = 36             # characters of a column of `list`: a uuid
+LIST_COLUMNS = ("UUID", "NAME", "VERSION", "OS", "TYPE", "SIZE", "STATE", "PUBLISHED", "ORIGIN",
+                "CHANNELS")
+LIST_FILTERS = ("uuid", "name", "version", "os", "type", "state", "origin", "channels", "owner",
+                "public", "billing_tag")
+EXAMPLE = "f669428c-a939-11e2-a485-b790efc0f0c1"      # a uuid for --help
+NO_SHA1 = "0" * 40            # in the place of one that the manifest does not have
 
 
 def start(config, log) -> EventLoop:
@@ -6612,9 +7844,10 @@ def start(config, log) -> EventLoop:
             if isinstance(error, PermissionError) and not is_path and address[1] < 1024:
                 reason = (f"{reason}; a port below 1024 needs the privilege net_privaddr, or "
                           "choose --listen 8080")
-            transient = error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
-            raise UserError(f"cannot listen on {config.listen_port}: {reason}",
-                            1 if transient else EXIT_CONFIG)
+            refusal = f"cannot listen on {config.listen_port}: {reason}"
+            if error.errno == errno.EADDRINUSE:
+                raise AddressInUse(refusal)
+            raise UserError(refusal, 1 if error.errno == errno.EADDRNOTAVAIL else EXIT_CONFIG)
     return loop
 
 
@@ -6636,9 +7869,9 @@ def raise_file_limit(config, log):
         log.warn(f"{soft} files may be open: max_connections is {config.max_connections}")
 
 
-def run_serve(config, _):
-    """Serve until SIGTERM or SIGINT; a second one ends it at once."""
-    log = Log(config.loglevel)
+def prepare(config) -> EventLoop:
+    """All that a start does before it serves.  Raises UserError as start() does."""
+    log = Log(config.loglevel, form=config.logformat)
     for warning in config.warnings:
         log.warn(warning)
     config.check_serve_dir()
@@ -6646,6 +7879,13 @@ def run_serve(config, _):
     loop = start(config, log)
     if loop.site.rights.publishing and not os.access(config.serve_dir, os.W_OK | os.X_OK):
         log.warn("publishing over HTTP needs write access to serve_dir, which is missing")
+    return loop
+
+
+def run_serve(config, _):
+    """Serve until SIGTERM or SIGINT; a second one ends it at once."""
+    loop = prepare(config)
+    log = loop.log
 
     def end(number, frame):
         loop.stop(at_once=loop.draining)
@@ -6657,6 +7897,8 @@ def run_serve(config, _):
     log.info(f"imgserver {__version__} serves {printable(config.serve_dir)} on "
              + ", ".join(printable(server.describe()) for server in loop.servers))
     log.flush()
+    if loop.site.rights.hides:
+        loop.workers.submit(loop.site.log_hidden, False)
     loop.run()
     log.info("ended")
     log.flush()
@@ -6672,6 +7914,7 @@ class Signals:
 
     def __init__(self):
         self._number = self._wakeup = None
+        self._may_raise = False
 
     def arm(self):
         """From now on a signal is kept until check or wait is called."""
@@ -6684,7 +7927,26 @@ class Signals:
                 signal.signal(number, self._came)
 
     def _came(self, number, frame):
-        self._number = self._number or number
+        if self._number is None:
+            self._number = number
+            if self._may_raise:
+                self.check()
+
+    @contextlib.contextmanager
+    def interrupting(self):
+        """A block that only waits for the network, and in which a signal raises UserError."""
+        self._may_raise = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._may_raise = False
+
+    def pause(self, seconds):
+        """Wait.  Raises UserError once a signal has come."""
+        self.check()
+        select.select([self._wakeup], [], [], seconds)
+        self.check()
 
     def check(self):
         """Raise UserError if a signal has come."""
@@ -6758,10 +8020,13 @@ class Input:
 
 
 class Progress:
-    """Bytes and rate on a terminal's stderr, some times a second; nothing anywhere else."""
+    """Bytes and rate on a terminal's stderr, some times a second; nothing anywhere else.
 
-    def __init__(self, action, quiet=False):
-        self.action, self.size = action, 0
+    total: the bytes that will come, from which the seconds follow that are left.
+    """
+
+    def __init__(self, action, quiet=False, total=None):
+        self.action, self.size, self.total = action, 0, total
         self.shown = not quiet and sys.stderr is not None and sys.stderr.isatty()
         self.began = self.last = time.monotonic()
 
@@ -6772,7 +8037,11 @@ class Progress:
         if self.shown and now - self.last >= PROGRESS_EVERY and select.select([], [2], [], 0)[1]:
             self.last = now
             rate = self.size / (now - self.began) / 1e6
-            sys.stderr.write(f"\r{self.action}: {self.size / 1e6:.0f} MB, {rate:.0f} MB/s\033[K")
+            whole = f" of {self.total / 1e6:.0f}" if self.total else ""
+            left = f", {(self.total - self.size) / 1e6 / rate:.0f} s left" \
+                if self.total and rate else ""
+            sys.stderr.write(f"\r{self.action}: {self.size / 1e6:.0f}{whole} MB, "
+                             f"{rate:.0f} MB/s{left}\033[K")
             sys.stderr.flush()
 
     def clear(self):
@@ -6804,8 +8073,18 @@ def read_given_manifest(path, signals) -> dict:
     return {key: value for key, value in manifest.items() if key not in ("state", "icon")}
 
 
+def check_texts(texts):
+    """Raise UserError for bytes of the command line that no manifest can have."""
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError(f"{text!a} is not UTF-8")
+
+
 def given_fields(texts) -> dict:
     """The fields of FIELD=VALUE words.  Raises UserError."""
+    check_texts(texts)
     try:
         return dict(map(parse_field, texts))
     except ValueError as error:
@@ -6815,11 +8094,7 @@ def given_fields(texts) -> dict:
 def manifest_to_import(config, options) -> dict:
     """The manifest that the options of `import` ask for.  Raises UserError."""
     texts = options.words
-    for text in texts:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise UserError(f"{text!a} is not UTF-8")
+    check_texts(texts)
     if options.uuid and not is_uuid(options.uuid):
         raise UserError(f"{options.uuid!a} is not a UUID in lower case")
     given = {key: value for key, value in (("os", options.os), ("type", options.type),
@@ -6893,6 +8168,77 @@ def run_import(config, options):
     return 0
 
 
+def mirror_source(config, options):
+    """The source that a URL, or the path of a directory, names.  Raises UserError."""
+    if "://" not in options.url and os.path.isdir(options.url):
+        return SourceDirectory(options.url)
+    try:
+        return RemoteServer(
+            options.url, options.channel, options.ca, options.insecure, config.stall_timeout,
+            options.signals.interrupting, options.signals.pause,
+            lambda text: options.quiet or complain(text))
+    except ValueError as error:           # without the URL, which may have a password
+        raise UserError(f"URL {error}", 2)
+
+
+def complain(text):
+    """One line on stderr, while a command goes on."""
+    with contextlib.suppress(OSError, AttributeError):
+        sys.stderr.write(f"imgserver: {printable(text)}\n")
+        sys.stderr.flush()
+
+
+def run_mirror(config, options):
+    """Bring images of another server, origins first; 1 where one of them has not come."""
+    uuids = [checked_uuid(text) for text in options.uuid]
+    filters = {name: getattr(options, name) for name in ("name", "version", "os", "type")
+               if getattr(options, name) is not None}
+    if options.latest is not None and options.latest < 1:
+        raise UserError("--latest must be 1 or more", 2)
+    by_list = bool(filters) or options.all or options.latest is not None
+    if by_list == bool(uuids):
+        raise UserError("either UUIDs are needed, or --name, --version, --os, --type, --latest "
+                        "or --all", 2)
+    config.check_serve_dir()
+    shown = Progress("", options.quiet)
+
+    def progress(text, size):
+        nonlocal shown
+        shown = Progress(text, options.quiet, size)
+        return count
+
+    def count(size):
+        options.signals.check()
+        shown.add(size)
+
+    def say(text):
+        shown.clear()
+        if not options.quiet:
+            options.signals.say(text)
+
+    def fail(text):
+        shown.clear()
+        complain(text)
+
+    try:
+        source = mirror_source(config, options)
+        mirror = Mirror(config, source, say, fail, progress, options.stream_check)
+        if by_list:
+            uuids = mirror.select(filters, options.latest)
+            uuids = list(dict.fromkeys(uuids + mirror.brought()))
+    except SourceError as error:
+        raise UserError(f"{printable(options.url.rpartition('@')[2])}: {error}")
+    plan = mirror.plan(uuids, follow=not options.dry)
+    if options.dry:
+        for size, text in plan.values():
+            options.signals.say(f"{text}  {size / 1e6:.1f} MB")
+        options.signals.say(f"{len(plan)} images, "
+                            f"{sum(size for size, _ in plan.values()) / 1e6:.1f} MB")
+    else:
+        mirror.bring(plan)
+    return 1 if mirror.failed else 0
+
+
 def run_activate(config, options):
     """Put an image on show that `import -n` has left unactivated."""
     Publisher(config).activate(checked_uuid(options.uuid))
@@ -6914,6 +8260,24 @@ def run_import_image(config, options):
         raise UserError("-a and -d take one UUID, behind all options", 2)
     options.uuid = words[0]
     return options.step(config, options)
+
+
+def label(config, uuid) -> str:
+    """uuid, name and version of an image in any state, as far as its manifest tells."""
+    for prefix in ("", INCOMING):
+        with contextlib.suppress(OSError, BadImage, LookupError, RecursionError):
+            manifest, _ = read_manifest(os.path.join(config.serve_dir, prefix + uuid))
+            return printable(f"{uuid} {manifest['name']} {manifest['version']}")
+    return printable(uuid)
+
+
+@contextlib.contextmanager
+def about(file):
+    """Make of each OSError and BadImage in the block a BadImage that begins with its name."""
+    try:
+        yield
+    except (OSError, BadImage) as error:
+        raise BadImage(f"{file}: {getattr(error, 'strerror', error)}")
 
 
 class Check:
@@ -6947,10 +8311,8 @@ class Check:
             self._check_head(image)
         else:
             found = found or self._scan(image)
-            try:
+            with about(image.file):
                 self._compare(found, image)
-            except BadImage as error:
-                raise BadImage(f"{image.file}: {error}")
             if self.options.record:
                 record_facts(directory, found)
         if image.origin and not os.path.exists(
@@ -6965,17 +8327,13 @@ class Check:
         """Read all of an image's file.  Raises BadImage, and UserError after a signal."""
         found, progress = FileScan(), Progress(f"{image.uuid} {image.file}", self.options.quiet)
         try:
-            fd, _ = open_regular(os.path.join(image.directory, image.file))
-            with open(fd, "rb", buffering=0) as file:
+            with about(image.file), open(open_regular(os.path.join(
+                    image.directory, image.file))[0], "rb", buffering=0) as file:
                 for chunk in iter(lambda: file.read(CHUNK), b""):
                     self.signals.check()
                     found.feed(chunk)
                     progress.add(len(chunk))
-            found.finish()
-        except OSError as error:
-            raise BadImage(f"{image.file}: {error.strerror}")
-        except BadImage as error:
-            raise BadImage(f"{image.file}: {error}")
+                found.finish()
         finally:
             progress.clear()
         return found
@@ -6991,13 +8349,10 @@ class Check:
     def _check_head(self, image):
         """The same by the first bytes of the file alone.  Raises BadImage."""
         path = os.path.join(image.directory, image.file)
-        try:
-            fd, _ = open_regular(path)
-            with open(fd, "rb", buffering=0) as file:
+        with about(image.file):
+            with open(open_regular(path)[0], "rb", buffering=0) as file:
                 compression = compression_of(file.read(MAGIC_LENGTH), image.file)
             stream = read_stream(path, compression)
-        except (OSError, BadImage) as error:
-            raise BadImage(f"{image.file}: {getattr(error, 'strerror', error)}")
         self._check_facts([], compression, stream, image, whole=False)
 
     def _check_facts(self, pairs, compression, stream, image, whole=True):
@@ -7017,30 +8372,19 @@ class Check:
             raise BadImage(problem)
         self.publisher.check_origin(image.origin, stream)
 
-    def label(self, uuid) -> str:
-        """uuid, name and version of an image, as far as its manifest tells."""
-        try:
-            manifest, _ = read_manifest(os.path.join(self.config.serve_dir, uuid))
-            texts = [uuid, str(manifest["name"]), str(manifest["version"])]
-        except (OSError, BadImage, LookupError, RecursionError):
-            texts = [uuid]
-        return printable(" ".join(texts))
-
     def leftovers(self):
         """Say which images are not active; with --clean remove the stale ones."""
         for uuid, problem, age in list(incoming(self.config, self.reader)):
-            text = (f"was never finished, or is still coming ({problem})" if problem else
-                    "waits to be activated")
+            text = incoming_text(uuid, problem, age)
             removed = self.options.clean and problem is not None and age > STALE
             if removed:
                 try:
                     self.publisher.discard(uuid)
-                    text = "was never finished: removed"
+                    text = f"{INCOMING}{uuid}: was never finished: removed"
                 except ApiError as error:
-                    text = f"was never finished: {error.message}"
+                    text = f"{INCOMING}{uuid}: was never finished: {error.message}"
             if removed or not self.options.quiet:
-                self.signals.say(f"{INCOMING}{uuid}: {printable(text)}; "
-                                 f"last change {age / 3600:.0f} hours ago")
+                self.signals.say(text)
 
     def clean(self):
         """Remove the remains of commands that were killed: set aside, or half written."""
@@ -7049,7 +8393,8 @@ class Check:
             self.signals.check()
             path = os.path.join(serve_dir, name)
             if name.startswith(DISCARDED):
-                shutil.rmtree(path, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    remove_tree(path)
             elif is_uuid(name):
                 with contextlib.suppress(OSError):
                     for entry in os.scandir(path):
@@ -7058,13 +8403,19 @@ class Check:
                             os.unlink(entry.path)
 
 
+def stored_file(directory):
+    """(manifest, files[0]) of an image as stored; files[0] is None where there is none."""
+    with contextlib.suppress(OSError, BadImage, LookupError, TypeError):
+        manifest, _ = read_manifest(directory)
+        if isinstance(manifest["files"][0], dict):
+            return manifest, manifest["files"][0]
+    return {}, None
+
+
 def lacks_facts(directory) -> bool:
     """Whether a manifest does not say the size or the sha1 of its file."""
-    try:
-        file = read_manifest(directory)[0]["files"][0]
-        return not (file.get("size") and file.get("sha1"))
-    except (OSError, BadImage, LookupError, TypeError, AttributeError):
-        return False
+    file = stored_file(directory)[1]
+    return file is not None and not (file.get("size") and file.get("sha1"))
 
 
 def record_facts(directory, found):
@@ -7073,21 +8424,17 @@ def record_facts(directory, found):
     By rename; its mtime stays, which may be shown as published_at.  Not where the manifest
     has become another since the file was read.  Raises ApiError where it cannot be written.
     """
-    try:
-        manifest, _ = read_manifest(directory)
-        file = manifest["files"][0]
-        facts = {"size": found.size, **found.hashes()}
-        facts["md5_of"] = facts["sha1"]
-        if any(str(file.get(key) or facts[key]).lower() != str(facts[key])
-               for key in ("size", "sha1")):
-            return
-    except (OSError, BadImage, LookupError, TypeError, AttributeError):
+    manifest, file = stored_file(directory)
+    facts = {"size": found.size, **found.hashes()}
+    facts["md5_of"] = facts["sha1"]
+    if file is None or any(str(file.get(key) or facts[key]).lower() != str(facts[key])
+                           for key in ("size", "sha1")):
         return
     kept = {key: file[key] for key in ("size", "sha1") if file.get(key)}
     if {**file, **facts, **kept} != file:
         file.update(facts, **kept)
-        replace_file(os.path.join(directory, MANIFEST),
-                     (render_json(manifest) + "\n").encode(), keep_time=True)
+        replace_file(os.path.join(directory, MANIFEST), manifest_bytes(manifest),
+                     keep_time=True)
 
 
 def incoming(config, reader):
@@ -7111,6 +8458,14 @@ def incoming(config, reader):
         yield uuid, problem, time.time() - max(times)
 
 
+def incoming_text(uuid, problem, age) -> str:
+    """A sentence about an image that is not active, from what `incoming` yields."""
+    text = "waits to be activated" if problem is None else (
+        f"was never finished ({problem}): `check --clean` removes it" if age > STALE else
+        f"was never finished, or is still coming ({problem})")
+    return f"{INCOMING}{uuid}: {printable(text)}; last change {age / 3600:.0f} hours ago"
+
+
 def run_check(config, options):
     """Compare every image with its manifest, and say which are not as that promises."""
     config.check_serve_dir()
@@ -7127,7 +8482,7 @@ def run_check(config, options):
             check.image(uuid)
         except (BadImage, ApiError) as error:
             bad += 1
-            say(f"{check.label(uuid)}: {printable(str(error))}")
+            say(f"{label(config, uuid)}: {printable(str(error))}")
     if options.clean:
         check.clean()
     if not options.uuid:
@@ -7138,8 +8493,252 @@ def run_check(config, options):
     return 1 if bad else 0
 
 
+class Unhashed:
+    """In the place of a Hasher: a list needs no sha1, and so reads no image files."""
+
+    @staticmethod
+    def hashes(path, key):
+        return NO_SHA1, bytes(16)
+
+
+class Inventory:
+    """All images of serve_dir as they are now, for the commands: image files are not read.
+
+    images      the sound ones, in any state, in the order of publishing
+    left_out    name of a directory: why the image there is not shown
+    """
+
+    def __init__(self, config, apis=()):
+        config.check_serve_dir()
+        self.config, self.reader = config, ImageReader(config, Unhashed())
+        found, self.left_out = {}, {}
+        for name in sorted(os.listdir(config.serve_dir), reverse=True):   # .incoming-* come last
+            uuid = name[len(INCOMING):]
+            if name.startswith(INCOMING) and is_uuid(uuid) and uuid not in found:
+                image = self.reader.read_unactivated(uuid)
+                if image is not None and not image.problem:
+                    found[uuid] = image
+            elif len(name) == len(NOBODY):
+                image = is_uuid(name) and self.reader.read(
+                    name, os.path.join(config.serve_dir, ""), apis)
+                reason = image.problem if image else passed_over(config.serve_dir, name)
+                if reason is None and is_uuid(name) and not image \
+                        and os.path.isdir(os.path.join(config.serve_dir, name)):
+                    reason = f"there is no {MANIFEST}"
+                if reason:
+                    self.left_out[name] = reason
+                elif image:
+                    found[name] = image
+        for uuid in endless({uuid: image.origin for uuid, image in found.items()}):
+            del found[uuid]
+            self.left_out[uuid] = "its origins form a cycle"
+        self.by_uuid = found
+        self.images = sorted(found.values(), key=lambda image: image.order)
+
+    def problems(self):
+        """Yield a sentence for each image that is left out, not importable, waiting or stale."""
+        for name in sorted(self.left_out):
+            yield f"{label(self.config, name)} is left out: {printable(self.left_out[name])}"
+        for image in self.images:
+            for text in (*image.notes, *self._problems_of(image)):
+                yield f"{image.uuid} {image.title}: {printable(text)}"
+        for uuid, problem, age in incoming(self.config, self.reader):
+            yield incoming_text(uuid, problem, age)
+        for name in sorted(os.listdir(self.config.serve_dir)):
+            if name.startswith(DISCARDED):
+                yield f"{printable(name)}: is being removed, or else `check --clean` removes it"
+
+    def _problems_of(self, image):
+        """Yield why imgadm does not see a sound image, or does not find its origin."""
+        if image.state not in ("active", "disabled") and not image.place.endswith(INCOMING):
+            yield f"waits to be activated: its manifest has the state {image.state}"
+        channels = [channel["name"] for channel in self.config.channels]
+        if channels and set(channels).isdisjoint(image.channels):
+            yield "it is in no channel of the configuration: nobody sees it over IMGAPI"
+        origin = self.by_uuid.get(image.origin)
+        if image.origin is None:
+            return
+        if origin is None:
+            mirror = f": imgserver.py mirror URL {image.origin}"
+            yield (f"imgadm cannot import it until image {image.origin} is on this server, too"
+                   + (mirror if image.origin not in self.left_out else ""))
+        elif origin.state == "unactivated" != image.state:
+            yield f"imgadm cannot import it until image {image.origin} is activated"
+        elif channels and set(image.channels).isdisjoint(origin.channels):
+            yield no_common_channel(origin.uuid)
+
+
+def endless(origins) -> list:
+    """The uuids whose chain of origins never ends, of {uuid: origin or None}."""
+    result, finite = [], set()
+    for uuid in origins:
+        chain, link = set(), uuid
+        while link in origins and link not in chain and link not in finite:
+            chain.add(link)
+            link = origins[link]
+        if link in chain or link in result:
+            result.append(uuid)
+        else:
+            finite |= chain
+    return result
+
+
+def list_filters(texts):
+    """Functions of an Image for the FIELD=VALUE words of `list`.  Raises UserError."""
+    query, filters = {}, []
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not sign or name not in LIST_FILTERS and not name.startswith("tag."):
+            raise UserError(f"{text!a} is not FIELD=VALUE with one of "
+                            + ", ".join(LIST_FILTERS) + ", tag.KEY", 2)
+        query.setdefault(name, []).append(value)
+        if name in ("uuid", "state", "origin"):
+            filters.append(lambda image, name=name, value=value:
+                           (getattr(image, name) or "") == value)
+        elif name == "channels":
+            filters.append(lambda image, value=value: value in image.channels)
+    return filters + image_filters(query, None)
+
+
+def list_row(image, config) -> list:
+    """The columns of an image in `list`."""
+    published = image.order[0].partition(".")[0] + "Z"
+    row = [image.uuid, image.name, image.version, image.os, image.type, str(image.size),
+           image.state, "-" if image.state == "unactivated" else published, image.origin or "-"]
+    return row + ([printable(",".join(image.channels)) or "-"] if config.channels else [])
+
+
+def list_text(images, config, options) -> str:
+    """The images of `list` as a table, as lines for `cut`, or as JSON."""
+    if options.json:
+        values = []
+        for image in images:
+            values.append(image.fields())
+            for file in values[-1]["files"]:
+                if file["sha1"] == NO_SHA1:
+                    del file["sha1"]
+            if config.channels:
+                values[-1]["channels"] = list(image.channels)
+        return render_json(values)
+    rows = [list_row(image, config) for image in images]
+    if options.parsable:
+        return "\n".join(map("\t".join, rows))
+    rows = [LIST_COLUMNS[:9 + bool(config.channels)]] + [
+        [text if len(text) <= COLUMN_LIMIT else text[:COLUMN_LIMIT - 3] + "..." for text in row]
+        for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join(" ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def run_list(config, options):
+    """List the images in any state, and their problems below."""
+    if options.problems and (options.words or options.json or options.parsable):
+        raise UserError("--problems goes with nothing else", 2)
+    filters = list_filters(options.words)
+    inventory = Inventory(config, (IMGAPI,) if options.json or any(
+        text.startswith("tag.") for text in options.words) else ())
+    images = [image for image in inventory.images if all(check(image) for check in filters)]
+    problems = [] if filters or options.json or options.parsable else list(inventory.problems())
+    parts = [] if options.problems else [list_text(images, config, options)]
+    text = "\n\n".join(filter(None, parts + ["\n".join(problems)]))
+    if text:
+        options.signals.say(text)
+    return 1 if options.problems and problems else 0
+
+
+def change_images(config, options, uuids, change, done):
+    """Call change(uuid) for each image, and say `done` of it."""
+    for uuid in uuids:
+        options.signals.check()
+        text = label(config, uuid)
+        change(uuid)
+        options.signals.say(f"{done} image {text}")
+    return 0
+
+
+def run_state(config, options):
+    """Enable or disable images: all of them are checked before the first is changed."""
+    publisher = Publisher(config)
+    uuids = list(dict.fromkeys(map(checked_uuid, options.uuid)))
+    for uuid in uuids:
+        publisher.manifest(uuid)
+    verb, done = ((publisher.enable, "Enabled") if options.enable else
+                  (publisher.disable, "Disabled"))
+    return change_images(config, options, uuids, verb, done)
+
+
+def run_update(config, options):
+    """Set or remove fields of one image."""
+    uuid = checked_uuid(options.uuid)
+    Publisher(config).update(uuid, given_fields(options.words))
+    options.signals.say(f"Updated image {label(config, uuid)}")
+    return 0
+
+
+def run_delete(config, options):
+    """Delete images: all of them are checked before the first is deleted."""
+    publisher = Publisher(config)
+    uuids = list(dict.fromkeys(map(checked_uuid, options.uuid)))
+    origins = {}
+    others = {} if options.force else publisher.all_dependents()
+    for uuid in uuids:
+        if not any(os.path.isdir(os.path.join(config.serve_dir, prefix + uuid))
+                   for prefix in ("", INCOMING)):
+            raise not_found(f"image {uuid} not found")
+        publisher.refuse_dependents(uuid, [other for other in others.get(uuid, ())
+                                          if other not in uuids])
+        origins.update(dict.fromkeys(others.get(uuid, ()), uuid))
+
+    def depth(uuid):                      # of a chain of origins; a cycle is cut at its length
+        count = 0
+        while uuid in origins and count < len(origins):
+            uuid, count = origins[uuid], count + 1
+        return count
+    uuids.sort(key=depth, reverse=True)   # an image before the one that it builds on
+    return change_images(config, options, uuids,
+                         lambda uuid: publisher.delete(uuid, options.force), "Deleted")
+
+
+def run_prune(config, options):
+    """Delete all but the newest images of each name and channel, if no other builds on them."""
+    publisher, groups, kept = Publisher(config), {}, set()
+    images = [image for image in Inventory(config).images if image.state != "unactivated"
+              and options.name in (None, image.name)]
+    if options.name is not None and not images:
+        raise UserError(f"there is no image {options.name!a}")
+    for image in reversed(images):        # the newest first
+        for channel in image.channels if config.channels and image.channels else (None,):
+            group = groups.setdefault((image.name, channel), [])
+            if len(group) < options.keep:             # so that N that can be imported stay
+                kept.add(image.uuid)
+                group += [image] if image.state == "active" else []
+    others = publisher.all_dependents()
+    doomed = [image.uuid for image in images
+              if image.uuid not in kept and image.uuid not in others]
+    return change_images(config, options, doomed,
+                         (lambda uuid: None) if options.dry_run else publisher.delete,
+                         "Would delete" if options.dry_run else "Deleted")
+
+
+def check_config(config, options):
+    """Say whether a server would start with this configuration, as `nginx -t` does.
+
+    The same sentences and statuses; but an address in use is none of its mistakes.
+    """
+    try:
+        for server in prepare(config).servers:
+            server.server_close()
+        note = ""
+    except AddressInUse as error:
+        note = f" ({error}: the server that runs, perhaps)"
+    options.signals.say("the configuration is right" + printable(note))
+    return 0
+
+
 def run_config(config, options):
     """Write a creator's and a vendor's UUID into config.json, unless it has them."""
+    if options.check:
+        return check_config(config, options)
     path = os.path.abspath(options.config or default_config())
     values = {}
     if os.path.exists(path):
@@ -7151,6 +8750,73 @@ def run_config(config, options):
     if values != before:
         replace_file(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
     print(f"creator {values['image-creator-uuid']}, vendor {values['image-vendor-uuid']}")
+    return 0
+
+
+def ask_password(name, signals) -> bytes:
+    """A new password, from the terminal, or the first line of standard input.
+
+    Raises UserError.
+    """
+    if os.isatty(0):
+        import getpass
+
+        def end(number, frame):           # getpass lets the terminal echo again
+            raise UserError(f"ended by {signal.Signals(number).name}", 128 + number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, end)
+        try:
+            password, again = (getpass.getpass(f"{text} for {name}: ").encode(
+                "utf-8", "surrogateescape") for text in ("Password", "Again, the password"))
+        except EOFError:
+            raise UserError("no password was given")
+        if password != again:
+            raise UserError("the two passwords differ: nothing was changed")
+    else:
+        source, password = Input(None, signals), b""
+        while b"\n" not in password and len(password) <= PASSWORD_LIMIT:
+            more = source.read(CHUNK)
+            password += more or b"\n"
+        password = password.partition(b"\n")[0].removesuffix(b"\r")
+    if not 1 <= len(password) <= PASSWORD_LIMIT or b"\0" in password:
+        raise UserError(f"a password has 1 to {PASSWORD_LIMIT} bytes, and no NUL")
+    return password
+
+
+def run_user(config, options):
+    """List the users, or make, change or delete one."""
+    path, name = config.users, options.name
+    if not path:
+        raise UserError("the configuration names no file for users: add the line "
+                        f'"users": "users", to {options.config or default_config()}', EXIT_CONFIG)
+    config.check_serve_dir()
+    users = read_users(path) if os.path.lexists(path) else {}
+    if name is None:
+        if options.rights or options.delete:
+            raise UserError("say the NAME of the user, too", 2)
+        for user in users.values():
+            options.signals.say(f"{user.name} {user.rights}")
+        return 0
+    if not re.fullmatch(_USER_NAME, name):
+        raise UserError(f"{name!a} is no name for a user: 1 to 64 letters, digits and . _ @ -", 2)
+    if options.delete and name not in users:
+        raise UserError(f"there is no user {name}")
+    password = None
+    if not options.delete and not (options.rights and name in users):
+        password = ask_password(name, options.signals)
+    # Another command may change the file while a password is typed.
+    lock = lock_directory(os.path.dirname(os.path.realpath(path)), LOCK_PATIENCE)
+    try:
+        users = read_users(path) if os.path.lexists(path) else {}
+        user = users.pop(name, User(name, "read", b"", b""))
+        if not options.delete:
+            salt = os.urandom(SALT_SIZE) if password else user.salt
+            users[name] = User(name, options.rights or user.rights, salt,
+                               hash_password(password, salt) if password else user.hash)
+        write_users(path, users, config.serve_dir)
+    finally:
+        if lock is not None:
+            os.close(lock)
     return 0
 
 
@@ -7260,10 +8926,16 @@ def default_config() -> str:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Refuses unknown options itself, with the usage of its command, not that of all."""
+    """Refuses unknown options itself, with the usage of its command, not that of all.
+
+    A list of UUIDs may go on behind an option.
+    """
 
     def parse_known_args(self, args=None, namespace=None):
         namespace, unknown = super().parse_known_args(args, namespace)
+        if isinstance(getattr(namespace, "uuid", None), list) and "-" not in [
+                word[:1] for word in unknown]:
+            namespace.uuid, unknown = namespace.uuid + unknown, []
         if unknown:
             self.error("unrecognized arguments: " + " ".join(unknown))
         return namespace, unknown
@@ -7289,6 +8961,70 @@ def add_import_options(sub):
     sub.add_argument("-q", "--quiet", action="store_true", help="no progress on a terminal")
 
 
+def at_least_one(text) -> int:
+    """The N of --keep.  Raises ArgumentTypeError, which the parser reports."""
+    if not re.fullmatch("0*[1-9][0-9]{0,8}", text):
+        raise argparse.ArgumentTypeError(f"must be a number from 1 on, not {text!a}")
+    return int(text)
+
+
+def add_managing_commands(command):
+    """The commands that list and change images; command() adds one."""
+    sub = command("list", run_list, "list the images, and their problems below",
+                  example="list name=~web state=disabled")
+    sub.add_argument("words", nargs="*", metavar="FIELD=VALUE",
+                     help="only those that have it: name=web, name=~part, type=!zvol, "
+                          "tag.role=db; fields: " + ", ".join(LIST_FILTERS))
+    sub.add_argument("-j", "--json", action="store_true", help="their manifests, as JSON")
+    sub.add_argument("-p", dest="parsable", action="store_true",
+                     help="the columns alone, whole and with a tab between them, for cut -f")
+    sub.add_argument("--problems", action="store_true",
+                     help="only the problems; exit status 1 where there are any")
+    for name, run, text in (
+            ("enable", run_state, "let disabled images be listed and imported again"),
+            ("disable", run_state, "take images off the lists; running downloads go on"),
+            ("delete", run_delete, "delete images; running downloads go on")):
+        sub = command(name, run, text, True, f"{name} {EXAMPLE}")
+        sub.set_defaults(enable=name == "enable")
+        sub.add_argument("uuid", nargs="+", metavar="UUID")
+    sub.add_argument("--force", action="store_true",
+                     help="even where other images build on them")
+    sub = command("update", run_update, "change fields of the manifest of an image",
+                  True, f"update {EXAMPLE} 'description=Web server' homepage=")
+    sub.add_argument("uuid", metavar="UUID")
+    sub.add_argument("words", nargs="+", metavar="FIELD=VALUE",
+                     help="as for import; FIELD= removes it")
+    sub = command("prune", run_prune, "delete old images: all but the newest of each "
+                  "name (and channel), if no other builds on them", True, "prune --keep 3 -n")
+    sub.add_argument("--keep", type=at_least_one, required=True, metavar="N",
+                     help="how many of each name stay, 1 or more")
+    sub.add_argument("--name", help="only the images of this name")
+    sub.add_argument("-n", dest="dry_run", action="store_true",
+                     help="delete none, but name those that would go")
+
+
+def add_mirror_options(sub):
+    """The options and words of `mirror`."""
+    sub.add_argument("url", metavar="URL",
+                     help="http[s]://[USER:PASSWORD@]HOST[:PORT], with /datasets at its end for "
+                          "DSAPI, or a directory of images")
+    sub.add_argument("uuid", nargs="*", metavar="UUID", help="these images, and their origins")
+    for name, text in (("name", "images of this name, or with ~PART in it"),
+                       ("version", "of this version, or with ~PART in it"),
+                       ("os", "of this operating system"), ("type", "of this type"),
+                       ("channel", "in this channel of the other server")):
+        sub.add_argument(f"--{name}", help=text)
+    sub.add_argument("--latest", type=int, metavar="K", help="the K newest of each name")
+    sub.add_argument("--all", action="store_true", help="all that are listed there")
+    sub.add_argument("--ca", metavar="FILE", help="certificates to trust, as PEM")
+    sub.add_argument("--insecure", action="store_true", help="trust any certificate")
+    sub.add_argument("-n", "--dry-run", dest="dry", action="store_true",
+                     help="print what would come, with sizes")
+    sub.add_argument("--no-stream-check", dest="stream_check", action="store_false",
+                     help="take files that are no ZFS send streams")
+    sub.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+
+
 def option_parser() -> argparse.ArgumentParser:
     """The command line; `run` of what it parses is the command's function."""
     shared = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
@@ -7306,12 +9042,16 @@ def option_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", title="commands",
                                      parser_class=CommandParser)
 
-    def command(name, run, text, writes=False):
-        sub = commands.add_parser(name, parents=[shared], help=text, description=text)
+    def command(name, run, text, writes=False, example=""):
+        sub = commands.add_parser(
+            name, parents=[shared], help=text, description=text[0].upper() + text[1:] + ".",
+            epilog=example and "example:\n  imgserver.py " + example,
+            formatter_class=argparse.RawDescriptionHelpFormatter)
         sub.set_defaults(run=run, writes=writes)
         return sub
 
-    serve = command("serve", run_serve, "serve the images (the default)")
+    serve = command("serve", run_serve, "serve the images (the default)",
+                    example="serve --listen 8080 --dir /images")
     for each in (parser, serve):
         each.add_argument("--listen", metavar="PORT|ADDRESS:PORT|/PATH", default=argparse.SUPPRESS,
                           help="where to listen: TCP, or a Unix socket; port 0 takes any "
@@ -7319,11 +9059,18 @@ def option_parser() -> argparse.ArgumentParser:
         each.add_argument("--loglevel", metavar="LEVEL", default=argparse.SUPPRESS,
                           help="least level to log: " + ", ".join(LEVELS)
                                + " (default: loglevel of the configuration, info)")
-    sub = command("import", run_import, "publish an image, read from standard input", True)
+    sub = command("import", run_import, "publish an image, read from standard input",
+                  True, "import web 1.2.0 'Web server' < web.zfs.gz")
     add_import_options(sub)
+    add_mirror_options(command(
+        "mirror", run_mirror, "bring images of another server, with those they build on", True,
+        "mirror https://images.smartos.org --name base-64-lts --latest 1"))
     # For the script import-image alone, which passes everything on: without help, not listed.
     sub = commands.add_parser("import-image", parents=[shared], prog="import-image",
-                              description="Publish an image, read from standard input.")
+                              formatter_class=argparse.RawDescriptionHelpFormatter,
+                              description="Publish an image, read from standard input.",
+                              epilog="example:\n  import-image --dir /images web 1.2.0 "
+                                     "'Web server' < web.zfs.gz")
     sub.set_defaults(run=run_import_image, writes=True)
     add_import_options(sub)
     sub.usage += ("\n       %(prog)s [--dir DIR] [--config FILE] -a UUID | -d UUID"
@@ -7335,11 +9082,13 @@ def option_parser() -> argparse.ArgumentParser:
     sub.add_argument("-p", action="store_true",
                      help="print the Python that is used: $PYTHON, or the newest in "
                           "/opt/local/bin, or python3")
-    command("activate", run_activate, "put an unactivated image on show", True).add_argument(
-        "uuid", metavar="UUID")
+    command("activate", run_activate, "put an unactivated image on show",
+            True, f"activate {EXAMPLE}").add_argument("uuid", metavar="UUID")
     command("discard", run_discard, "throw an image away that is not active",
-            True).add_argument("uuid", metavar="UUID")
-    sub = command("check", run_check, "read every image again, and compare with its manifest")
+            True, f"discard {EXAMPLE}").add_argument("uuid", metavar="UUID")
+    add_managing_commands(command)
+    sub = command("check", run_check, "read every image again, and compare with its manifest",
+                  example="check --fast -q")
     sub.add_argument("uuid", nargs="*", metavar="UUID", help="only these images")
     sub.add_argument("--fast", action="store_true",
                      help="compare manifests, sizes, first bytes and origins only")
@@ -7349,8 +9098,21 @@ def option_parser() -> argparse.ArgumentParser:
                      help="remove images that were never finished, a day after their last change")
     sub.add_argument("-q", "--quiet", action="store_true",
                      help="print nothing when all is well, and no progress")
-    command("config", run_config, "write creator and vendor UUIDs into config.json, once")
-    sub = command("smf", run_smf, "print the SMF manifest for this directory and Python")
+    sub = command("user", run_user, "list the users, or make, change or delete one; a password "
+                  "is asked for, or is a line of standard input",
+                  example="user joe --rights publish")
+    sub.add_argument("name", nargs="?", metavar="NAME")
+    choice = sub.add_mutually_exclusive_group()
+    choice.add_argument("--rights", choices=RIGHTS,
+                        help="what NAME may do, each with those before it (default: read); the "
+                             "password of one who is there stays")
+    choice.add_argument("--delete", action="store_true", help="delete NAME")
+    sub = command("config", run_config, "write creator and vendor UUIDs into config.json, once",
+                  example="config --check")
+    sub.add_argument("--check", action="store_true",
+                     help="write nothing, but say whether the server would start")
+    sub = command("smf", run_smf, "print the SMF manifest for this directory and Python",
+                  example="smf --user imgserver --group imgserver > image-server.smf.xml")
     sub.add_argument("--directory", help="where imgserver.py is installed (default: here)")
     sub.add_argument("--python", help="the interpreter (default: this one)")
     sub.add_argument("--user", help="who runs it (default: you)")
@@ -7404,7 +9166,8 @@ def main(arguments=None) -> int:
     except (UserError, ApiError) as error:
         message, status = str(error), getattr(error, "exit_status", 1)
         if getattr(error, "errors", None) and all("message" in each for each in error.errors):
-            message = "; ".join(each["message"] for each in error.errors)
+            message = "; ".join(each["message"] if each["field"] in each["message"] else
+                                f"{each['field']}: {each['message']}" for each in error.errors)
         cause = error.__cause__
         if isinstance(cause, OSError) and os.path.isabs(cause.filename or ""):
             message += f" ({cause.filename})"
@@ -7416,7 +9179,8 @@ def main(arguments=None) -> int:
         message = str(error.strerror or error)
     options.signals.finish(published=False)
     with contextlib.suppress(OSError, AttributeError):    # nobody to tell; the status does
-        sys.stderr.write(f"imgserver: {message}\n")
+        if status != 128 + signal.SIGPIPE or options.writes:      # not after `list | head`
+            sys.stderr.write(f"imgserver: {message}\n")
     if status > 128:                      # a signal: no line that nobody reads delays the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return status

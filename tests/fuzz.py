@@ -98,9 +98,9 @@ def with_body(rng):
 
 ACTIONS = ("import", "activate", "enable", "disable", "update", "channel-add", "publish", "export",
            "import-remote", "bogus", "")
-FIELD_TEXTS = ("name=a", "version=1", "name=", "os=other", "type=other", "type=zvol", "public=false",
-               "tags={}", "acl=[]", "channels=[%22dev%22]", "origin=" + GOOD, "uuid=" + PLAIN,
-               "sha1=0", "compression=gzip", "compression=xz", "state=active", "%ff=%00", "v=2")
+FIELD_TEXTS = ("name=a", "version=1", "name=", "os=other", "type=other", "type=zvol",
+               "public=false", "tags={}", "acl=[]", "channels=[%22dev%22]", "origin=" + GOOD,
+               "uuid=" + PLAIN, "sha1=0", "compression=gzip", "compression=xz", "state=active", "%ff=%00", "v=2")
 
 
 def writing(rng):

@@ -382,7 +382,7 @@ class Server:
                 [*wrapper, *command(*arguments, prelude=prelude, python=python)], stderr=log,
                 stdin=subprocess.DEVNULL, env={**os.environ, **(environment or {})})
         try:
-            match = self.wait_log(r"imgserver \S+ serves .* on ([^\s,]+)")
+            match = self.wait_log(r"imgserver \S+ serves .* on ([^\s,\"]+)")
         except AssertionError:
             self.kill()
             raise AssertionError(f"the server did not start: {self.log()}")

@@ -151,8 +151,8 @@ class Routes(Case):
                     answer = self.server.get(target + "?action=disable", method=method)
                     self.expect_error(answer, 405, "MethodNotAllowedError",
                                       f"{method} is not allowed: publishing over HTTP is off, "
-                                      "until publish_from or manage_from of the configuration "
-                                      "says who may")
+                                      "until users, publish_from or manage_from of the "
+                                      "configuration says who may")
                     self.assertEqual(answer.headers["allow"], "GET, HEAD, OPTIONS")
 
     def test_list_is_active_images_as_shown_alone(self):

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 import unittest
+from unittest import mock
 
 import imgserver
 from tests.support import (IMGSERVER, PATIENCE, SETTLED, SOON, Connection, ServerCase,
@@ -313,6 +314,50 @@ class Logs(ServerCase):
                 wait_for(lambda: server.log().count("\n") > before, "a log line")
                 self.assertIn(f' info {shown} "GET /ping ', server.log().splitlines()[before])
 
+    def test_who_asks_stands_behind_the_time(self):
+        write_image(self.serve_dir, U, b"12345")
+        server = self.serve(prelude=PROMPT_LOG)
+        agent = f"imgadm/3.9.5 (node/0.10.48; OpenSSL/1.0.1h) {U}"
+        for headers, shown in (({"User-Agent": agent}, agent), ({}, ""),
+                               ({"User-Agent": 'a" 200 \xe9'}, r'a\" 200 \xe9'),
+                               ({"User-Agent": "z" * 3000}, "z" * 200 + "...")):
+            with self.subTest(shown[:50]):
+                before = server.log().count("\n")
+                server.get(f"/images/{U}/file", headers)
+                wait_for(lambda: " 200 5 " in "".join(server.log().splitlines()[before:]))
+                logged = [line for line in server.log().splitlines()[before:]
+                          if '"GET ' in line][0]
+                self.assertRegex(logged, r'HTTP/1\.1" 200 5 [0-9.]+ms - "'
+                                 + re.escape(shown) + '" test 1.0.0$')
+
+    def test_json_has_the_keys_of_bunyan(self):
+        write_image(self.serve_dir, U, b"12345")
+        write_image(self.serve_dir, uuid_of(2), b"12345", name=["a\x1b"])
+        server = self.serve(prelude=PROMPT_LOG, config={"logformat": "json", "colour": 1})
+        server.get(f"/images/{U}/file", {"User-Agent": 'imgadm "3"'})
+        server.get("/images")
+        server.raw(b"\x1b[31m\r\n\r\n")
+        wait_for(lambda: server.log().count('"latency"') == 3)
+        self.assertEqual(server.stop(), 0)
+        self.assertRegex(server.log(), r"^[ -~\n]*$")
+        records = [json.loads(line) for line in server.log().splitlines()]
+        for record in records:
+            self.assertLessEqual({"v", "level", "name", "hostname", "pid", "time", "msg"},
+                                 set(record))
+            self.assertEqual((record["v"], record["name"], record["pid"]),
+                             (0, "imgserver", server.process.pid))
+            self.assertRegex(record["time"], r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
+        self.assertEqual([record["msg"] for record in records if record["level"] == 40][0],
+                         "config: 'colour' is no key of the configuration")
+        self.assertTrue(any("is left out" in record["msg"] for record in records))
+        file, _, bad = [record for record in records if "req" in record]
+        self.assertEqual((file["req"], file["res"], file["image"], file["user"], file["level"]), (
+            {"method": "GET", "url": f"/images/{U}/file", "remoteAddress": "127.0.0.1",
+             "headers": {"user-agent": r'imgadm \"3\"'}},
+            {"statusCode": 200, "bytes": 5}, "test 1.0.0", None, 30))
+        self.assertGreaterEqual(file["latency"], 0)
+        self.assertEqual((bad["req"]["method"], bad["res"]["statusCode"]), (r"\x1b[31m", 400))
+
     def test_client_on_tcp_cannot_name_its_own_address(self):
         server = self.serve()
         server.get("/ping", {"X-Real-IP": "192.0.2.7", "X-Forwarded-For": "192.0.2.7"})
@@ -485,7 +530,7 @@ class LogOfThreads(unittest.TestCase):
 
         def add(thread):
             for number in range(20000):
-                self.log.add(f"{thread} {number}")
+                self.log.add("info", f"{thread} {number}")
         threads = [threading.Thread(target=add, args=(number,)) for number in range(4)]
         for thread in threads:
             thread.start()
@@ -493,7 +538,38 @@ class LogOfThreads(unittest.TestCase):
             self.log.flush()
         self.log.flush()
         self.assertEqual(sorted(self.lines()), sorted(
-            f"{thread} {number}" for thread in range(4) for number in range(20000)))
+            f" info {thread} {number}" for thread in range(4) for number in range(20000)))
+
+
+    def test_lost_lines_are_a_line_of_json_too(self):
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, reader)
+        log = imgserver.Log("info", writer, "json")
+        with mock.patch("imgserver.LOG_LIMIT", 1 << 17):
+            for _ in range(3000):
+                log.add("info", "x" * 100)
+                log.flush()
+        data = os.read(reader, 1 << 20)
+        log.warn("read again")
+        while b"read again" not in data:
+            data += os.read(reader, 1 << 20)
+            log.flush()
+        os.close(writer)
+        lines = data.decode().splitlines()
+        self.assertEqual(json.loads(lines[-1])["msg"], "read again")
+        lost = [line for line in lines if "lost" in line][-1]
+        self.assertRegex(json.loads(lost)["msg"], r"^\([0-9]+ bytes of log lost: nobody read")
+
+    def test_a_user_is_named(self):
+        for form in ("text", "json"):
+            log = imgserver.Log("info", self.file.fileno(), form)
+            log.request("192.0.2.7", "joe", "GET / HTTP/1.1", "curl", 200, 5, 0.0123, "", " (cut)")
+            log.flush()
+        text, record = self.lines()
+        self.assertTrue(text.endswith('192.0.2.7 "GET / HTTP/1.1" 200 5 12.3ms joe "curl" (cut)'))
+        self.assertEqual(json.loads(record)["user"], "joe")
+        self.assertEqual(json.loads(record)["msg"], "GET / HTTP/1.1 200 (cut)")
+        self.assertEqual(json.loads(record)["latency"], 12.3)
 
 
 class Clock(ServerCase):

@@ -7,6 +7,7 @@ import unittest
 
 from tests.support import (ROOT, ServerCase, ask, check_only, imgserver, uuid_of, wait_for,
                            write_image, write_v2)
+from tests.test_page import LOGIN, users_file
 
 U = uuid_of(1)
 # As with loglevel fatal, but for the line that the tests wait for.
@@ -150,7 +151,18 @@ class Counts(MetricsCase):
         for level in ("warn", "error"):
             self.assertEqual(samples["imgserver_log_lines_total", (level,)], lines.count(level))
         self.assertGreaterEqual(lines.count("warn"), 2)
-        self.await_value(0, "failed_logins_total")
+
+    def test_failed_logins(self):
+        self.start(users=users_file(self.directory))
+        self.server.get("/images", {"Authorization": LOGIN})
+        self.assertEqual(self.value("failed_logins_total"), 0)
+        self.server.get("/images", {"Authorization": LOGIN[:-4] + "AAAA"})
+        self.assertEqual(self.value("failed_logins_total"), 1)
+
+    def test_where_reading_needs_a_user_so_do_they(self):
+        server = self.start(users=users_file(self.directory), read="users")
+        self.assertError(server.get("/metrics"), 401)
+        self.assertEqual(server.get("/metrics", {"Authorization": LOGIN}).status, 200)
 
     def test_without_serve_dir_the_others_are_there(self):
         self.start()

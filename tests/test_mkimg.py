@@ -459,7 +459,7 @@ class TestTrouble(MkimgCase):
         for name, shell in SHELLS.items():
             if not shutil.which(shell[0]):
                 continue
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
                 with self.subTest(shell=name, number=number):
                     self.put("state", "running\n")
                     self.put("sending")

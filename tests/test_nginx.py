@@ -36,9 +36,13 @@ class NginxCase(ServerCase):
             self.port = sock.getsockname()[1]
             self.start_nginx(sock.fileno())
 
+    def text(self):
+        """What stands in http { }."""
+        return snippet()
+
     def start_nginx(self, listener):
         """Start nginx on a socket that listens already: nobody else can take its port."""
-        text = snippet()
+        text = self.text()
         self.assertEqual(text.count("/var/imgserver/imgserver.sock"), 1)
         text = text.replace("/var/imgserver/imgserver.sock", self.server.address)
         for old, new in self.changes:
@@ -115,6 +119,47 @@ class Nginx(NginxCase):
                         f"http://127.0.0.1:{self.port}{FILE}"], check=True, timeout=PATIENCE)
         with open(path, "rb") as file:
             self.assertEqual(file.read(), self.data)
+
+
+class Cache(Nginx):
+    """The same with a cache, as the README shows it."""
+
+    def text(self):
+        with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+            block = re.findall(r"```nginx\n(.*?)```", file.read(), re.DOTALL)[1]
+        first, rest = block.split("\n", 1)
+        self.assertEqual(first.count("/var/cache/imgserver"), 1)
+        first = first.replace("/var/cache/imgserver", os.path.join(self.directory, "cache"))
+        return first + "\n" + snippet().replace("location / {\n", "location / {\n" + rest)
+
+    def test_files_come_from_the_cache_as_they_are(self):
+        for target in (f"/images/{U}/file", FILE):
+            first = self.get(target)
+            for _ in range(3):
+                again = self.get(target)
+                self.assertEqual(again.body, self.data)
+                for name in ("content-md5", "etag", "content-length", "accept-ranges"):
+                    self.assertEqual(again.headers[name], first.headers[name])
+            self.get("/ping")             # whose line is behind all of theirs
+            self.server.wait_log(f'"GET {re.escape(target)} (?s:.*)"GET /ping ')
+            asked = re.findall(f'"GET {re.escape(target)} ', self.server.log())
+            self.assertEqual(len(asked), 1)
+
+
+class CacheOfAnyHost(Cache):
+    """With the key of nginx's own example, which leaves out the Host."""
+
+    def text(self):
+        text, count = re.subn("proxy_cache_key .*;", "proxy_cache_key $request_uri;",
+                              super().text())
+        self.assertEqual(count, 1)
+        return text
+
+    def test_no_host_poisons_the_manifests_of_others(self):
+        for target in ("/datasets", f"/datasets/{U}"):
+            for host in ("evil.example.com", "images.example.com"):
+                answer = self.get(target, {"Host": host})
+                self.assertIn(f"http://{host}/datasets/{U}/".encode(), answer.body)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,18 @@ HOSTILE = [
 ]
 
 
+LOGIN = "Basic " + base64.b64encode(b"joe:secret").decode()
+
+
+def users_file(directory):
+    """A file with the user of LOGIN, who may read."""
+    path = os.path.join(directory, "users")
+    salt = bytes(imgserver.SALT_SIZE)
+    imgserver.write_users(path, {"joe": imgserver.User(
+        "joe", "read", salt, imgserver.hash_password(b"secret", salt))}, directory)
+    return path
+
+
 class Reader(html.parser.HTMLParser):
     """A page as a parser sees it: tags = [(tag, attributes)], and the text of each row."""
 
@@ -244,18 +256,27 @@ class Pages(PageCase):
         page = self.read(self.site(channels=channels), "/?page=1")
         self.assertEqual(len(page.rows), 3)
 
-    def test_a_client_sees_what_it_may_see(self):
-        self.images(3)
-        site = self.site()
-        page = site.table[""]["GET"].handler.__self__
-
-        def may_show(request, image):
-            return request.headers.get("authorization") or image.name != "n2"
-        with mock.patch.object(page, "may_show", may_show):
-            for _ in range(2):
-                self.assertEqual(len(self.read(site).rows), 2)
-                self.assertEqual(len(self.read(site, Authorization="x").rows), 3)
-            self.assertEqual(self.read(site, "/?page=1&q=n2").rows, [])
+    def test_private_images_are_for_users(self):
+        self.images(2)
+        write_v2(self.serve_dir, uuid_of(3), name="secret", public=False, origin=uuid_of(1))
+        self.assertEqual(len(self.read(self.site()).rows), 3)
+        site = self.site(read="public", users=users_file(self.directory))
+        for _ in range(2):                # from the cache, too
+            answer = ask(site, "/?page=1")
+            self.assertEqual(len(Reader(answer.body.decode()).rows), 2)
+            self.assertNotIn(b"secret", answer.body)
+            self.assertNotIn(b"builds on", answer.body)
+            self.assertIn("?page=1&login", Reader(answer.body.decode()).links("href"))
+            answer = ask(site, "/?page=1", Authorization=LOGIN)
+            self.assertEqual(len(Reader(answer.body.decode()).rows), 3)
+            self.assertEqual(answer.headers["cache-control"], "private, no-store")
+            self.assertNotIn(b"login", answer.body)
+        self.assertEqual(self.read(site, "/?page=1&q=secret").rows, [])
+        self.assertError(ask(site, "/?login", Accept=HTML), 401)
+        self.assertEqual(len(self.read(site, "/?login", Accept=HTML, Authorization=LOGIN).rows), 3)
+        site = self.site(read="users", users=users_file(self.directory))
+        self.assertError(ask(site, "/", Accept=HTML), 401)
+        self.assertEqual(len(self.read(site, "/", Accept=HTML, Authorization=LOGIN).rows), 3)
 
     def test_rendered_once_for_each_state_of_the_images(self):
         self.images(2)

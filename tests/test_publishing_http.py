@@ -16,11 +16,12 @@ import signal
 import subprocess
 import threading
 import unittest
+from unittest import mock
 
 import imgserver
 from tests import streams
-from tests.support import (PATIENCE, ROOT, ServerCase, ask, check_only, command, log_of, need,
-                           uuid_of, wait_for, write_image, write_v2)
+from tests.support import (PATIENCE, ROOT, BodyBytes, ServerCase, ask, check_only, command, log_of,
+                           need, uuid_of, wait_for, write_image, write_v2)
 from tests.test_nginx import NginxCase
 
 U, V, W = uuid_of(1), uuid_of(2), uuid_of(3)
@@ -266,6 +267,13 @@ class Refusals(PublishingCase):
                          ["manifest.json"])
         self.assertEqual(self.put("GET", f"/images/{V}/file").body, DATA)
 
+    def test_a_part_of_a_file(self):
+        for target in (f"/images/{W}/file?compression=gzip",
+                       "/images?action=publish&name=a&version=1"):
+            answer = self.put("POST" if "publish" in target else "PUT", target, DATA,
+                              Content_Range=f"bytes 5-{len(DATA) + 4}/{len(DATA) + 5}")
+            self.expect(target, answer, 400, "BadRequestError", "cannot be resumed")
+
     def test_file_of_no_stream_where_streams_are_not_checked(self):
         self.www = self.site(check_streams=False, **RIGHTS)
         answer = self.put("PUT", f"/images/{W}/file?compression=none", b"x" * 5000)
@@ -274,7 +282,8 @@ class Refusals(PublishingCase):
     def test_limits_of_an_upload(self):
         site = self.site(max_upload=len(DATA) - 1, **RIGHTS)
         target = f"/images/{W}/file?compression=gzip"
-        self.expect("told", self.put("PUT", target, DATA, site=site), 400, "Upload", "max_upload")
+        self.expect("told", ask(site, target, "PUT", peer=MANAGER, Content_Length=len(DATA)), 400,
+                    "Upload", "max_upload")
         self.expect("chunked", ask(site, (
             f"PUT {target} HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n").encode(),
             body=DATA, peer=MANAGER), 400, "Upload", "max_upload")
@@ -282,6 +291,22 @@ class Refusals(PublishingCase):
         size = free.f_bavail * free.f_frsize + (1 << 40)
         self.expect("no space", ask(self.www, target, "PUT", peer=MANAGER, Content_Length=size),
                     503, "StorageIsDown")
+
+    def test_a_disk_that_fills_meanwhile(self):
+        class Filling(BodyBytes):
+            def read(self, size):
+                imgserver.SPACE_LEFT = 1 << 62
+                return super().read(10)
+        for head in ("Content-Length: %d" % len(DATA), "Transfer-Encoding: chunked"):
+            with mock.patch.object(imgserver, "SPACE_LEFT", imgserver.SPACE_LEFT), \
+                    mock.patch.object(imgserver, "SPACE_STEP", 50), \
+                    mock.patch("tests.support.BodyBytes", Filling):
+                answer = ask(self.www, (f"PUT /images/{W}/file?compression=gzip HTTP/1.1\r\n"
+                                        f"Host: h\r\n{head}\r\n\r\n").encode(), body=DATA,
+                             peer=MANAGER)
+            self.expect(head, answer, 503, "StorageIsDown")
+        self.assertEqual(os.listdir(os.path.join(self.serve_dir, ".incoming-" + W)),
+                         ["manifest.json"])
 
     def test_icon(self):
         png = {"Content_Type": "image/png"}
@@ -426,6 +451,16 @@ class Right(PublishingCase):
                                       Forwarded="for=" + MANAGER)
                     code = answer.json()["code"] if answer.status >= 400 else None
                     self.assertEqual(code == "OperatorOnly", refused is no, answer)
+
+    def test_a_directory_that_cannot_be_written_is_said_at_once(self):
+        os.chmod(self.directory, 0o755)
+        os.chmod(self.serve_dir, 0o555)
+        self.addCleanup(os.chmod, self.serve_dir, 0o755)
+        for config, said in ((HERE, True), ({}, False)):
+            server = self.serve(config=config, prelude=(
+                "import os, resource, ipaddress\nif os.getuid() == 0: "
+                "os.setgroups([]); os.setgid(65534); os.setuid(65534)"))
+            self.assertEqual("serve_dir cannot be written" in server.log(), said)
 
     def test_networks_and_the_socket(self):
         for networks, peers, others in (
@@ -698,7 +733,8 @@ class Channels(PublishingCase):
     def test_an_image_of_another_channel_is_not_found(self):
         write_v2(self.serve_dir, GONE, DATA, channels=["dev"])
         for method, target, body in (
-                ("POST", f"/images/{GONE}?action=disable", b""), ("DELETE", f"/images/{GONE}", b""),
+                ("POST", f"/images/{GONE}?action=disable", b""),
+                ("DELETE", f"/images/{GONE}", b""),
                 ("POST", f"/images/{GONE}/acl", b"[]"),
                 ("POST", f"/images/{GONE}?action=update", {"name": "x"}),
                 ("DELETE", f"/images/{GONE}/icon", b"")):
@@ -708,7 +744,8 @@ class Channels(PublishingCase):
                 where = target + ("&" if "?" in target else "?") + "channel=" + channel
                 self.expect(where, self.put(method, where, body), 422, "ValidationFailed",
                             f"unknown channel: {channel}", [("channel", "Invalid")])
-        self.assertEqual(self.put("POST", f"/images/{GONE}?action=disable&channel=dev").status, 200)
+        target = f"/images/{GONE}?action=disable&channel=dev"
+        self.assertEqual(self.put("POST", target).status, 200)
 
     def test_channel_add(self):
         write_v2(self.serve_dir, GONE, DATA, channels=["dev"])
@@ -1144,6 +1181,17 @@ class Uploads(ServerCase):
         self.assertEqual(server.get(f"/images/{U}").json()["files"], [])
         self.assertEqual(os.listdir(os.path.join(self.serve_dir, ".incoming-" + U)),
                          ["manifest.json"])
+
+    def test_an_image_that_is_deleted_while_it_is_downloaded(self):
+        data = os.urandom(16 << 20)
+        write_v2(self.serve_dir, U, data)
+        server = self.serve(config=HERE)
+        with server.connect() as connection:
+            connection.send(f"GET /images/{U}/file HTTP/1.1\r\nHost: h\r\n\r\n".encode())
+            connection.buffer = connection.recv(1000)
+            ImgadmPublish(server.connect).ask("DELETE", f"/images/{U}", b"")
+            self.assertEqual(os.listdir(self.serve_dir), [])
+            self.assertEqual(connection.answer().body, data)
 
     def test_malformed_chunks_store_nothing(self):
         server = self.serve(config=HERE)

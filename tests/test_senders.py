@@ -184,6 +184,32 @@ imgserver.selectors.DefaultSelector.register = fails
 """, "cut: no memory")
 
 
+class Lists(ServerCase):
+
+    def test_lists_that_take_long_hold_up_no_file(self):
+        write_image(self.serve_dir, uuid_of(1), DATA)
+        end = os.path.join(self.directory, "end")
+        server = self.serve(prelude=f"""
+import os, time
+imgserver.Workers.watch = lambda workers: None        # no help as for a disk that hangs
+select = imgserver.Imgapi._select
+def slow(*arguments):
+    result = select(*arguments)           # in the event loop it asks for a thread
+    while not os.path.exists({end!r}):
+        time.sleep(0.01)
+    return result
+imgserver.Imgapi._select = slow
+""")
+        lists = [server.connect() for _ in range(2 * imgserver.WORKERS)]
+        for connection in lists:
+            self.addCleanup(connection.close)
+            ask(connection, "/images?name=test")
+        self.assertEqual(server.get(target_of(1)).body, DATA)
+        open(end, "w").close()
+        for connection in lists:
+            self.assertEqual(connection.answer().status, 200)
+
+
 class Workers(unittest.TestCase):
     """In process: every job is done once, and threads are few and end."""
 

@@ -1,15 +1,20 @@
 """The directory as it is served: what is left out and why, and how soon a change shows."""
 
+import base64
+import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import time
 import unittest
 import urllib.parse
+from unittest import mock
 
-from tests.support import (NOBODY, ServerCase, uuid_of, wait_for, write_image,
+import imgserver
+from tests.support import (NOBODY, SETTLED, ServerCase, ask, parse, uuid_of, wait_for, write_image,
                            write_manifest, write_v2)
 
 GOOD = uuid_of(1)              # the sound image that every hostile one must leave in peace
@@ -375,6 +380,50 @@ class Freshness(ServerCase):
         self.assertShows(server, "swapped")
         self.assertEqual(server.get(f"/images/{GOOD}/file").body, b"other bytes")
 
+    def test_one_directory_swapped_between_the_look_and_open_never_has_the_etag_before(self):
+        for number, target in enumerate((f"/images/{GOOD}/file",
+                                         f"/datasets/{GOOD}/image.zfs.gz")):
+            site, real = self.site(), imgserver.open_regular
+            place, after = os.path.join(self.serve_dir, GOOD), b"not a real strea%d" % number
+            write_image(self.directory, GOOD, after)
+            ask(site, target)
+
+            def swapped(name, *serve_dir):
+                if name == os.path.join(place, "image.zfs.gz") and os.path.isdir(
+                        os.path.join(self.directory, GOOD)):
+                    os.rename(place, place + f".{number}")
+                    os.rename(os.path.join(self.directory, GOOD), place)
+                return real(name, *serve_dir)
+            with self.subTest(target), mock.patch("imgserver.open_regular", swapped):
+                answer = ask(site, target)
+                self.assertEqual((answer.status, answer.body), (200, after))
+                self.assertEqual(answer.headers["etag"], f'"{hashlib.sha1(after).hexdigest()}"')
+
+    def test_one_directory_swapped_while_it_is_read_is_no_mixture_of_two(self):
+        after = b"not a real strea?"
+        write_image(self.directory, GOOD, after, name="after")
+        place, listdir = os.path.join(self.serve_dir, GOOD), os.listdir
+
+        def swapped(path):                # between its manifest and its file
+            if path == place and os.path.isdir(os.path.join(self.directory, GOOD)):
+                os.rename(place, place + ".before")
+                os.rename(os.path.join(self.directory, GOOD), place)
+            return listdir(path)
+        with mock.patch("os.listdir", swapped):
+            answer = ask(self.site(), f"/images/{GOOD}/file")
+        self.assertEqual((answer.status, answer.body), (200, after))
+        self.assertEqual(answer.headers["etag"], f'"{hashlib.sha1(after).hexdigest()}"')
+
+    def test_out_of_files_while_a_hash_is_taken_is_not_for_ever(self):
+        site = self.site()
+        write_v2(self.serve_dir, uuid_of(5), files=[{"compression": "gzip"}])
+        for code in (errno.EMFILE, errno.EIO):
+            with self.subTest(code):
+                os.utime(os.path.join(self.serve_dir, uuid_of(5), "image.zfs.gz"))
+                with mock.patch("imgserver.hash_file", side_effect=OSError(code, "broken")):
+                    self.assertIn(ask(site, f"/images/{uuid_of(5)}").status, (404, 503))
+                self.assertEqual(ask(site, f"/images/{uuid_of(5)}").status, 200)
+
     def test_a_file_that_grows_while_it_is_copied(self):
         data = b"0123456789" * 1000
         uuid = uuid_of(2)
@@ -637,6 +686,39 @@ class Origins(ServerCase):
         server = self.serve()
         self.assertEqual(server.get(f"/datasets/{uuid_of(1000)}").status, 200)
         self.assertEqual(len(uuids(server.get("/datasets"))), 1000)
+
+    def test_a_long_chain_never_holds_up_the_event_loop(self):
+        count = 3 * imgserver.LINKS_IN_LOOP
+        for number in range(1, count + 1):
+            self.image(number, number - 1 or None)
+        site = self.site()
+        ask(site, "/images")
+        time.sleep(SETTLED)
+        ask(site, "/images")
+        looks, real = [], imgserver.Image.is_fresh
+
+        def is_fresh(image, *arguments, **words):
+            looks.append(image.uuid)
+            return real(image, *arguments, **words)
+
+        def in_loop():
+            request = parse(f"GET /images/{uuid_of(count)} HTTP/1.1\r\nHost: h\r\n\r\n".encode())
+            return site.answer(request).status
+        # Each verdict and each link is due to be re-checked.
+        site.store._cyclic_since = -math.inf
+        for image in site.store._images.values():
+            image.checked = -math.inf
+        with mock.patch("imgserver.Image.is_fresh", is_fresh):
+            with self.assertRaises(imgserver.NeedsThread):
+                in_loop()
+            self.assertLess(len(looks), imgserver.LINKS_IN_LOOP + 5)
+            del looks[:]
+            self.assertEqual(ask(site, f"/images/{uuid_of(count)}").status, 200)
+            self.assertLessEqual(len(looks), count, "each link once")
+            del looks[:]
+            for _ in range(50):
+                self.assertEqual(in_loop(), 200)
+            self.assertEqual(looks, [uuid_of(count)] * 50)
 
     def test_a_missing_origin_is_told_once(self):
         self.image(2, 3)

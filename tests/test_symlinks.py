@@ -3,9 +3,10 @@
 import os
 import tempfile
 import unittest
+from unittest import mock
 
 import imgserver
-from tests.support import ServerCase, uuid_of, write_image
+from tests.support import ServerCase, ask, uuid_of, write_image
 
 DATA = b"not a real stream"
 FILE = "image.zfs.gz"
@@ -54,6 +55,31 @@ class Symlinks(ServerCase):
                 os.lchown(path, os.stat(self.directory).st_uid, -1)
                 self.assertIsNone(self.read().problem)
                 self.reader.serve_dir = self.owner
+
+    def test_page_is_no_page(self):
+        site = self.site()
+        with open(self.path("index.json"), "wb") as file:
+            file.write(b'"page"')
+        self.assertEqual(ask(site, "/").body, b'"page"')
+        self.link("index.json")
+        site.config.serve_dir = self.owner if os.getuid() else self.serve_dir
+        self.assertNotEqual(ask(site, "/").body, b'"page"')
+
+    def test_manifest_that_becomes_a_link_while_it_is_opened(self):
+        real, looked = imgserver.trusted_stat, []
+
+        def swapped(path, serve_dir):
+            status = real(path, serve_dir)
+            if path.endswith("manifest.json"):
+                looked.append(path)
+                if len(looked) == 1:
+                    self.link(self.uuid, "manifest.json")
+                    write_image(self.elsewhere, "x")
+                    os.rename(os.path.join(self.elsewhere, "x", "manifest.json"),
+                              os.path.join(self.elsewhere, "manifest.json"))
+            return status
+        with mock.patch("imgserver.trusted_stat", swapped):
+            self.assertIn(FOREIGN, self.read().problem)
 
     def test_icon_is_no_icon(self):
         with open(self.path(self.uuid, "icon.png"), "wb") as file:

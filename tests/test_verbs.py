@@ -8,6 +8,7 @@ import json
 import lzma
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -302,6 +303,28 @@ class TestChanges(VerbCase):
             self.publisher.delete(U)
 
 
+    def test_no_manifest_is_stored_that_is_too_large_to_be_read(self):
+        write_v2(self.serve_dir, U)
+        before = self.stored()
+        tags = ["\xe9" * 128] * 2000       # 512 KB of UTF-8, but 1.5 MB of JSON in ASCII
+        with self.refused(422, "ValidationFailed", "1048576"):
+            self.publisher.update(U, {"billing_tags": tags})
+        with self.refused(422, "ValidationFailed", "1048576"):
+            self.publisher.create(self.manifest_of(V, billing_tags=tags))
+        self.assertEqual((self.stored(), self.names()), (before, [U]))
+
+    def test_no_set_uid_bit_goes_with_the_bytes_of_others(self):
+        write_v2(self.serve_dir, U)
+        path, elsewhere = os.path.join(self.serve_dir, U, "icon.png"), self.directory + "/file"
+        for name in (path, elsewhere):
+            open(name, "w").close()
+            os.chmod(name, 0o6751)
+        for mode in (0o751, 0o644):
+            self.publisher.add_icon(U, "image/png", b"icon")
+            self.assertEqual(stat.S_IMODE(os.lstat(path).st_mode), mode)
+            os.unlink(path)
+            os.symlink(elsewhere, path)
+
 class TestStreams(VerbCase):
 
     def test_those_that_imgadm_cannot_install_are_refused(self):
@@ -541,6 +564,64 @@ class TestTwo(VerbCase):
         with mock.patch("os.rename", swapped), self.refused(409, "ImageUuidAlreadyExists"):
             self.publisher.activate(U)
         self.assertEqual(self.names(), [".incoming-" + U])
+
+    def test_a_third_one_in_its_place_stays_and_nothing_unfinished_is_shown(self):
+        self.publish(activated=False)
+        real = os.rename
+
+        def swapped(old, new, **places):
+            if new == os.path.join(self.serve_dir, U):
+                real(old, os.path.join(self.directory, "checked"))
+                os.mkdir(old)
+                open(os.path.join(old, "second"), "w").close()
+                real(old, new, **places)
+                os.mkdir(old)
+                open(os.path.join(old, "third"), "w").close()
+            else:
+                real(old, new, **places)
+        with mock.patch("os.rename", swapped), self.refused(409, "ImageUuidAlreadyExists"):
+            self.publisher.activate(U)
+        self.assertNotIn(U, self.names())
+        self.assertEqual(self.names(".incoming-" + U), ["third"])
+
+    def test_another_directory_is_not_removed_in_its_place(self):
+        """Between the lock and the rename of delete, or of what takes a leftover away."""
+        for call in (lambda: self.publisher.delete(U), lambda: self.publish(activated=False)):
+            with self.subTest():
+                self.publisher.create(self.manifest_of())
+                real, path = os.rename, os.path.join(self.serve_dir, ".incoming-" + U)
+
+                def swapped(old, new, **places):
+                    if old == path and not os.path.exists(os.path.join(path, "second")):
+                        shutil.rmtree(path)
+                        os.mkdir(path)
+                        open(os.path.join(path, "second"), "w").close()
+                    real(old, new, **places)
+                with mock.patch("os.rename", swapped), \
+                        self.refused(409, "ImageUuidAlreadyExists"):
+                    call()
+                self.assertEqual(self.names(".incoming-" + U), ["second"])
+
+    def test_what_is_no_directory_in_its_place(self):
+        os.mkdir(os.path.join(self.directory, "elsewhere"))
+        path = os.path.join(self.serve_dir, ".incoming-" + U)
+        for make in (lambda: os.symlink("/nowhere", path), lambda: open(path, "w").close(),
+                     lambda: os.symlink(os.path.join(self.directory, "elsewhere"), path)):
+            make()
+            self.publish(activated=False)
+            self.assertEqual(self.names(), [".incoming-" + U])
+            self.publisher.discard(U)
+            make()
+            self.publisher.discard(U)
+            self.assertEqual(self.names(), [])
+        self.assertTrue(os.path.isdir(os.path.join(self.directory, "elsewhere")))
+
+    def test_an_image_behind_a_symlink_is_deleted(self):
+        write_v2(self.directory, U)
+        os.symlink(os.path.join(self.directory, U), os.path.join(self.serve_dir, U))
+        self.publisher.delete(U)
+        self.assertEqual(self.names(), [])
+        self.assertTrue(os.path.exists(os.path.join(self.directory, U, "manifest.json")))
 
     def test_without_locks_a_whole_image_comes_out(self):
         def refuse(*_):

@@ -1,0 +1,113 @@
+#!/usr/bin/env python3
+"""mirror.py - how fast `imgserver.py mirror` brings an image.
+
+    python3 bench/mirror.py [--quick] [--rounds N] [--python PYTHON] [--dir DIR]
+
+Beside it: `curl URL | tee FILE | sha1sum` from the same server, which must write and hash the
+same bytes, but does not examine the stream in them.  Once with the stream as gzip, once as it is.
+"""
+
+import argparse
+import importlib
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from bench import GIB, IMGSERVER, MIB, Failure, print_table, reached, say, short
+
+GOAL = ">= 0.8 x"
+
+make_file = importlib.import_module("import").make_file      # its name is a keyword
+
+
+def timed(command, directory):
+    """Seconds of a command, whose files go into a directory that is empty before."""
+    shutil.rmtree(directory, ignore_errors=True)
+    os.mkdir(directory)
+    began = time.monotonic()
+    done = subprocess.run(command, cwd=directory, stdout=subprocess.PIPE)
+    if done.returncode:
+        raise Failure(f"{command} ended with status {done.returncode}")
+    return time.monotonic() - began
+
+
+def publish(options, directory, path):
+    """Serve the file as an image: (the server's process, its URL, uuid of the image)."""
+    images = os.path.join(directory, "images")
+    shutil.rmtree(images, ignore_errors=True)
+    os.mkdir(images)
+    base = [options.python, IMGSERVER, "--config", os.path.join(directory, "config.json"),
+            "--dir", images]
+    with open(path, "rb") as file:
+        uuid = subprocess.run([*base, "import", "-q", "bench", "1.0.0", "A benchmark"],
+                              stdin=file, stdout=subprocess.PIPE, text=True,
+                              check=True).stdout.strip()
+    server = subprocess.Popen([*base, "--listen", "127.0.0.1:0"], stderr=subprocess.PIPE,
+                              text=True)
+    url = server.stderr.readline().split(" on ")[-1].strip()
+    return server, url, uuid
+
+
+def measure(options, directory, path):
+    """(seconds of curl, seconds of mirror) of each round."""
+    server, url, uuid = publish(options, directory, path)
+    here = os.path.join(directory, "here")
+    pipe = ["sh", "-c", f"curl -s {url}/images/{uuid}/file | tee FILE | sha1sum"]
+    mirror = [options.python, IMGSERVER, "--config", os.path.join(directory, "config.json"),
+              "--dir", here, "mirror", "-q", url, uuid]
+    try:
+        rounds = []
+        for number in range(options.rounds or (1 if options.quick else 5)):
+            pair = [timed(command, here) for command in (pipe, mirror)[::1 - 2 * (number % 2)]]
+            rounds.append(pair[::1 - 2 * (number % 2)])
+            say(f"round {number + 1}: curl {short(rounds[-1][0])} s, mirror "
+                f"{short(rounds[-1][1])} s")
+        return rounds
+    finally:
+        server.terminate()
+        server.communicate()
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Measure imgserver.py mirror.")
+    parser.add_argument("--quick", action="store_true", help="one round on 256 MiB")
+    parser.add_argument("--rounds", type=int, metavar="N", help="default: 5; quick: 1")
+    parser.add_argument("--python", default=sys.executable,
+                        help="the Python that runs imgserver (default: this one)")
+    parser.add_argument("--dir", metavar="DIR", help="where it works: 5 GiB")
+    options = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    directory, rows = tempfile.mkdtemp(prefix="imgbench-", dir=options.dir), []
+    try:
+        with open(os.path.join(directory, "config.json"), "w") as file:
+            file.write("{}\n")
+        path = os.path.join(directory, "stream.gz")
+        make_file(path, 256 * MIB if options.quick else 2 * GIB)
+        for kind in ("gzip", "none"):
+            if kind == "none":
+                subprocess.run(["gzip", "-d", path], check=True)
+                path = path[:-len(".gz")]
+            size = os.path.getsize(path)
+            rounds = measure(options, directory, path)
+            curl, ours = (statistics.median(each[side] for each in rounds) for side in (0, 1))
+            ratio = statistics.median(each[0] / each[1] for each in rounds)
+            rows.append([kind, short(curl), short(ours), short(size / ours / 1e6), short(ratio),
+                         GOAL, reached(GOAL, None, ratio)])
+        print_table(["file", "curl s", "mirror s", "MB/s", "ratio", "goal", "reached"], rows,
+                    {1, 2, 3, 4})
+    except Failure as failure:
+        sys.exit(f"mirror: {failure}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
