@@ -10,7 +10,7 @@ Serves a plain directory of images to every imgadm, over both APIs it has spoken
 
     DSAPI    /datasets  /datasets/:uuid  /datasets/:uuid/:file
     IMGAPI   /images  /images/:uuid  /images/:uuid/file  /images/:uuid/icon  /channels
-    both     /ping  /
+    both     /ping  /  /metrics
 
 The directory is the database: whatever appears in it whole is on show with the next
 request, what is not sound is left out with one line in the log, and nothing in it is
@@ -53,8 +53,10 @@ import hashlib
 import hmac
 import html
 import http
+import itertools
 import json
 import math
+import operator
 import os
 import queue
 import random
@@ -73,6 +75,7 @@ import traceback
 import urllib.parse
 import weakref
 from _thread import start_new_thread
+from bisect import bisect_left
 from http.server import ThreadingHTTPServer
 
 __version__ = "1.0.0"
@@ -210,6 +213,7 @@ class Log:
     def __init__(self, level="info", fd=2, form="text"):
         self.level = LEVELS[level]
         self.fd = fd
+        self.counts = dict.fromkeys(("info", "warn", "error"), 0)     # lines but of requests
         self._record = None if form == "text" else {
             "v": 0, "name": "imgserver", "hostname": socket.gethostname(), "pid": os.getpid()}
         self._lines = []
@@ -227,6 +231,7 @@ class Log:
         """Write `text`, which must be printable, when `level` is to be logged."""
         if LEVELS[level] >= self.level:
             self.tick(int(time.time()))
+            self.counts[level] += 1
             self.add(level, text)
             if LEVELS[level] >= WARN:
                 self.flush(wait=True)
@@ -605,6 +610,7 @@ SETTINGS = {
     "stall_timeout": (300, _number(0.1, 86400, (int, float))),
     "drain_time": (30, _number(0, 3600, (int, float))),
     "channels": ([], _channels),
+    "metrics": (False, _flag),
     "users": ("", _text),
     "read": ("anyone", _readers),
     "publish_from": ([], _networks),
@@ -1970,6 +1976,8 @@ class Snapshot:
         self.images = tuple(sorted(images, key=lambda image: image.order))
         self.forms = {}               # (api, view): (the first Listing of it, its host)
         self.listings = {}            # (api, view, host): Listing, the oldest first
+        self.pages = {}               # rendered pages, for Page
+        self.texts = None             # uuid: what the page's filter searches, once it is used
 
     def release(self):
         """Forget rendered lists: another snapshot takes its place."""
@@ -2074,6 +2082,24 @@ class Store:
                 if image is not None and not image.problem:
                     images.append(image)
         return sorted(images, key=lambda image: image.order)
+
+    def count_states(self) -> dict:
+        """The number of images in each state, and of those left out; for a thread.
+
+        Raises OSError.
+        """
+        counts = collections.Counter(active=0, disabled=0, unactivated=0, left_out=0)
+        counts["active"] = active = len(self.snapshot(IMGAPI, True).images)
+        for image in list(self._images.values()):
+            state = "left_out" if image.problem else image.state
+            if state == "active":
+                active -= 1
+            else:
+                counts[state] += 1
+        counts["left_out"] += max(0, -active)         # their origins form cycles
+        counts["unactivated"] += len([name for name in os.listdir(self.directory)
+                                      if is_uuid(name.partition(INCOMING)[2])])
+        return counts
 
     def _load(self, uuid, api) -> Image | None:
         """Read one image again; _lock is held.  Logs the change."""
@@ -3492,6 +3518,7 @@ class Users:
     def __init__(self, path, log):
         """Raises UserError where the file cannot be used."""
         self.path, self.log = path, log
+        self.failed = 0                   # wrong passwords so far
         self._key = os.urandom(32)        # of the hashes in memory
         self._lock = threading.Lock()     # for _waiting, and for reading the file
         self._waiting = []                # addresses of clients whose passwords wait
@@ -3518,6 +3545,7 @@ class Users:
             if password is not None and until <= time.monotonic():
                 user = self._check(request, users.get(name), password, digest, checked)
             if user is None:              # a name that is unknown may be a password
+                self.failed += 1
                 self.log.warn(f"{client_name(request.peer, request.headers)} gave a wrong "
                               f"password {f'for user {name}' if name in users else 'or user'}")
         return user
@@ -5553,6 +5581,7 @@ class ImgapiPublishing:
             raise ApiError(503, "ServiceUnavailableError", f"{UPLOADS} uploads are on their way",
                            fields=b"Retry-After: 10\r\n")
         unchecked = 0
+        request.body.is_file = True
 
         def read(size):
             nonlocal unchecked
@@ -5653,6 +5682,568 @@ class ImgapiPublishing:
         return Response(204, CACHE_NOTHING)
 
 
+# The page.  Its policy has the hashes of the style and of the script.
+PAGE_ROWS = 1000              # images on one page: 400 to 700 bytes each
+PAGE_TEXT = 200               # characters of a description that are shown
+PAGES_KEPT = 4                # rendered pages kept of one snapshot, below 1 MB each as a rule
+PAGES_LIMIT = 64 << 20        # bytes of rendered pages in use: unread ones must not fill memory
+PAGE_HUES = 6                 # colours of the letter that stands for a missing icon
+
+PAGE_STYLE = """
+:root{color-scheme:light dark;--back:#f4f6f8;--card:#fff;--line:#dce1e7;--text:#1b2430;
+--soft:#566272;--link:#0b5cad;--on:#fff;--code:#f1f4f7}
+@media(prefers-color-scheme:dark){:root{--back:#11151b;--card:#1a2028;--line:#2d3641;
+--text:#e7ebf0;--soft:#9eabba;--link:#7db8f5;--on:#0d1722;--code:#12171d}}
+*{box-sizing:border-box}
+html{scroll-padding:5rem 0 1rem}
+body{margin:0;background:var(--back);color:var(--text);font:16px/1.5 system-ui,sans-serif}
+header,main,footer{max-width:80rem;margin:0 auto;padding:0 1.25rem}
+header{display:flex;flex-wrap:wrap;gap:1rem 3rem;align-items:end;justify-content:space-between;
+padding-top:2.25rem}
+header>*{min-width:0}
+h1{color:var(--text);font-size:2rem;line-height:1.2;letter-spacing:-.02em;margin:0}
+h2{font-size:1.0625rem;line-height:1.35;margin:0}
+h2,li div,.note,header{overflow-wrap:anywhere;unicode-bidi:isolate}
+p,nav{margin:0}
+a{color:var(--link);text-underline-offset:.15em}
+:focus-visible{outline:3px solid var(--link);outline-offset:2px}
+.skip,label{position:absolute;left:-99rem}
+.skip:focus{left:1rem;top:.5rem;z-index:2;background:var(--card);padding:.5rem}
+header>:first-child,small,footer,#count{color:var(--soft)}
+header p,li>p{display:flex;min-width:0;border:1px solid var(--line);border-radius:.5rem;
+background:var(--code);overflow:hidden}
+code{font:.8125rem/1.5 ui-monospace,Menlo,Consolas,monospace}
+p>code{flex:1;min-width:0;padding:.45rem .75rem;overflow-wrap:anywhere}
+p>button{flex:none;width:4.75rem;border:0;border-left:1px solid var(--line);
+background:var(--card);color:var(--link);font:600 .8125rem system-ui,sans-serif;cursor:pointer}
+p>button:hover{background:var(--link);color:var(--on)}
+p>button:focus-visible{outline-offset:-3px}
+header p{background:var(--card);margin-top:.35rem}
+header code{font-size:.9375rem}
+form{display:flex;gap:.6rem;position:sticky;top:0;z-index:1;background:var(--back);
+margin-top:.75rem;padding:.75rem 0}
+input{flex:1;min-width:0;font:inherit;color:inherit;background:var(--card);
+border:1px solid var(--line);border-radius:.5rem;padding:.6rem .9rem}
+input::placeholder{color:var(--soft);opacity:1}
+form button{font:600 1rem system-ui,sans-serif;color:var(--on);background:var(--link);border:0;
+border-radius:.5rem;padding:0 1.2rem;cursor:pointer}
+nav{display:flex;flex-wrap:wrap;gap:.4rem;margin-top:1rem;align-items:center}
+nav a{border:1px solid var(--line);border-radius:2rem;padding:.25rem .9rem;
+background:var(--card);text-decoration:none;overflow-wrap:anywhere}
+nav a[aria-current]{background:var(--link);border-color:var(--link);color:var(--on)}
+#count{padding:.1rem 0 .6rem}
+ol{list-style:none;margin:0;padding:0;border:1px solid var(--line);border-radius:.75rem;
+background:var(--card);overflow:hidden}
+li{display:grid;grid-template-columns:2.75rem minmax(12rem,1fr) minmax(0,auto);gap:0 1rem;
+align-items:center;padding:.9rem 1rem;content-visibility:auto;contain-intrinsic-size:auto 6rem}
+li+li{border-top:1px solid var(--line)}
+li i,li img{width:2.75rem;height:2.75rem;border-radius:.6rem;align-self:start;object-fit:contain}
+li i{display:grid;place-items:center;font:700 1.25rem system-ui,sans-serif;color:#fff;
+background:#1f6fb2}
+.h1{background:#7a4fb5}.h2{background:#1b7f6b}.h3{background:#b3541e}.h4{background:#a83a68}
+.h5{background:#4b6078}
+h2 b{font-weight:400;color:var(--soft);margin-left:.25rem}
+li div p{margin-top:.15rem;font-size:.9375rem}
+small{display:block;margin-top:.15rem;font-size:.8125rem}
+.note{background:var(--card);border:1px solid var(--line);border-radius:.75rem;padding:3rem 1rem;
+text-align:center}
+footer{padding-block:1.5rem 2.5rem;font-size:.875rem}
+footer a{margin-right:.9rem}
+@media(max-width:62rem){li{grid-template-columns:2.75rem minmax(0,1fr)}
+li>p{grid-column:2;margin-top:.6rem;justify-self:start;max-width:100%}}
+@media(max-width:40rem){header,main,footer{padding-inline:.9rem}header{padding-top:1.25rem}
+header>*{width:100%}h1{font-size:1.6rem}li>p{grid-column:1/3;width:100%}
+p>code{font-size:.75rem}p>button{width:4rem}}
+@media print{form,p>button,nav,footer{display:none}li{content-visibility:visible}}
+"""
+
+# A plain http: page has no navigator.clipboard, so that a line is selected and copied.
+PAGE_SCRIPT = """
+"use strict";
+(() => {
+const box = document.getElementById("q"), said = document.getElementById("said");
+function addButtons(root) {
+  for (const code of root.querySelectorAll("p>code")) {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = "Copy";
+    button.setAttribute("aria-label", "Copy " + code.textContent);
+    code.after(button);
+  }
+}
+document.addEventListener("click", event => {
+  const button = event.target.closest("p>button");
+  if (!button) return;
+  const selection = getSelection();
+  selection.selectAllChildren(button.previousElementSibling);
+  const done = document.execCommand("copy");
+  if (done) selection.removeAllRanges();
+  said.textContent = button.textContent = done ? "Copied" : "Ctrl+C";
+  setTimeout(() => { said.textContent = ""; button.textContent = "Copy"; }, 1500);
+});
+let timer, control = new AbortController();
+async function filter() {
+  const url = "?" + new URLSearchParams(new FormData(box.form));
+  control.abort();
+  control = new AbortController();
+  try {
+    const answer = await fetch(url, {signal: control.signal});
+    if (!answer.ok) return;
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    addButtons(page);
+    for (const id of ["count", "list"])
+      document.getElementById(id).replaceChildren(...page.getElementById(id).childNodes);
+    history.replaceState(null, "", url);
+  } catch (error) { }
+}
+box.addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(filter, 150); });
+document.addEventListener("keydown", event => {
+  if (event.key !== "/" || event.ctrlKey || event.metaKey || event.altKey
+      || event.target.closest("input")) return;
+  event.preventDefault();
+  box.focus();
+});
+addButtons(document);
+})();
+"""
+
+PAGE_ICON = ("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'"
+             "%3E%3Crect width='16' height='16' rx='4' fill='%230b5cad'/%3E%3Cpath d='M3 6l5-3 5 "
+             "3v5l-5 3-5-3zM3 6l5 3 5-3M8 9v5' fill='none' stroke='white'/%3E%3C/svg%3E")
+
+
+def size_text(size) -> str:
+    """Bytes as people read them, three digits and a unit that stays beside them: 1.23 GiB."""
+    units = iter(("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB", "ZiB", "YiB"))
+    unit = next(units)
+    while size >= 1000:
+        size, unit = size / 1024, next(units)
+    digits = 0 if unit == "bytes" or size >= 100 else 1 if size >= 10 else 2
+    return f"{size:.{digits}f}\xa0{unit}"
+
+
+def count_text(count, noun) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+class RenderedPage(bytearray):
+    """A page or its gzip form, with its etag and zipped; a reference to it can be weak."""
+
+
+class Page:
+    """The images for people: HTML that needs no script and nothing from elsewhere.
+
+    Rendered once for each snapshot, host, filter, channel and page.
+    """
+
+    def __init__(self, config, store, dsapi, imgapi):
+        self.config, self.store, self.imgapi = config, store, imgapi
+        self.rights = imgapi.rights
+        self.url_base = dsapi.url_base
+        self._in_use = weakref.WeakValueDictionary()      # id: page in the cache, or being sent
+        style, script = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+                         for text in (PAGE_STYLE, PAGE_SCRIPT))
+        self.fields = (
+            b"Content-Type: text/html; charset=utf-8\r\nVary: Accept, Accept-Encoding\r\n"
+            + header_line("Content-Security-Policy",
+                          f"default-src 'none'; style-src 'sha256-{style}'; script-src "
+                          f"'sha256-{script}'; img-src 'self' data:; connect-src 'self'; "
+                          "form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
+            + b"X-Content-Type-Options: nosniff\r\nReferrer-Policy: no-referrer\r\n"
+            + CACHE_NEVER)                    # it has the Host header in it
+
+    def routes(self):
+        return [Route("GET", "", self.root, THREAD, ANYONE)]
+
+    def root(self, request):
+        """index.html for a browser, index.json for the rest, as the original; else the page,
+        or a hint.  The page in any case where the query asks for it (?page=1).
+        """
+        query = parse_query(request.query)
+        if "login" in query:
+            self.rights.need(request, READ)
+        if "page" in query:
+            return self.page(request, query)
+        accept = request.headers.get("accept", "")
+        for_people = "text/html" in accept or "application/xhtml+xml" in accept
+        name, kind = (("index.html", "text/html; charset=utf-8") if for_people
+                      else ("index.json", "application/json"))
+        try:
+            fd, status = open_regular(os.path.join(self.config.serve_dir, name),
+                                      self.config.serve_dir)
+        except OSError as error:
+            raise_shortage(error)
+            if for_people:
+                return self.page(request, query)
+            return json_response({"server": f"imgserver/{__version__}", "datasets": "/datasets",
+                                  "images": "/images", "ping": "/ping"}, fields=VARY + CORS)
+        etag = hashlib.sha1(repr(stat_key(status)).encode()).hexdigest()
+        return file_response(request, fd, status, etag, header_line("Content-Type", kind)
+                             + VARY + CACHE_MANIFESTS + CORS)
+
+    def page(self, request, query) -> Response:
+        """One page of the list: ?page=N&q=WORDS&channel=NAME."""
+        number = single_value(query, "page") or "1"
+        if not re.fullmatch("0*[1-9][0-9]{0,8}", number):
+            raise invalid("page", f'invalid "page": "{number}" is not a number from 1 on')
+        channel = single_value(query, "channel")
+        if self.imgapi.channels and channel is None:
+            channel = self.config.default_channel or "*"
+        channel = self.imgapi.channel_of({"channel": [channel or ""]})
+        snapshot = self.store.snapshot(IMGAPI, True)
+        view = (self.url_base(request.host).decode(), channel, single_value(query, "q") or "",
+                int(number), self.rights.lists_all(request))
+        with self.store.rendering:
+            page = snapshot.pages.get(view)
+            if page is None:
+                page = snapshot.pages[view] = self._render(snapshot, view)
+                if len(snapshot.pages) > PAGES_KEPT:
+                    del snapshot.pages[next(iter(snapshot.pages))]
+        etag, body, fields = page.etag, page, self.fields
+        if accepts_gzip(request.headers.get("accept-encoding", "")):
+            etag, body = etag + "-gzip", page.zipped
+            fields += b"Content-Encoding: gzip\r\n"
+        fields += header_line("ETag", f'"{etag}"')
+        if etag_matches(request.headers.get("if-none-match", ""), etag):
+            return Response(304, fields)
+        return Response(200, fields, body)
+
+    def _render(self, snapshot, view) -> RenderedPage:
+        """A page and its gzip form.  Raises ApiError (503) where too many are unread."""
+        if sum(map(len, list(self._in_use.values()))) > PAGES_LIMIT:
+            raise ApiError(503, "ServiceUnavailableError", "too many pages are on their way",
+                           fields=b"Retry-After: 5\r\n")
+        import zlib
+        page = RenderedPage(PageView(self, snapshot, *view).render().encode())
+        page.etag = hashlib.sha1(page).hexdigest()
+        packer = zlib.compressobj(6, wbits=31)
+        page.zipped = RenderedPage(packer.compress(page) + packer.flush())
+        for body in (page, page.zipped):
+            self._in_use[id(body)] = body
+        return page
+
+
+class PageView:
+    """One page while it is rendered: everything of a manifest goes through html.escape."""
+
+    def __init__(self, page, snapshot, url, channel, words, number, all_of_them):
+        self.page, self.snapshot, self.all_of_them = page, snapshot, all_of_them
+        self.url, self.channel, self.words, self.number = url, channel, words, number
+        self.images = [image for image in reversed(snapshot.images)
+                       if (all_of_them or image.public) and page.imgapi.in_channel(image, channel)]
+        self.by_uuid = {image.uuid: image for image in self.images}
+        self.children = collections.Counter(image.origin for image in self.images)
+        # A channel that clients do not get by themselves.
+        self.special = channel if channel != page.config.default_channel else None
+
+    def render(self) -> str:
+        found = self._filtered()
+        last = max(1, -(-len(found) // PAGE_ROWS))
+        self.number = min(self.number, last)
+        rows = found[(self.number - 1) * PAGE_ROWS:self.number * PAGE_ROWS]
+        host = html.escape(self.url.partition("://")[2])
+        source = shlex.quote(self.url + (f"?channel={self.special}" if self.special else ""))
+        listed = "\n".join(map(self._row, rows))
+        return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Images on {host}</title><link rel="icon" href="{PAGE_ICON}">
+<style>{PAGE_STYLE}</style></head><body>
+<a class="skip" href="#list">Skip to the images</a>
+<header><div><h1>SmartOS images</h1>on {host}</div>
+<div>Add this server to a global zone:<p><code>imgadm sources -a {html.escape(source)}</code></p>
+</div></header>
+<main>{self._tabs()}<form role="search"><label for="q">Filter the images</label>
+<input type="search" id="q" name="q" value="{html.escape(self.words)}" autocomplete="off" \
+spellcheck="false" placeholder="Name, version, os, description or uuid">
+<input type="hidden" name="page" value="1">{self._hidden_channel()}
+<button>Filter</button></form>
+<p id="count" role="status">{self._count(found, last)}</p>
+<div id="list">{f'<ol>{listed}</ol>' if rows else self._nothing()}{self._pages(last)}</div></main>
+<footer><p><a href="images">Images as JSON</a>{self._login()} imgserver {__version__}</p></footer>
+<div role="status" id="said" class="skip"></div>
+<script>{PAGE_SCRIPT}</script></body></html>
+"""
+
+    def _filtered(self) -> list:
+        """The images that have all words of the filter somewhere, in any case."""
+        words = self.words.casefold().split()
+        if not words:
+            return self.images
+        texts = self.snapshot.texts
+        if texts is None:
+            texts = self.snapshot.texts = {image.uuid: " ".join((
+                image.name, image.version, image.os, image.type, image.uuid, image.origin or "",
+                image.fields().get("description") or "")).casefold()
+                for image in self.snapshot.images}
+        return [image for image in self.images
+                if all(word in texts[image.uuid] for word in words)]
+
+    def _link(self, words="", channel=None, number=1) -> str:
+        """The address of another view, as an attribute has it."""
+        query = {"page": number}
+        if words:
+            query["q"] = words
+        if channel or self.special:
+            query["channel"] = channel or self.special
+        return html.escape("?" + urllib.parse.urlencode(query))
+
+    def _login(self) -> str:
+        """A link for users where strangers do not see all images."""
+        if self.all_of_them or self.page.rights.users is None:
+            return ""
+        return f' <a href="{self._link(self.words)}&amp;login">Log in for private images</a>'
+
+    def _hidden_channel(self) -> str:
+        return (f'<input type="hidden" name="channel" value="{html.escape(self.special)}">'
+                if self.special else "")
+
+    def _tabs(self) -> str:
+        """The channels, if there are any."""
+        channels = self.page.imgapi.channels
+        if not channels:
+            return ""
+        return '<nav aria-label="Channels">' + " ".join(
+            f'<a href="{self._link(self.words, name)}" title="{html.escape(description)}"'
+            f'{" aria-current=page" if name == self.channel else ""}>{html.escape(text)}</a>'
+            for name, text, description in [
+                *((name, name, channel.get("description", ""))
+                  for name, channel in channels.items()), ("*", "all channels", "")]) + "</nav>\n"
+
+    def _count(self, found, last) -> str:
+        text = count_text(len(found), "image")
+        if self.words:
+            text += f" of {len(self.images):,}"
+        if found:
+            text += f", {size_text(sum(image.size for image in found))}"
+        return text + (f", page {self.number} of {last}" if last > 1 else "")
+
+    def _nothing(self) -> str:
+        if self.images:
+            return (f'<div class="note"><p>Nothing matches <b>{html.escape(self.words)}</b>.</p>'
+                    f'<p><a href="{self._link()}">Show all images</a></p></div>')
+        return ('<div class="note"><p>There are no images here yet.</p><p class="soft">The first '
+                "one will be on this page as soon as it is published with <code>import-image"
+                "</code>, <code>mkimg</code> or <code>scp</code>.</p></div>")
+
+    def _pages(self, last) -> str:
+        """Links to the first and the last page, and to those around this one."""
+        if last == 1:
+            return ""
+        number, links, before = self.number, [], 0
+        for each in sorted({1, last, *range(max(1, number - 3), min(last, number + 3) + 1)}):
+            if each > before + 1:
+                links.append("<span>…</span>")
+            before = each
+            links.append(f'<a href="{self._link(self.words, number=each)}"'
+                         f'{" aria-current=page" if each == number else ""}>{each}</a>')
+        return f'<nav aria-label="Pages">{" ".join(links)}</nav>'
+
+    def _row(self, image) -> str:
+        """One image, in some 500 bytes and its description."""
+        fields, uuid, escape = image.fields(), image.uuid, html.escape
+        channel = f"?channel={urllib.parse.quote(self.channel)}" if self.channel else ""
+        text = fields.get("description") or ""
+        if len(text) > PAGE_TEXT:
+            text = text[:PAGE_TEXT - 1].rstrip() + "…"
+        meta = [escape(image.os), escape(image.type), size_text(image.size),
+                escape(image.order[0][:10])]
+        if not image.public:
+            meta.append("private")
+        if image.origin:
+            origin = self.by_uuid.get(image.origin)
+            title = (f"{origin.name} {origin.version}" if origin
+                     else f"{image.origin}, which is not here")
+            meta.append(f'builds on <a href="{self._link(image.origin)}">{escape(title)}</a>')
+        children = self.children[uuid]
+        if children:
+            meta.append(f'<a href="{self._link(uuid)}">{children:,} build'
+                        f'{"s" if children == 1 else ""} on it</a>')
+        homepage = fields.get("homepage")
+        if _is_url(homepage):
+            meta.append(f'<a href="{escape(homepage)}">Homepage</a>')
+        meta.append(f'<a href="images/{uuid}{channel}">Manifest</a>')
+        icon = f'<img src="images/{uuid}/icon{channel}" alt="" loading="lazy">' if image.icon \
+            else (f'<i class="h{sum(image.name.encode()) % PAGE_HUES}" aria-hidden="true">'
+                  f"{escape(image.name[0].upper())}</i>")
+        option = f"-C {shlex.quote(self.special)} " if self.special else ""
+        about = f"<p>{escape(text)}</p>" if text else ""
+        return (f"<li>{icon}<div><h2>{escape(image.name)} <b>{escape(image.version)}</b></h2>"
+                f'{about}<small>{" · ".join(meta)}</small></div><p><code>imgadm import '
+                f"{escape(option)}{uuid}</code></p></li>")
+
+
+QUICK = 0.001                 # seconds: the first bucket, which has nearly all answers from memory
+BUCKETS = (QUICK, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0, 60.0, 600.0)      # seconds until it was sent
+IMAGES_NAMED = 100            # images whose downloads have a series of their own
+OPEN_STATES = "reading", "sending", "working", "streaming", "lingering"   # of connections
+
+
+def sample_lines(name, kind, about, samples) -> str:
+    """One metric in Prometheus' text format 0.0.4; samples: (suffix, {label: text}, value)."""
+    def labels(pairs):
+        pairs = ('%s="%s"' % (key, value.replace("\\", r"\\").replace('"', r'\"')
+                              .replace("\n", r"\n")) for key, value in pairs.items())
+        return f"{{{','.join(pairs)}}}"
+    return f"# HELP {name} {about}\n# TYPE {name} {kind}\n" + "".join(
+        f"{name}{suffix}{labels(pairs) if pairs else ''} {value}\n"
+        for suffix, pairs, value in samples)
+
+
+class Metrics:
+    """Counts of this process for Prometheus.
+
+    The event loop alone counts, once for each answer; a thread reads.  connections: those of
+    the event loop, which gives them.
+    """
+
+    connections = ()
+
+    def __init__(self, store, log, rights):
+        self.store, self.log, self.rights = store, log, rights
+        self._started = time.time()
+        # (pattern, method, status): [bytes of bodies, seconds, answers of each bucket...]
+        self._rows = {}
+        self._received = collections.Counter()    # pattern: bytes of bodies
+        self._files = {"whole": 0, "cut": 0}
+        self._uploads = {"stored": 0, "failed": 0}
+        # uuid: [title, downloads, those that were counted in a series of its own]
+        self._images = {}
+        self._named = set()                       # uuids of images that have one
+        self._others = 0                          # downloads that were counted in no such series
+
+    def routes(self):
+        return [Route("GET", "metrics", self.answer, THREAD, ANYONE)]
+
+    def count(self, request, response, size, seconds, failure):
+        """Count an answer: `size` bytes of its body went out, `seconds` after it was asked for."""
+        try:
+            row = self._rows[request.route.pattern, request.method, response.status]
+        except (AttributeError, KeyError):        # no request, no route; or the first of its kind
+            row = self._row(request, response.status)
+        row[0] += size
+        row[1] += seconds
+        if seconds <= QUICK:
+            row[2] += 1
+        else:
+            row[bisect_left(BUCKETS, seconds) + 2] += 1
+        if response.title or request is not None and request.body is not None:
+            self._count_rest(request, response, failure)
+
+    def _count_rest(self, request, response, failure):
+        """Count the file that an answer has, and the body that its request had."""
+        if response.title and request.method == "GET":
+            self._count_file(request.arguments[0], response, failure)
+        if request.body is not None:
+            self._received[request.route.pattern] += request.body.received
+            if request.body.is_file:
+                self._uploads["stored" if response.status < 300 else "failed"] += 1
+
+    def _row(self, request, status) -> list:
+        """The row of a kind of answers; methods that nobody knows are one."""
+        pattern, method = None, "none"
+        if request is not None:
+            method = request.method if request.method in METHODS else "other"
+            pattern = request.route and request.route.pattern
+        return self._rows.setdefault((pattern, method, status),
+                                     [0, 0.0] + [0] * (len(BUCKETS) + 1))
+
+    def _count_file(self, uuid, response, failure):
+        """Count a file, and a download where it begins at its first byte."""
+        self._files["cut" if failure else "whole"] += 1
+        if response.offset:
+            return
+        image = self._images.setdefault(uuid, [response.title, 0, 0])
+        if len(self._named) < IMAGES_NAMED:
+            self._named.add(uuid)
+        image[0] = response.title
+        image[1] += 1
+        if uuid in self._named:
+            image[2] += 1
+        else:
+            self._others += 1
+
+    def answer(self, request):
+        """All of them."""
+        parts = [*self._of_answers(), *self._of_files(), *self._of_images(), *self._of_process()]
+        return Response(200, b"Content-Type: text/plain; version=0.0.4; charset=utf-8\r\n"
+                        + CACHE_NOTHING, "".join(parts).encode())
+
+    def _of_answers(self):
+        rows = [(f"/{pattern}" if pattern is not None else "none", method, str(status), row[:])
+                for (pattern, method, status), row in list(self._rows.items())]
+        yield sample_lines(
+            "imgserver_http_requests_total", "counter",
+            "Requests that were answered, by route, method and status (499: the client had gone).",
+            [("", {"route": route, "method": method, "status": status}, sum(row[2:]))
+             for route, method, status, row in rows])
+        routes = {}
+        for route, _, _, row in rows:
+            routes[route] = list(map(operator.add, routes.get(route, [0] * len(row)), row))
+        samples = []
+        for route, (_, seconds, *counts) in routes.items():
+            below = list(itertools.accumulate(counts))
+            samples += [("_bucket", {"route": route, "le": edge}, count)
+                        for edge, count in zip((*map(str, BUCKETS), "+Inf"), below)]
+            samples += [("_sum", {"route": route}, seconds),
+                        ("_count", {"route": route}, below[-1])]
+        yield sample_lines("imgserver_http_request_duration_seconds", "histogram",
+                           "Seconds from a request to the last byte of its answer.", samples)
+        yield sample_lines("imgserver_http_response_body_bytes_total", "counter",
+                           "Bytes of bodies that were sent.",
+                           [("", {"route": route}, row[0]) for route, row in routes.items()])
+        yield sample_lines("imgserver_http_request_body_bytes_total", "counter",
+                           "Bytes of bodies that were received.",
+                           [("", {"route": f"/{pattern}"}, size)
+                            for pattern, size in list(self._received.items())])
+
+    def _of_files(self):
+        images = {uuid: image[:] for uuid, image in list(self._images.items())}
+        if len(images) > IMAGES_NAMED:
+            # A download stays in the series that it was counted in, so that none goes down.
+            self._named = set(sorted(images, key=lambda uuid: (
+                images[uuid][1], uuid in self._named), reverse=True)[:IMAGES_NAMED])
+        yield sample_lines(
+            "imgserver_downloads_total", "counter", "Downloads of image files from their first "
+            f"byte on; the {IMAGES_NAMED} images that are downloaded most have their own series.",
+            [("", {"image": uuid, "title": title}, count)
+             for uuid, (title, _, count) in images.items() if uuid in self._named]
+            + [("", {"image": "other", "title": ""}, self._others)])
+        yield sample_lines("imgserver_files_sent_total", "counter",
+                           "Answers with an image file or a range of it: sent whole, or cut.",
+                           [("", {"result": key}, count) for key, count in self._files.items()])
+        yield sample_lines("imgserver_uploads_total", "counter",
+                           "Image files that were uploaded over HTTP: stored, or failed.",
+                           [("", {"result": key}, count) for key, count in self._uploads.items()])
+
+    def _of_images(self):
+        try:
+            states = self.store.count_states()
+        except OSError:                   # serve_dir cannot be read: the other metrics still can
+            return
+        yield sample_lines("imgserver_images", "gauge", "Images in serve_dir: active ones are on "
+                           "show, left_out ones are not since something is wrong with them.",
+                           [("", {"state": state}, count) for state, count in states.items()])
+
+    def _of_process(self):
+        states = collections.Counter(connection.state for connection in list(self.connections))
+        yield sample_lines("imgserver_connections", "gauge", "Open connections.",
+                           [("", {"state": state}, states[state]) for state in OPEN_STATES])
+        levels = dict(self.log.counts)
+        if self.log.level <= INFO:        # the lines of answers are counted as such alone
+            levels["info"] += sum(sum(row[2:]) for row in list(self._rows.values()))
+        yield sample_lines("imgserver_log_lines_total", "counter", "Lines logged.",
+                           [("", {"level": level}, count) for level, count in levels.items()])
+        yield sample_lines("imgserver_failed_logins_total", "counter",
+                           "Names and passwords that did not fit.",
+                           [("", {}, self.rights.users.failed if self.rights.users else 0)])
+        yield sample_lines("process_start_time_seconds", "gauge",
+                           "When it was started, in seconds since 1970.",
+                           [("", {}, self._started)])
+        yield sample_lines("imgserver_build_info", "gauge", "Always 1.", [
+            ("", {"version": __version__, "python": "%d.%d.%d" % sys.version_info[:3]}, 1)])
+
+
 class Site:
     """The table of routes over one store, and the routes that belong to no API.
 
@@ -5662,15 +6253,16 @@ class Site:
     def __init__(self, config, store, log, routes=()):
         self.config, self.store, self.log = config, store, log
         self.rights = Rights(config, log)
-        imgapi = Imgapi(config, store, self.rights)
+        self.metrics = Metrics(store, log, self.rights) if config.metrics else None
+        dsapi, imgapi = Dsapi(config, store, self.rights), Imgapi(config, store, self.rights)
         if self.rights.publishing:
             if not os.access(config.serve_dir, os.W_OK | os.X_OK):
                 log.warn("nothing can be published over HTTP: serve_dir cannot be written")
             routes = [*routes, *ImgapiPublishing(config, store, imgapi, self.rights).routes()]
         self.table = {}                   # pattern: {method: Route}
-        for route in (Route("GET", "", self.root, THREAD, ANYONE),
-                      Route("GET", "ping", self.ping, MEMORY, ANYONE),
-                      *Dsapi(config, store, self.rights).routes(), *imgapi.routes(), *routes):
+        for route in (Route("GET", "ping", self.ping, MEMORY, ANYONE), *dsapi.routes(),
+                      *imgapi.routes(), *Page(config, store, dsapi, imgapi).routes(), *routes,
+                      *(self.metrics.routes() if self.metrics else ())):
             self.table.setdefault(route.pattern, {})[route.method] = route
 
     def answer(self, request) -> Response:
@@ -5752,7 +6344,8 @@ class Site:
         allow = ", ".join(methods)
         if request.method == "OPTIONS":
             request.arguments = [allow]
-            return Route("OPTIONS", "", self.options, MEMORY, ANYONE)
+            pattern = next(iter(rows.values())).pattern
+            return Route("OPTIONS", pattern, self.options, MEMORY, ANYONE)
         if request.method not in METHODS:
             raise ApiError(501, "NotImplemented", "the method is not known here")
         hint = ("" if self.rights.publishing or request.segments[0] != "images" else
@@ -5808,28 +6401,6 @@ class Site:
             fields += header_line("Access-Control-Allow-Headers", headers)
         return Response(204, fields)
 
-    def root(self, request):
-        """index.html for a browser, index.json for the rest, as the original; else a hint."""
-        accept = request.headers.get("accept", "")
-        names = ["index.json"]
-        if "text/html" in accept or "application/xhtml+xml" in accept:
-            names.insert(0, "index.html")
-        for name in names:
-            try:
-                fd, status = open_regular(os.path.join(self.config.serve_dir, name),
-                                          self.config.serve_dir)
-            except OSError as error:
-                raise_shortage(error)
-                continue
-            kind = "text/html; charset=utf-8" if name.endswith("html") else "application/json"
-            etag = hashlib.sha1(repr(stat_key(status)).encode()).hexdigest()
-            return file_response(request, fd, status, etag,
-                                 header_line("Content-Type", kind) + b"Vary: Accept\r\n"
-                                 + CACHE_MANIFESTS + CORS)
-        return json_response({"server": f"imgserver/{__version__}", "datasets": "/datasets",
-                              "images": "/images", "ping": "/ping"},
-                             fields=CACHE_MANIFESTS)
-
     def ping(self, request):
         """Tells both kinds of source that this is one; ?error=NAME is answered by a sample."""
         if request.query:
@@ -5884,7 +6455,7 @@ SENDERS = 4                   # senders of files: with more threads, downloads g
 SENDER_THREADS = 32           # threads of all senders, each but the first of one on a hung disk
 
 READING, SENDING, WORKING, STREAMING, LINGERING, CLOSED = (
-    "reading", "sending", "working", "streaming", "lingering", "closed")
+    *OPEN_STATES, "closed")
 
 STATUS_LINES = {int(status): b"HTTP/1.1 %d %b\r\nServer: imgserver/%b\r\nDate: " % (
     status, status.phrase.encode(), __version__.encode()) for status in http.HTTPStatus}
@@ -6064,7 +6635,7 @@ class Body:
         self._chunked = request.length is None
         self._stall_timeout = stall_timeout
         self._asked = "expect" not in request.headers or request.is_1_0
-        self.received = 0
+        self.received, self.is_file = 0, False        # is_file: an image file is uploaded
         self.finished = request.length == 0
 
     def read(self, size) -> bytes:
@@ -6308,7 +6879,7 @@ class Connection:
             if response.file is None:
                 transport.queue(response.body, size)
         self.answered += 1
-        self._to_log(end, response.status, size, response.title)
+        self._to_log(end, response, size)
         return not self.closing
 
     def flush(self):
@@ -6407,7 +6978,7 @@ class Connection:
         if self.request.body is not None:
             self.buffer = self.request.body.rest
         if response is None:              # nobody is there to be answered
-            self._to_log(math.inf, GONE, 0, "")
+            self._to_log(math.inf, Response(GONE), 0)
             self._log_answers()
             self.close()
             return
@@ -6519,28 +7090,32 @@ class Connection:
 
     # log
 
-    def _to_log(self, end, status, size, title):
+    def _to_log(self, end, response, size):
         """Remember an answer for the log; `end` is the number of the byte behind it."""
-        request = self.request
-        user, headers = (None, {}) if request is None else (request.user, request.headers)
-        self.unlogged += ((end, self.line, status, size, self.started, title,
-                           self.peer or client_name("", headers), user,
-                           headers.get("user-agent", "")),)
+        self.unlogged += ((end, self.line, self.request, response, size, self.started),)
 
     def _log_answers(self):
         """A line for each answer: client, request, status, bytes, time, user, agent, image.
 
         It is written when the answer has gone, or has failed: then with the bytes that went.
         """
-        log, unlogged, self.unlogged = self.loop.log, self.unlogged, ()
-        if log.level > INFO:
+        log, metrics, unlogged = self.loop.log, self.loop.metrics, self.unlogged
+        self.unlogged = ()
+        if log.level > INFO and metrics is None:
             return
         now, sent = time.monotonic(), self.transport.sent
-        for end, line, status, size, started, title, client, user, agent in unlogged:
-            failure = ""
+        for end, line, request, response, size, started in unlogged:
+            failure, seconds = "", now - started
             if end > sent:
                 failure, size = self.failure, max(0, size - end + sent)
-            log.request(client, user, line, agent, status, size, now - started, title, failure)
+            if metrics is not None:
+                metrics.count(request, response, size, seconds, failure)
+                if log.level > INFO:
+                    continue
+            user, headers = (None, {}) if request is None else (request.user, request.headers)
+            log.request(self.peer or client_name("", headers), user, line,
+                        headers.get("user-agent", ""), response.status, size, seconds,
+                        response.title, failure)
 
 
 class Sender:
@@ -6758,6 +7333,7 @@ class EventLoop:
     """Waits for all sockets, answers from memory, and knows all the time limits.
 
     config, log, site   the configuration, the log and the routes
+    metrics             those of the site; None where they are off
     now, date           the time of this turn of the loop: monotonic, and for the Date header
     draining            whether it is about to end, and only finishes what has begun
     outbox              connections with answers to send in this turn
@@ -6772,6 +7348,9 @@ class EventLoop:
         self.draining = False
         self.outbox, self.share = [], LOOP_STEP
         self._connections = set()
+        self.metrics = self.site.metrics
+        if self.metrics is not None:
+            self.metrics.connections = self._connections
         self._senders = [Sender(self) for _ in range(SENDERS)]
         self._selector = selectors.DefaultSelector()
         self._wakeup, self._waker = socket.socketpair()

@@ -13,6 +13,7 @@ Where a new test belongs, by its topic (without a socket if that can fail as wel
     the directory: left out and why, when a change shows test_store; by a set clock test_freshness
     a route's answers and parameters                     test_dsapi, test_imgapi
     conditions, gzip, HEAD, OPTIONS and CORS, the / page test_http_cache, for all routes
+    the page for people, also in a browser               test_page; /metrics: test_metrics
     bytes of files: ranges, sendfile, readers that go    test_files; long lists: test_sending
     where a request ends, methods, limits                test_framing; its target: test_paths
     clients that are many, slow or greedy; shortages     test_load, test_hostile

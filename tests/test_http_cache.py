@@ -350,6 +350,9 @@ class Root(CacheCase):
                     if html and "index.html" in names:
                         self.assertEqual((kind, answer.body),
                                          ("text/html; charset=utf-8", b"<p>"))
+                    elif html:
+                        self.assertEqual(kind, "text/html; charset=utf-8")
+                        self.assertIn(b"<h1>SmartOS images</h1>", answer.body)
                     elif "index.json" in names:
                         self.assertEqual((kind, answer.body), ("application/json", b"{}"))
                     else:
@@ -360,12 +363,15 @@ class Root(CacheCase):
 
     def test_one_of_them_or_none(self):
         server = self.serve()
-        self.assertEqual(server.get("/", {"Accept": "text/html"}).json()["images"], "/images")
+        html = {"Accept": "text/html"}
+        self.assertIn(b"SmartOS images", server.get("/", html).body)
+        self.assertEqual(server.get("/").json()["images"], "/images")
         self.page("index.json", '{"a": 1}')
-        self.assertEqual(server.get("/", {"Accept": "text/html"}).json(), {"a": 1})
+        self.assertIn(b"SmartOS images", server.get("/", html).body)
+        self.assertEqual(server.get("/").json(), {"a": 1})
         os.unlink(os.path.join(self.serve_dir, "index.json"))
         self.page("index.html", "<h1>images</h1>")
-        self.assertEqual(server.get("/", {"Accept": "text/html"}).body, b"<h1>images</h1>")
+        self.assertEqual(server.get("/", html).body, b"<h1>images</h1>")
         self.assertEqual(server.get("/").json()["images"], "/images")
 
     def test_an_edit_shows_at_once(self):
