@@ -6060,7 +6060,7 @@ spellcheck="false" placeholder="Name, version, os, description or uuid">
             meta.append(f'<a href="{self._link(uuid)}">{children:,} build'
                         f'{"s" if children == 1 else ""} on it</a>')
         homepage = fields.get("homepage")
-        if _is_url(homepage):
+        if homepage:                      # http or https: others were dropped with their note
             meta.append(f'<a href="{escape(homepage)}">Homepage</a>')
         meta.append(f'<a href="images/{uuid}{channel}">Manifest</a>')
         icon = f'<img src="images/{uuid}/icon{channel}" alt="" loading="lazy">' if image.icon \
