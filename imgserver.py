@@ -8,19 +8,23 @@ Serves a plain directory of images to every imgadm, over both APIs it has spoken
     serve_dir/<uuid>/icon.png|jpg|gif   optional
     serve_dir/.incoming-<uuid>/         an image that is not active yet
 
-    DSAPI    /datasets  /datasets/:uuid  /datasets/:uuid/:file
-    IMGAPI   /images  /images/:uuid  /images/:uuid/file  /images/:uuid/icon  /channels
-    both     /ping  /  /metrics
+    DSAPI        GET  /datasets  /datasets/:uuid  /datasets/:uuid/:file
+    IMGAPI       GET  /images  /images/:uuid  /images/:uuid/file  /images/:uuid/icon  /channels
+    publishing   POST /images  /images/:uuid  /images/:uuid/acl
+                 PUT  /images/:uuid/file  /images/:uuid/icon
+                 DELETE /images/:uuid  /images/:uuid/icon
+    all          GET  /ping  / (the page)  /metrics
 
-The directory is the database: whatever appears in it whole is on show with the next
-request, what is not sound is left out with one line in the log, and nothing in it is
-ever changed by serving it.  It needs Python 3.9 or newer and nothing else.
+The directory is the database: a whole image is on show with the next request, an unsound one
+is left out with one line in the log, and serving never changes a file.  Python 3.9 or newer
+is all it needs.
 
 The parts, each resting only on those above it: constants - errors - log - JSON -
 configuration - manifests - store - image files - publishing - users - mirroring - HTTP
 messages - routes - connections - servers - commands.
 
-What it does not do: TLS (put nginx in front), HTTP/2, uploads over HTTP.
+Not here: TLS and HTTP/2 (put nginx in front), several files for one image, accounts and jobs
+of a data centre.
 
 MIT licence; see LICENSE.
 """
@@ -82,10 +86,10 @@ __version__ = "1.0.0"
 
 # -- constants ---------------------------------------------------------------------------
 #
-# What several parts share; each part's own limits stand at its head.
+# Shared by several parts; the limits of one part stand at its head.
 
 DSAPI, DSAPI_V2, IMGAPI = RENDERINGS = "dsapi", "dsapi_v2", "imgapi"    # forms of a manifest
-NOBODY = "00000000-0000-0000-0000-000000000000"   # the owner of what has none (imgadm, IMGAPI)
+NOBODY = "00000000-0000-0000-0000-000000000000"   # owner of images without one (imgadm, IMGAPI)
 MANIFEST = "manifest.json"
 INCOMING = ".incoming-"                           # + uuid: an image that is not active yet
 DISCARDED = ".discarded-"                         # + uuid: one that is being removed
@@ -95,7 +99,7 @@ CORS = b"Access-Control-Allow-Origin: *\r\n"
 VARY = b"Vary: Accept\r\n"                       # DSAPI's manifests: v1 or v2
 CACHE_NOTHING = b"Cache-Control: private, no-store\r\n"   # for one user, or one moment, alone
 
-# What errno says of the system rather than of the file.
+# Errors of the system rather than of the file.
 SHORTAGE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
 
 EXIT_CONFIG = 96              # SMF_EXIT_ERR_CONFIG: maintenance, not restart after restart
@@ -109,7 +113,7 @@ is_uuid = _UUID.fullmatch                         # lower case only, as imgadm a
 class ApiError(Exception):
     """An error answer to a client: status, and code, message and errors as IMGAPI has them.
 
-    fields holds further header lines, as bytes that end in CRLF.
+    fields: further header lines, as bytes that end in CRLF.
     """
 
     def __init__(self, status, code, message, errors=None, fields=b""):
@@ -119,11 +123,11 @@ class ApiError(Exception):
 
 
 class NeedsThread(Exception):
-    """The answer is not in memory: ask again from a thread, which may wait for a disk."""
+    """The answer is not in memory: call again in a thread, which may block."""
 
 
 class ClientGone(OSError):
-    """The client has gone in the middle of a body: nobody is left to be answered."""
+    """The client disconnected in the middle of a body: no answer is sent."""
 
 
 class BadImage(Exception):
@@ -139,7 +143,7 @@ class UserError(Exception):
 
 
 class AddressInUse(UserError):
-    """Somebody listens there already; the server itself, perhaps."""
+    """The address has a listener already, perhaps this very server."""
 
 
 def bad_request(message) -> ApiError:
@@ -151,7 +155,7 @@ def not_found(message) -> ApiError:
 
 
 def operator_only() -> ApiError:
-    """The answer to a client that misses a right (IMGAPI)."""
+    """The answer to a client that lacks a right (IMGAPI)."""
     return ApiError(403, "OperatorOnly", "this endpoint may only be called by an operator")
 
 
@@ -164,7 +168,7 @@ def invalid(field, message, code="Invalid") -> ApiError:
 
 ADDRESS_LIMIT = 45            # characters of an IPv6 address that maps IPv4, the longest
 LOG_DELAY = 0.2               # seconds a line may wait for others, so that a burst is one write
-LOG_LIMIT = 1 << 20           # bytes of log held while nobody reads it; then lines are dropped
+LOG_LIMIT = 1 << 20           # bytes of log queued while stderr is stalled, then dropped
 TRACEBACK_LIMIT = 4000        # characters of a traceback in one log line, the last ones
 LOG_TARGET_LIMIT = 1000       # characters of a client's text in one log line
 AGENT_LIMIT = 200             # characters of a User-Agent there; imgadm's has some 90
@@ -189,23 +193,22 @@ def printable(text, limit=LOG_TARGET_LIMIT) -> str:
 def client_name(peer, headers) -> str:
     """A client as the log names it: its address, or the one that a proxy on the Unix socket gives.
 
-    That is for the log alone: the header may be made up.
+    For the log alone: the header may be forged.
     """
     address = peer or headers.get("x-real-ip") or headers.get("x-forwarded-for", "").split(",")[-1]
     return printable(address.strip(), ADDRESS_LIMIT) or "unix"
 
 
 def stamp(seconds) -> str:
-    """A time in seconds since 1970 as the log and manifests have it."""
+    """Seconds since 1970 as ISO 8601 in UTC, as in the log and in manifests."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 class Log:
     """One line per event on stderr; SMF keeps them in the service's log file.
 
-    Lines are gathered and written together, at once from warn upwards.  A reader of
-    stderr that has stopped reading costs lines, never a request: what is written to a
-    pipe is only what fits it.
+    Lines are queued and written together, from warn upwards at once.  A stalled reader of
+    stderr costs lines, never a request: a pipe is given no more than fits into it.
 
     form    "text", or "json": an object a line, with the keys of bunyan, as Triton's logs
     """
@@ -213,7 +216,7 @@ class Log:
     def __init__(self, level="info", fd=2, form="text"):
         self.level = LEVELS[level]
         self.fd = fd
-        self.counts = dict.fromkeys(("info", "warn", "error"), 0)     # lines but of requests
+        self.counts = dict.fromkeys(("info", "warn", "error"), 0)     # lines, requests aside
         self._record = None if form == "text" else {
             "v": 0, "name": "imgserver", "hostname": socket.gethostname(), "pid": os.getpid()}
         self._lines = []
@@ -228,7 +231,7 @@ class Log:
         self._piece = select.PIPE_BUF if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) else LOG_LIMIT
 
     def line(self, level, text):
-        """Write `text`, which must be printable, when `level` is to be logged."""
+        """Write `text`, which must be printable, if `level` is logged."""
         if LEVELS[level] >= self.level:
             self.tick(int(time.time()))
             self.counts[level] += 1
@@ -237,7 +240,7 @@ class Log:
                 self.flush(wait=True)
 
     def add(self, level, text, facts=None):
-        """Queue a line, with the time of the last tick; facts: further keys of the JSON form."""
+        """Queue a line, prefixed with the cached time; facts: further keys of the JSON form."""
         self._lines.append(f"{self._stamp} {level} {text}" if self._record is None
                            else self._as_json(level, text, facts or {}))
 
@@ -248,9 +251,9 @@ class Log:
     def request(self, client, user, line, agent, status, size, seconds, title, failure):
         """Queue the line of a request.
 
-        client, user    who: an address, and a name or None
+        client, user    an address, and a name or None
         line, agent     the request line and the User-Agent as they came
-        size, seconds   bytes of the body that went, and the time taken
+        size, seconds   bytes of the body sent, and the time taken
         title, failure  further facts about the answer, "" where there are none
         """
         if len(line) > LOG_TARGET_LIMIT or not _is_plain(line):
@@ -269,7 +272,7 @@ class Log:
             "latency": round(seconds * 1000, 1), "user": user, "image": title or None})
 
     def tick(self, now):
-        """It is `now`, in whole seconds since 1970."""
+        """Cache the timestamp of `now`, whole seconds since 1970."""
         if now != self._second:
             self._second = now
             self._stamp = stamp(now)
@@ -284,7 +287,7 @@ class Log:
         self.line("error", text)
 
     def exception(self, what):
-        """A fault of our own: the traceback, on one line."""
+        """Log an internal error: the traceback, on one line."""
         self.line("error", what + ": " + printable(traceback.format_exc()[-TRACEBACK_LIMIT:],
                                                    TRACEBACK_LIMIT))
 
@@ -293,9 +296,9 @@ class Log:
         return bool(self._lines or self._held)
 
     def flush(self, wait=False):
-        """Write what is held, as far as it goes without waiting.  Raises nothing.
+        """Write queued lines as far as possible without blocking.  Raises nothing.
 
-        While another thread writes it is left to a later flush, or waited for.
+        While another thread writes they are left to a later flush, unless `wait`.
         """
         if not (wait or self.pending) or not self._flushing.acquire(blocking=wait):
             return
@@ -312,7 +315,7 @@ class Log:
                 while data and self._poll.poll(0):
                     data = data[os.write(self.fd, data[:self._piece]):]
                     self._lost = 0
-            except OSError:               # a closed pipe, a full disk: there is nowhere to say it
+            except OSError:               # a closed pipe, a full disk: nowhere to report it
                 data = b""
             if len(data) > LOG_LIMIT:
                 self._lost += len(data)
@@ -325,7 +328,7 @@ class Log:
 # -- JSON --------------------------------------------------------------------------------
 
 NUMBER_LIMIT = 20             # digits of an integer in JSON: 2**64 has 20
-NESTING_LIMIT = 100           # levels of JSON, so that whatever was parsed can be written, too
+NESTING_LIMIT = 100           # levels of JSON, so that a parsed value can be rendered, too
 
 def _unique(pairs):
     value = dict(pairs)
@@ -356,7 +359,7 @@ compact_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encod
 
 
 def _is_deeper(value, levels) -> bool:
-    """Whether arrays and objects are nested in more levels."""
+    """Whether arrays and objects are nested more than `levels` deep."""
     level = [value]
     while level and levels >= 0:
         levels -= 1
@@ -369,8 +372,8 @@ def parse_json(data: bytes, unique=False):
     """The value of strict JSON in UTF-8, with or without a byte-order mark.  Raises ValueError.
 
     Stricter than json.loads, so that every value can be answered to any client: no NaN, no
-    infinity, no half surrogate pair, no endless nesting.  Of a key that stands twice the
-    last counts, as in JavaScript, unless `unique` refuses it.
+    infinity, no half surrogate pair, no endless nesting.  The last of a repeated key
+    counts, as in JavaScript, unless `unique` refuses it.
     """
     try:
         text = data.decode("utf-8").removeprefix("\ufeff")
@@ -440,7 +443,7 @@ def _prefix(value):
 
 
 def _suffix(value):
-    """The part behind it: labels of a name, a port, a path."""
+    """The part after it: labels of a name, a port, a path."""
     match = isinstance(value, str) and re.fullmatch(
         r"(?:\.[A-Za-z0-9-]+)*(?::([0-9]{1,5}))?(?:/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)*", value)
     if not match or not 1 <= int(match[1] or 1) <= 65535:
@@ -508,7 +511,7 @@ def _networks(value):
     """A list of addresses, networks and "unix", as ip_network objects and that word."""
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise ValueError('must be a list of addresses, networks and "unix"')
-    if not value:                         # then that module, and 1 MiB for it, can be saved
+    if not value:                         # saves the import of ipaddress: 1 MiB
         return value
     import ipaddress
     try:
@@ -543,10 +546,10 @@ def _channels(value):
 
 
 def parse_listen(value, any_port=False) -> list:
-    """Where to listen, one or more: (address, port), address "" for all; or a socket's path.
+    """The addresses to listen on: (address, port), address "" for all; or a socket's path.
 
     Takes 8080, "8080", "ADDRESS:PORT", "[IPV6]:PORT", "*:PORT", "localhost:PORT" (both of its
-    addresses; nobody is asked for names) and "/path", or a list of these.  Raises ValueError.
+    addresses; without DNS) and "/path", or a list of these.  Raises ValueError.
     """
     if isinstance(value, list) and value:
         if any(isinstance(item, list) for item in value):
@@ -591,7 +594,7 @@ def _listen(value):
     return value
 
 
-# Every key of config.json: its default, and what checks it.  README.md says what each does.
+# Every key of config.json: its default and its check.  README.md explains each.
 SETTINGS = {
     "listen_port": (80, _listen),
     "prefix": ("http://", _prefix),
@@ -623,9 +626,9 @@ SETTINGS = {
 class Config:
     """The settings, as attributes: `image-creator` is `image_creator`.
 
-    path        of its file; None where there is none, and the defaults are all there is
+    path        the configuration file; None for the defaults alone
     listen      the addresses of listen_port, as parse_listen gives them
-    warnings    for the log, once it is there
+    warnings    for the log, once it is open
     """
 
     path = None
@@ -660,7 +663,7 @@ class Config:
 
     @classmethod
     def load(cls, path, must_exist=True):
-        """Read a config.json.  Raises UserError where it is not there or not right."""
+        """Read a config.json.  Raises UserError where it is missing or invalid."""
         try:
             with open(path, "rb") as file:
                 values = parse_object(file.read(), unique=True)
@@ -687,8 +690,8 @@ class Config:
 
 # -- manifests ---------------------------------------------------------------------------
 #
-# Two formats of one thing.  A manifest without `v` is v1, DSAPI's; imgadm and IMGAPI have
-# v2.  Everything here is a function of dicts and touches no file.
+# A manifest without `v` is v1, DSAPI's; imgadm and IMGAPI use v2.  Functions of dicts: nothing
+# here touches a file.
 #
 # Any manifest, stored or given, is mended first: every field gets the value that imgadm and
 # IMGAPI make of it, or is invalid.  Then normalise drops invalid optional fields, for serving;
@@ -704,7 +707,7 @@ TAGS_LIMIT = 100 << 10        # characters of tags as JSON.stringify writes them
 SAFE_INTEGER = 2 ** 53        # the largest number that every JSON parser of a client keeps
 SPELL_LIMIT = 100             # characters of a value in a message
 
-# What upgrading drops (imgmanifest upgradeTo2), besides what it turns into v2's own fields.
+# Fields of v1 that upgrading drops (imgmanifest upgradeTo2), besides those it converts.
 V1_ONLY = frozenset(("creator_uuid", "vendor_uuid", "creator_name", "cloud_name",
                      "creator_admin", "restricted_to_uuid", "owner_uuid", "platform_type",
                      "created_at", "updated_at", "_url"))
@@ -731,7 +734,7 @@ _ISO = re.compile(r"(\d{4})(?:(-?)(?:W(\d\d)(?:-?(\d))?|((?!000)[0-2]\d\d|3[0-5]
 
 
 def compression_of(head: bytes, name: str) -> str:
-    """How a file is compressed, by its first bytes; by its name where it has none."""
+    """The compression of a file by its first bytes; of an empty one by its name."""
     for magic, kind in MAGIC.items():
         if head.startswith(magic):
             return kind
@@ -746,17 +749,17 @@ def is_file_name(name) -> bool:
     try:
         return (isinstance(name, str) and name.isprintable() and "/" not in name
                 and name not in ("", ".", "..", MANIFEST) and len(os.fsencode(name)) <= 255)
-    except UnicodeEncodeError:            # the locale cannot spell it
+    except UnicodeEncodeError:            # the locale cannot encode it
         return False
 
 
 def is_v1(manifest) -> bool:
-    """Whether a manifest is of the old form (DSAPI); most of those have no v at all."""
+    """Whether a manifest is v1 (DSAPI); most of those have no `v`."""
     return manifest.get("v", 1) == 1 and not isinstance(manifest.get("v"), bool)
 
 
 def spell(value) -> str:
-    """A value as messages and the log have it, cut."""
+    """A value for messages and the log, truncated."""
     text = ascii(value) if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= SPELL_LIMIT else text[:SPELL_LIMIT] + "..."
 
@@ -776,9 +779,9 @@ def number_text(value) -> str:
 
 
 def moment(text):
-    """A moment in any form of ISO 8601 as manifests have it: in UTC, with 0 or 3 decimals.
+    """A time in any form of ISO 8601, in UTC with 0 or 3 decimals; None where it is none.
 
-    None where it is none.  Without an offset it is taken for UTC; more decimals are cut.
+    Without an offset it is UTC; further decimals are cut.
     """
     match = _ISO.fullmatch(text.strip())
     if not match:
@@ -803,8 +806,7 @@ def moment(text):
                             else "seconds") + "Z"
 
 
-# Menders: each returns the value that the author of the given one meant, the same where it is
-# right, or INVALID.
+# Menders: each returns the value that was meant, unchanged where it is right, or INVALID.
 
 INVALID = object()
 UNSET = (None, "", [], {})    # values of a field that is not set
@@ -885,7 +887,7 @@ def _record(*keys):
 
 
 def _only(check):
-    """A mender of values that are right as they stand or not at all."""
+    """A mender that accepts or refuses a value, and never changes it."""
     return lambda value: value if check(value) else INVALID
 
 
@@ -920,9 +922,9 @@ def _one_file(value):
 
 
 def mend(manifest: dict, fields: dict, prefix="") -> tuple[dict, list]:
-    """(manifest, invalid): the fields with the values that their rules ask for.
+    """(manifest, invalid): the fields mended by their rules.
 
-    Those that are unset are left out, and those that break a rule, which invalid has as
+    Unset fields are left out, and those that break a rule: invalid has these as
     (prefix + name, value, rule).  Unknown ones stay as they are.
     """
     result, invalid = {}, []
@@ -1056,13 +1058,13 @@ ZVOL_FIELDS = ("nic_driver", "disk_driver", "cpu_type", "image_size")
 ONLY_FOR = {**dict.fromkeys(ZVOL_FIELDS, ("type", "zvol")), "error": ("state", "failed"),
             "inherited_directories": ("type", "zone-dataset"), "bootrom": ("brand", "bhyve")}
 REQUIRED = ("uuid", "name", "version", "type", "os", "files")
-# What stays as it is where only our rule for it is broken: imgadm does not mind.
+# Fields that stay although they break our rule: imgadm does not mind.
 TOLERATED = frozenset(("name", "version", "creator_name", "cloud_name", "creator_uuid",
                        "vendor_uuid", "owner_uuid", "platform_type"))
 # Without these imgadm cannot import an image.
 ESSENTIAL = frozenset((*REQUIRED, "origin", "files[0].path", "files[0].size", "files[0].sha1",
                        "files[0].compression"))
-# Fields that restrict do so even where they are invalid: the field and value that stand then.
+# Restricting fields restrict even where they are invalid: the field and value that then apply.
 RESTRICTING = {"disabled": ("disabled", True), "public": ("public", False),
                "acl": ("public", False), "restricted_to_uuid": ("public", False)}
 
@@ -1089,9 +1091,9 @@ def mend_manifest(manifest: dict, required=REQUIRED) -> tuple[dict, list]:
 def normalise(manifest: dict):
     """(manifest, notes, reasons): a stored manifest as imgadm and IMGAPI take it.
 
-    The manifest stays v1 or v2.  notes has a sentence for each field that breaks a rule and
-    was dropped, or read as what lets fewer see the image; reasons has one for each without
-    which imgadm cannot import it, and is empty for an image that can be shown.
+    The manifest stays v1 or v2.  notes: a sentence for each field that breaks a rule and was
+    dropped, or replaced by a more restrictive value; reasons: one for each without which imgadm
+    cannot import the image, none for an image that can be shown.
     """
     notes, reasons = [], []
     files = manifest.get("files")
@@ -1204,8 +1206,8 @@ def parse_field(text):
 def upgrade(v1: dict) -> dict:
     """The v2 form of a v1 manifest, by the rules of imgmanifest's upgradeTo2.
 
-    Where those would fail, on what the original server and dsapid wrote, it has the owner
-    and the public of the manifest; without any, nobody is the owner.
+    Where those fail, on manifests of the original server and dsapid, owner and public are
+    those of the manifest; without an owner it is NOBODY.
     """
     v2 = {key: value for key, value in v1.items() if key not in V1_ONLY}
     owners = (v1.get("creator_uuid"), v1.get("owner"))
@@ -1227,8 +1229,8 @@ def upgrade(v1: dict) -> dict:
 
 
 def downgrade(v2: dict) -> dict:
-    """The v1 form of a v2 manifest: the official reverse (img2dsdiff), but keeping what v1
-    clients pass over and an upgrade brings back, so that v1 - v2 - v1 - v2 loses nothing.
+    """The v1 form of a v2 manifest: the official reverse (img2dsdiff), but with the fields that
+    v1 clients ignore and an upgrade restores, so that v1 - v2 - v1 - v2 loses nothing.
     """
     v1 = {key: value for key, value in v2.items() if key not in V1_ONLY
           and key not in ("v", "owner", "state", "public", "disabled", "published_at", "icon")}
@@ -1256,10 +1258,10 @@ def downgrade(v2: dict) -> dict:
 
 
 def complete(manifest: dict, published_at: str) -> dict:
-    """The v2 form of a manifest, with what its author left to the server filled in.
+    """The v2 form of a manifest, with the fields filled in that its author left to the server.
 
     imgadm create writes no owner, state, public, disabled or published_at; IMGAPI fills
-    these when it takes an image, and so does this.  A directory is active, unless its
+    these in on import, and so does this.  A directory is active, unless its
     manifest says that it is unactivated, disabled, or no image at all (creating, failed).
     """
     v2 = upgrade(manifest) if is_v1(manifest) else dict(manifest)
@@ -1274,7 +1276,7 @@ def complete(manifest: dict, published_at: str) -> dict:
 
 
 def public_fields(v2: dict) -> dict:
-    """What IMGAPI shows of a manifest: its fields in its order, unset ones left out."""
+    """The fields of a manifest that IMGAPI shows, in its order, without unset ones."""
     result = {key: v2[key] for key in PUBLIC_FIELDS if v2.get(key) is not None}
     result["files"] = [{key: item[key] for key in PUBLIC_FILE_FIELDS if key in item}
                        for item in v2["files"]]
@@ -1285,15 +1287,15 @@ def public_fields(v2: dict) -> dict:
 
 
 def order_of(published_at) -> str:
-    """A time as texts sort: with or without milliseconds, one form."""
+    """The sort key of a time, the same with or without milliseconds."""
     text = published_at.rstrip("Z")
     return text if "." in text else text + ".000"
 
 
 def as_v1(manifest: dict, v2: dict, file: dict, creator: str) -> dict:
-    """What DSAPI shows of a manifest: v1, as stored if it is v1, without files[0].url.
+    """The manifest that DSAPI shows: v1, as stored if it is v1, without files[0].url.
 
-    Mended are what some imgadm refuses: no creator, a file without path or compression,
+    Mended are faults that some imgadm refuses: no creator, a file without path or compression,
     and the fields that imgadm 1 wants after the download (imgadm of 2012: urn,
     description, creator_name, published_at).
     """
@@ -1323,8 +1325,8 @@ def as_v1(manifest: dict, v2: dict, file: dict, creator: str) -> dict:
 
 
 def as_v2(v2: dict, file: dict) -> dict:
-    """What DSAPI shows of a manifest to imgadm 2 and later: v2 without channels, and with the
-    fields that no rule is known for, as stored.
+    """The manifest that DSAPI shows to imgadm 2 and later: v2 without channels, and with fields
+    that no rule is known for as stored.
     """
     result = public_fields(v2)
     result.pop("channels", None)
@@ -1358,27 +1360,26 @@ def matches_text(value, wanted, prefix=False) -> bool:
 
 # -- store -------------------------------------------------------------------------------
 #
-# The directory, read and remembered.  Nothing here changes it.  What is in memory is
-# answered at once; what needs the disk raises NeedsThread unless the caller may wait, and is
-# then done by one thread at a time.
+# The directory, read and cached.  Nothing here changes it.  Anything that needs disk I/O raises
+# NeedsThread unless may_block; one lock serialises it.
 
 MANIFEST_LIMIT = 1 << 20      # bytes; tags may take 100 KiB, a description 10: nothing needs more
 RECHECK = 1.0                 # seconds until an edit in place must be seen in a list
-RECHECK_EARLY = 0.65          # seconds until a list asked for starts a re-check in the background
+RECHECK_EARLY = 0.65          # age in seconds at which a list request starts a background re-check
 RECHECK_SLICE = 0.001         # seconds of such a re-check between two pauses
 RECHECK_PAUSE = 0.0005        # seconds of a pause: 10,000 images take some 0.2 s so
-RACY = 50_000_000             # ns; a time this young may not move with the next change: file
-                              # systems tell it in ticks, of up to 10 ms (Linux before 6.13)
-LISTS_KEPT = 4                # rendered lists kept: each is as large as all manifests together
+RACY = 50_000_000             # ns; a younger time may not change with the next write: file
+                              # systems keep it in ticks, of up to 10 ms (Linux before 6.13)
+LISTS_KEPT = 4                # rendered lists cached: each is as large as all manifests together
 LIST_PIECE = 128 << 10        # bytes of a list rendered at once: some 100 images, 100 us
 LIST_PARTS = 32               # pieces of a list given to one sendmsg: POSIX allows 16 at least
 ZIPPED_LIMIT = 32 << 20       # bytes of gzip forms in use; of 10,000 images one has 1 MB
-MD5_LIMIT = 16 << 20          # bytes; a file up to this size is hashed when it is asked for, or
+MD5_LIMIT = 16 << 20          # bytes; a file up to this size is hashed on request, or
                               # when it is read without a sha1 in its manifest
 PIECE = 1 << 20               # bytes of a file hashed or decompressed at once
-OPEN_TRIES = 3                # of a file that is replaced between the look at it and open()
+OPEN_TRIES = 3                # of a file that is replaced between stat and open()
 LINKS_IN_LOOP = 100           # origins of an image that the event loop follows, each by 2 stats
-HASHES_KEPT = 10000           # files whose hashes are remembered: 200 bytes each
+HASHES_KEPT = 10000           # files whose hashes are cached: 200 bytes each
 
 def trusted_stat(path, serve_dir):
     """os.stat, which follows a symlink only where root or the owner of serve_dir made it.
@@ -1417,7 +1418,7 @@ def open_regular(path, serve_dir=None):
 
 
 def stat_key(status):
-    """What tells one state of a file from another.
+    """The key of a file's state, which changes with the file.
 
     The ctime moves with every change that moves the mtime, and with those that hide it
     (touch, rsync -t) or open the file to us (chmod).
@@ -1426,11 +1427,11 @@ def stat_key(status):
 
 
 REPLACED = f"{MANIFEST}: replaced while it was read"
-UNSETTLED = ()                # no file's key: an image that has it is read again when asked for
+UNSETTLED = ()                # no file's key: an image with it is always stale
 
 
 def stat_key_at(path):
-    """stat_key the file at path; None where it cannot be looked at."""
+    """The stat_key of the file at path; None where stat fails."""
     try:
         return stat_key(os.stat(path))
     except (OSError, ValueError):
@@ -1453,7 +1454,7 @@ def hash_file(fd, size):
 class Hasher:
     """Hashes the files of manifests without a sha1, large ones one by one in a thread.
 
-    Results are kept for each state of a file.  Without `later` every file is hashed at once.
+    Results are cached by stat_key.  Without `later` every file is hashed at once.
     """
 
     def __init__(self, later=False):
@@ -1485,7 +1486,7 @@ class Hasher:
     def hashes_of(self, fd, path):
         """The same of an open file, which was opened at `path`; at once.  Raises OSError.
 
-        The first one who asks has it computed, the others wait.
+        The first caller computes, the others wait.
         """
         with self._computing:
             key = stat_key(os.fstat(fd))
@@ -1507,7 +1508,7 @@ class Hasher:
                     return OSError(errno.EAGAIN, "it changed while it was read")
         except OSError as error:
             if error.errno in SHORTAGE or key[1] <= MD5_LIMIT:
-                return error              # it may be over with the next request
+                return error              # it may have passed by the next request
             result = error
         self._keep(path, key, result)
         return result
@@ -1532,7 +1533,7 @@ class Hasher:
 
 
 def raise_shortage(error):
-    """Raise an OSError again that says something of the system and nothing of the file."""
+    """Raise an OSError again that is due to the system, not to the file."""
     if error.errno in SHORTAGE:
         raise error
 
@@ -1544,15 +1545,15 @@ def changed_at(path):
 
 
 class Image:
-    """One image directory as it was last read: what is shown of it, or why nothing is.
+    """One image directory as last read: its rendered manifest, or the problem that hides it.
 
-    place       what stands before its uuid in the path of its directory
+    place       the path of its directory, up to its uuid
     problem     None, or one sentence for the log; then nothing of its manifest is set
     try_again   the problem may be one of the moment, such as an error of the disk
     device      the file system that it is on; None where its files are on several
     md5         of its file, as bytes, where it is known for sure; claimed_md5 as its manifest
                 has it, or None
-    notes       sentences for the log about fields that are shown otherwise than they stand
+    notes       sentences for the log about fields that are not shown as stored
     dsapi       (before, after, etag) of its v1 manifest as bytes: files[0].url stands between
                 the two, up to the part that the Host header decides; None when never asked for
     dsapi_v2    the same of its v2 manifest
@@ -1584,14 +1585,14 @@ class Image:
         return "" if self.problem else f"{self.name} {self.version}"
 
     def is_fresh(self, api, for_list=False) -> bool:
-        """Whether it is rendered for api, and on disk still what was read.
+        """Whether the cached image is rendered for `api` and unchanged on disk.
 
-        Its manifest and file are looked at each time; its directory, where an icon or a
-        file that no manifest names may have come, twice a second and for lists.
+        Its manifest and file are checked each time; its directory, where an icon or an unnamed
+        file may have come, twice a second and for lists.
         """
         if self.problem is None and getattr(self, api) is None:
             return False
-        try:                              # stat_key, written out: each request is here
+        try:                              # stat_key, inlined: each request comes here
             status = os.stat(f"{self.place}{self.uuid}/{MANIFEST}")
             if (status.st_ctime_ns, status.st_size, status.st_ino) != self.manifest_key:
                 return False
@@ -1599,7 +1600,7 @@ class Image:
                 status = os.stat(f"{self.place}{self.uuid}/{self.file}")
                 if (status.st_ctime_ns, status.st_size, status.st_ino) != self.file_key:
                     return False
-        except OSError:                   # as before only where it was left out for just that
+        except OSError:                   # fresh only where it was left out for just that
             if (self.manifest_key, self.file_key) != (
                     stat_key_at(f"{self.directory}/{MANIFEST}"),
                     self.file and stat_key_at(f"{self.directory}/{self.file}")):
@@ -1730,7 +1731,7 @@ class ImageReader:
             image.try_again = True
         except RecursionError:
             image.problem = f"{MANIFEST}: nested too deep"
-        except Exception as error:        # whatever it is, the other images can be shown
+        except Exception as error:        # a bug: the other images can still be shown
             image.problem = f"{MANIFEST}: {type(error).__name__}: {error}"
         if image.manifest_key is None:
             image.manifest_key = stat_key_at(f"{directory}/{MANIFEST}")
@@ -1827,7 +1828,7 @@ class ImageReader:
         return file
 
     def _keep(self, image, v2, file):
-        """What filters, order and downloads need of a manifest without reading it again."""
+        """Cache the values of a manifest that filters, order and downloads need."""
         image.size, image.sha1 = file["size"], file["sha1"]
         image.name, image.version, image.state = v2["name"], v2["version"], v2["state"]
         image.order = order_of(v2["published_at"]), image.uuid
@@ -1860,7 +1861,7 @@ def no_common_channel(origin) -> str:
 
 
 def etag_of(*parts) -> bytes:
-    """The sha1 of what is shown, in hexadecimal: the same on every replica."""
+    """The sha1 of the bytes shown, in hexadecimal: the same on every replica."""
     return hashlib.sha1(b"\0".join(parts)).hexdigest().encode()
 
 
@@ -1872,15 +1873,14 @@ class Listing:
     text_of     a function of an Image: its text, in bytes
     length      bytes of the array
 
-    Pieces are kept while the cache of lists has room for them; a reader holds but its
-    position.
+    Pieces are cached while there is room for the list; a reader has only its position.
     """
 
     __slots__ = ("_images", "_numbers", "_text_of", "_starts", "_pieces", "length", "etag",
                  "fields", "zipped")
 
     def __init__(self, images, text_of, etag=None, numbers=None):
-        """Render it once, to learn its length; which is for a thread."""
+        """Render it once, to learn its length; for a thread."""
         self._images, self._text_of, self.etag = images, text_of, etag
         self._numbers = None if numbers is None else array.array("I", numbers)
         self._pieces = self.zipped = None
@@ -1923,8 +1923,8 @@ class Listing:
     def parts(self, number, skip, budget) -> list:
         """Parts to send from `skip` bytes behind the beginning of a piece, of about `budget`.
 
-        At most one of them is rendered, since others wait for that; where nothing is kept it is
-        sent whole, or the rest would be rendered again.  For the event loop alone.
+        At most one is rendered, since other clients wait for that; uncached, it is sent whole, or
+        the rest would be rendered again.  For the event loop alone.
         """
         parts, pieces, end = [], self._pieces, len(self._starts)
         while budget > 0 and number < end and len(parts) < LIST_PARTS:
@@ -1944,11 +1944,11 @@ class Listing:
         return self._pieces is not None
 
     def keep(self):
-        """Remember pieces from now on."""
+        """Cache pieces from now on."""
         self._pieces = [None] * len(self)
 
     def release(self):
-        """Forget its pieces: who is still reading has them rendered again."""
+        """Drop its cached pieces: they are rendered again for clients that still read."""
         self._pieces = self.zipped = None
 
     def zip(self):
@@ -1962,7 +1962,7 @@ class Listing:
 
 
 class ZippedList(bytearray):
-    """The gzip form of a list, which Store can tell to be in use: by its cache, or being sent."""
+    """The gzip form of a list, cached or being sent; a reference to it can be weak."""
 
     def __add__(self, data):
         self += data
@@ -1977,10 +1977,10 @@ class Snapshot:
         self.forms = {}               # (api, view): (the first Listing of it, its host)
         self.listings = {}            # (api, view, host): Listing, the oldest first
         self.pages = {}               # rendered pages, for Page
-        self.texts = None             # uuid: what the page's filter searches, once it is used
+        self.texts = None             # uuid: the text for the page's filter, once it is used
 
     def release(self):
-        """Forget rendered lists: another snapshot takes its place."""
+        """Drop the rendered lists: another snapshot replaces this one."""
         for listing in list(self.listings.values()):
             listing.release()
 
@@ -2002,7 +2002,7 @@ class Store:
         self._images = {}             # uuid: Image, sound or not; written under _lock
         self._lock = threading.Lock()
         self._recheck_lock = threading.Lock()     # taken before _lock
-        self._rechecking = False      # a re-check in the background is on its way
+        self._rechecking = False      # a background re-check runs
         self._snapshot = None
         self._apis = frozenset()      # APIs that all images of the snapshot are rendered for
         self._changed = True          # an image has been read since the snapshot was made
@@ -2011,8 +2011,8 @@ class Store:
         self._cyclic = {}             # uuid: whether its chain of origins never ends; a memo
         self._cyclic_since = -math.inf
         self._cycles_logged = set()
-        # One thread at a time computes lists: several would trade the interpreter's lock with
-        # the event loop for each other's sake, and be no sooner done.
+        # One thread at a time computes lists: several would compete with the event loop for
+        # the interpreter's lock, and be no faster.
         self.rendering = threading.Lock()
         self._lists_lock = threading.Lock()       # for listings of a snapshot, and gzip forms
         self._zipping = threading.Lock()
@@ -2177,7 +2177,7 @@ class Store:
         """Whether its chain of origins never ends: imgadm would follow it for ever.
 
         It is followed for each change of an image, and once a second, by one thread, while the
-        others go on with the verdict before.  Raises NeedsThread for more than `limit` links.
+        others use the last result.  Raises NeedsThread for more than `limit` links.
         """
         now, before = time.monotonic(), self._cyclic
         memo, chain, link = before, [], image
@@ -2221,7 +2221,7 @@ class Store:
                 self._rechecking = True
                 try:
                     self._in_background(lambda: self._recheck_early(api))
-                except (RuntimeError, MemoryError):       # no thread can be had: at RECHECK then
+                except (RuntimeError, MemoryError):       # no thread: at RECHECK then
                     self._rechecking = False
             return self._snapshot
         if not may_block:
@@ -2233,7 +2233,7 @@ class Store:
         return self._snapshot
 
     def _recheck_early(self, api):
-        """In the background: re-check before requests have to wait for it."""
+        """Re-check in the background before requests have to wait for it."""
         try:
             with self._recheck_lock:
                 self._recheck(api, RECHECK_PAUSE)
@@ -2256,8 +2256,8 @@ class Store:
         now = time.monotonic()
         everything = now - self._checked >= RECHECK_EARLY or api not in self._apis
         key = self._key_of_names()
-        # A change within the same tick of the file system's clock leaves its time as it is: one
-        # may come after the names are read, so what counts is how old the time is before.
+        # A change within one tick of the file system's clock leaves the time as it is: one may
+        # come after the names are read, so that the age of the time before counts.
         settled = abs(time.time_ns() - max(key[:2])) > RACY
         names = set()
         for name in os.listdir(self.directory):
@@ -2300,8 +2300,8 @@ class Store:
     def listing(self, api, view, select, text_of, may_block, host=b"") -> Listing:
         """The list of all active images that select(images) gives, in one form.
 
-        view tells forms of one API apart, all but the host: bytes that text_of puts into
-        each image once.  Raises NeedsThread for the first list of a view.
+        view: the form among those of the API; host: bytes that text_of puts into each image
+        once.  Raises NeedsThread for the first list of a view.
         """
         snapshot = self.snapshot(api, may_block)
         listing = snapshot.listings.get((api, view, host))
@@ -2328,8 +2328,8 @@ class Store:
     def zipped(self, listing, may_block) -> ZippedList | None:
         """The gzip form of a kept list; None where making one is not worth it now.
 
-        One thread at a time makes them, and those in use are bounded: clients may take a list
-        unread, and make up as many Host headers as they like.  Raises NeedsThread.
+        One thread at a time makes them, and those in use are bounded: clients may leave lists
+        unread, and send many Host headers.  Raises NeedsThread.
         """
         data = listing.zipped
         if data is not None or not listing.kept:
@@ -2477,7 +2477,7 @@ class SendStream:
 class Decompressor:
     """The bytes inside a gzip, bzip2 or xz file (of one member or several), in small pieces.
 
-    Those of a file of kind none are its own.
+    Of an uncompressed file, its own bytes.
     """
 
     def __init__(self, kind):
@@ -2487,7 +2487,7 @@ class Decompressor:
         self._head = b""
         self._padding = 0                 # NULs since the last member
 
-    # Imported where they are needed: a server that only serves has no use for them.
+    # Imported on use: a server that only serves does not need them.
 
     def _none(self):
         return None
@@ -2520,7 +2520,7 @@ class Decompressor:
                     if not data:
                         return
                     self._member = self._make()
-                # zlib hands back what it has not read; bz2 and lzma keep it, and say so.
+                # zlib returns unread input; bz2 and lzma keep it, and report that.
                 piece = self._member.decompress(data, PIECE)
                 data = getattr(self._member, "unconsumed_tail", b"")
                 if self._member.eof:
@@ -2627,7 +2627,7 @@ class FileScan:
         self._feed_stream(chunk)
 
     def finish(self):
-        """Say that this was all.  Raises BadImage for compressed data that is cut short."""
+        """End of the file.  Raises BadImage for truncated compressed data."""
         if self.compression is None:
             self._begin()
             self._feed_stream(self._head)
@@ -2646,9 +2646,8 @@ class FileScan:
 #
 # The only part that writes.  An image is made in .incoming-<uuid>, in serve_dir so that one
 # rename(2) shows it whole.  Each file is written under a temporary name, flushed to disk and
-# renamed.  rename alone decides what is true, for several processes and machines; a lock
-# (flock on the image's directory) only tells an import that is alive from one that was
-# killed, and puts changes of one image in a row.
+# renamed.  The rename is atomic, for several processes and machines; the lock (flock on the
+# image's directory) only tells a live import from a killed one, and serialises changes.
 
 STALE = 24 * 3600             # seconds since the last write until --clean removes leftovers
 LOCK_PATIENCE = 2.0           # seconds a short change waits for another one of the same image
@@ -2698,7 +2697,7 @@ def give(fd, owner):
 def new_file(name, directory=None, mode=0o644, or_old=os.O_EXCL):
     """A new binary file in an open directory; on disk when the block has ended.
 
-    It never has a wider mode than this one.  or_old 0: one that is there will do.  Raises
+    It never has a wider mode than this one.  or_old 0: an old one will do.  Raises
     OSError.
     """
     fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | or_old, mode,
@@ -2711,9 +2710,9 @@ def new_file(name, directory=None, mode=0o644, or_old=os.O_EXCL):
 
 
 def replace_at(directory, name, data, owner=None, keep_time=False, mode=0o644):
-    """Put a file in the place of `name` in an open directory, by rename.  Raises OSError.
+    """Replace the file `name` in an open directory, atomically.  Raises OSError.
 
-    Permissions and owner of the file before stay; `owner` and `mode` are for one that is new,
+    Permissions and owner of the old file stay; `owner` and `mode` are for one that is new,
     or takes the place of a symlink.  keep_time: the mtime stays, too.  The directory is left
     to be synced.
     """
@@ -2767,10 +2766,7 @@ def replace_file(path, data, keep_time=False, owner=None, mode=0o644):
 
 
 def remove_tree(path):
-    """Remove a directory, or what else stands in its place; of a symlink the link alone.
-
-    Raises OSError.
-    """
+    """Remove a directory, or a file in its place; of a symlink the link.  Raises OSError."""
     if stat.S_ISDIR(os.lstat(path).st_mode):
         shutil.rmtree(path)
     else:
@@ -2833,7 +2829,7 @@ def new_manifest(config, uuid, fields) -> dict:
 
 
 def choose_channels(config, manifest, default=None):
-    """Where there are channels, the default one is for images that name none, as in IMGAPI.
+    """Set the default channel, if there are any, for an image that names none, as IMGAPI does.
 
     Returns a warning where the image's origin is in none of them, or None.  Raises ApiError
     (422) for channels in which no client would see the image.
@@ -2946,7 +2942,7 @@ class Publisher:
     def import_image(self, manifest, read, activated=True, check_stream=True, turn=None) -> dict:
         """create, add_file and activate under one lock: all of it, or nothing stays.
 
-        files[0] of the manifest holds facts that must be true of the file.  An ApiError
+        files[0] of the manifest has facts that must be true of the file.  An ApiError
         whose message says "on show" comes when it was activated all the same.
         """
         expected = (manifest.get("files") or [{}])[0]
@@ -2959,7 +2955,7 @@ class Publisher:
     def activate(self, uuid):
         """Put a whole image on show, by one rename.
 
-        One that is on show, with a state in its manifest that says otherwise, loses that.
+        An image on show whose manifest has another state loses that.
         """
         if os.path.lexists(self._path(uuid)):
             return self._change(uuid, self._without_state)
@@ -3149,7 +3145,7 @@ class Publisher:
 
     @staticmethod
     def _is_kept(path) -> bool:
-        """Whether an unfinished image is gone on with, not begun once more."""
+        """Whether an unfinished image is resumed, not begun again."""
         return False
 
     def _check_chain(self, uuid, origin):
@@ -3291,7 +3287,7 @@ class Publisher:
             return manifest
 
     def _without_state(self, manifest):
-        """A manifest whose author says that it is not active, without that."""
+        """A manifest without its unactivated state.  Raises ApiError where it has none."""
         if manifest.get("state") not in ("unactivated", "nuked", "pending"):
             raise already_active(manifest.get("uuid"))
         return {key: value for key, value in manifest.items() if key != "state"}
@@ -3319,7 +3315,7 @@ class Publisher:
             raise
 
     def _accept(self, image, aside, found, expected, check_stream) -> dict:
-        """Make the file `aside`, which was received, that of a locked image."""
+        """Make the received file `aside` that of a locked image."""
         manifest = image.manifest()
         expected = {key: value for key, value in expected.items() if value not in (None, "")}
         file = self._describe(manifest, found, expected, check_stream)
@@ -3373,7 +3369,7 @@ class Publisher:
         return found
 
     def _describe(self, manifest, found, expected, check_stream) -> dict:
-        """files[0] for a file that was received.  Raises ApiError where it breaks a promise."""
+        """files[0] of a received file.  Raises ApiError where it contradicts the known facts."""
         if found.size == 0:
             raise refused_file("there is no data")
         hashes = found.hashes()
@@ -3435,7 +3431,7 @@ class Publisher:
 
 ANYONE, READ, PUBLISH, MANAGE = range(4)
 RIGHTS = {"read": READ, "publish": PUBLISH, "manage": MANAGE}
-PEERS_KEPT = 1024             # addresses of which the right is remembered
+PEERS_KEPT = 1024             # addresses whose right is cached
 EVERYBODY, SAME_CREDENTIALS, CLIENT = range(3)    # audiences: whom a cache may give an answer
 
 SCRYPT = {"n": 1 << 14, "r": 8, "p": 1, "dklen": 32}      # takes 16 MiB, and some 70 ms
@@ -3444,8 +3440,8 @@ USERS_LIMIT = 1 << 20         # bytes of the file: some 7,000 users
 PASSWORD_LIMIT = 1024         # bytes of a new password
 CHECKS_WAITING = 8            # passwords that wait to be checked, some 0.6 s; further ones: 503
 CHECKS_OF_ONE = 4             # of these for one address, so that others get their turn
-FITTED = 600.0                # seconds that a password that fitted is remembered
-WRONG = 5.0                   # seconds that a wrong one is
+FITTED = 600.0                # seconds that a right password is cached
+WRONG = 5.0                   # seconds that a wrong one is cached
 
 _USER_NAME = "[A-Za-z0-9._@-]{1,64}"
 _USER = re.compile(rf"({_USER_NAME}) ({'|'.join(RIGHTS)}) "
@@ -3510,8 +3506,8 @@ def write_users(path, users, serve_dir):
 class Users:
     """The users of a file, read again when it changes, and passwords checked lately.
 
-    One password is checked at a time, while the thread of a request waits; the event loop only
-    remembers.  The same pair is not checked twice, and an unknown user takes as long as a
+    One password is checked at a time, while the thread of a request waits; the event loop uses
+    the cache alone.  The same pair is not checked twice, and an unknown user takes as long as a
     wrong password.
     """
 
@@ -3621,9 +3617,9 @@ class Users:
 
 
 class Rights:
-    """Who may do what, as the configuration says.
+    """The rights of clients, as configured.
 
-    hides     whether there are images that strangers may not know of
+    hides     whether some images are hidden from strangers
     least     the right of strangers
     matter    whether a request that changes nothing may be refused, or has a user
     """
@@ -3669,10 +3665,10 @@ class Rights:
                            fields=b'WWW-Authenticate: Basic realm="imgserver"\r\n')
 
     def admit(self, request):
-        """Find out who sends a request, before anything of it is answered.
+        """Identify the user of a request before it is answered.
 
-        Raises ApiError (401) where all reading needs a user, and as Users.user_of: but what
-        everybody may read does not depend on a password.
+        Raises ApiError (401) where all reading needs a user, and as Users.user_of: but public
+        answers do not depend on a password.
         """
         if self.config.read == "users":
             request.audience = CLIENT
@@ -3712,7 +3708,7 @@ PAGE = 1000                   # images of a list that are asked for at once, as 
 RETRY_DELAYS = (1, 3, 10, 30)     # seconds before each further try of a request that failed
 RETRY_AFTER_LIMIT = 300       # seconds that a server may ask to wait
 RETRIED = (408, 429, 500, 502, 503, 504)      # statuses that may pass
-GOOD_TRY = 1 << 20            # bytes after which a broken connection has all tries before it
+GOOD_TRY = 1 << 20            # bytes after which a broken connection has all its tries again
 LEAST_PACE = 64 << 10         # bytes that must come in stall_timeout: slower is stalled, too
 ERROR_LIMIT = 4 << 10         # bytes of an error's body that are read for its message
 
@@ -3827,7 +3823,7 @@ class RemoteFile:
         self.resumed = False              # whether it came in several parts
 
     def seek(self, offset):
-        """Have read begin at this byte."""
+        """Continue reading at this byte."""
         self.close()
         self._offset = self._good = offset
         self.resumed = offset > 0
@@ -3947,7 +3943,7 @@ class RemoteServer:
             query["marker"] = marker = checked_name(last)
 
     def manifest(self, uuid) -> dict:
-        """The manifest of an image in any state, as it is given."""
+        """The manifest of an image in any state, as received."""
         manifest = self._parse(self._get(f"{self._images}/{uuid}", {}, MANIFEST_LIMIT), dict)
         if manifest.get("uuid") != uuid:
             raise SourceError(f"its manifest is that of image {spell(manifest.get('uuid'))}")
@@ -4010,7 +4006,7 @@ class RemoteServer:
         return SourceError(f"it answers {error.code}: {text}", error.code, wait)
 
     def wait(self, error, tries) -> int:
-        """Wait until a request is to be sent once more; the number of its tries.
+        """Wait before a request is repeated; the number of its tries.
 
         Raises `error` where it will not pass, or did not: all further requests to a server
         that cannot be reached get one try.
@@ -4281,7 +4277,7 @@ class MirrorPublisher(Publisher):
 
 
 class Mirror:
-    """One run of `mirror`: which images are to come, and then one after the other.
+    """One run of `mirror`: the plan, then image after image.
 
     say         say(text) for each image that has come or has changed
     complain    complain(text) for each that has not
@@ -4421,13 +4417,12 @@ class Mirror:
 
 # -- HTTP messages -----------------------------------------------------------------------
 #
-# A Request is made of bytes, each of which is one character here (latin-1); a Response is a
-# value.  Nothing here knows a socket.
+# A Request is parsed from bytes decoded as latin-1; a Response is a value.  No sockets here.
 
 HEAD_LINE_LIMIT = 8 << 10     # bytes of a request line; nginx and node allow 8 KiB too
 HEAD_LIMIT = 32 << 10         # bytes of a whole request head: imgadm sends less than 1 KiB
 HEAD_FIELDS_LIMIT = 100       # header lines of one request
-HOSTS_KEPT = 256              # Host headers of which the check and the URL are remembered
+HOSTS_KEPT = 256              # Host headers whose check and URL are cached
 QUERY_FIELDS_LIMIT = 100      # parameters of one query: IMGAPI knows fifteen
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -4462,9 +4457,8 @@ class Request:
     peer        the address of the client; "" on a Unix socket
     user        the name of the client's user; None for nobody, or until its right was asked for
     right       the right of the client, once it was asked for
-    user        the name of its user, once that is sure; or None
     audience    whom the answer may be given to by a cache, as Rights tells
-    may_block   whether answering may take its time: True in a thread, False in the event loop
+    may_block   whether answering may block: True in a thread, False in the event loop
     route, arguments    the row of the route table that answers it, once it was found
     """
 
@@ -4476,8 +4470,7 @@ class Request:
 def parse_request(match) -> Request:
     """The Request in a match of _HEAD.
 
-    Raises ApiError, after which the connection is of no further use: nobody can tell where
-    the next request begins.
+    Raises ApiError, after which the connection must end: the next request cannot be found.
     """
     request = Request()
     request.may_block, request.body, request.route = False, None, None
@@ -4508,7 +4501,7 @@ def parse_request(match) -> Request:
 
 
 def without_credentials(line) -> str:
-    """A request line for the log: a URL as its target may hold a password."""
+    """A request line for the log, without user and password of a URL in it."""
     return _USER_INFO.sub(r"\1", line) if "@" in line else line
 
 
@@ -4601,7 +4594,7 @@ def split_target(target):
 
 
 def decode_segment(segment):
-    """A segment of a path as text.  Raises ApiError for what is no UTF-8 or holds a NUL."""
+    """A segment of a path as text.  Raises ApiError where it is not UTF-8 or has a NUL."""
     if re.search("%(?![0-9A-Fa-f]{2})", segment):
         raise bad_request("URI malformed")
     try:
@@ -4618,7 +4611,7 @@ class Response:
 
     fields are header lines as bytes that end in CRLF; Server, Date, Content-Length and
     Connection are added by the connection.  file is an open file descriptor, of which
-    `length` bytes from `offset` are the body; the connection closes it.  title is put behind
+    `length` bytes from `offset` are the body; the connection closes it.  title is appended to
     the line in the log.
     """
 
@@ -4637,7 +4630,7 @@ class Response:
 
 
 def header_line(name, value) -> bytes:
-    """One header line.  Raises ValueError for what would end it early."""
+    """One header line.  Raises ValueError for a value that would end it early."""
     if not value.isprintable():
         raise ValueError(f"{name} cannot hold {value!a}")
     return f"{name}: {value}\r\n".encode("latin-1")
@@ -4675,7 +4668,7 @@ LAST_SECOND = 253402300799        # 9999-12-31T23:59:59Z: a file of later times 
 
 
 def http_date(seconds) -> str:
-    """A time in seconds since 1970 as headers have it, within what datetime can say."""
+    """A time in seconds since 1970 as an HTTP date, within the range of datetime."""
     return email.utils.formatdate(max(0, min(seconds, LAST_SECOND)), usegmt=True)
 
 
@@ -4719,7 +4712,7 @@ def file_response(request, fd, status, etag, fields, md5=None, title="") -> Resp
 
     md5 is called for the digest as bytes, or None, if the whole file is the answer.  A date
     in If-Range never matches: two files may have one mtime (RFC 9110 §13.1.5).  Closes fd
-    unless the Response holds it.
+    unless the Response has it.
     """
     headers, size = request.headers, status.st_size
     try:
@@ -4754,15 +4747,15 @@ def file_response(request, fd, status, etag, fields, md5=None, title="") -> Resp
 
 # -- routes ------------------------------------------------------------------------------
 #
-# From a Request to a Response.  Everything that can be asked for is a row of a table; a row
-# says where it is answered: MEMORY rows are tried in the event loop, where they raise
+# From a Request to a Response.  Each route is a row of a table, which says where it is
+# answered: MEMORY rows are tried in the event loop, where they raise
 # NeedsThread rather than wait for a disk, THREAD rows go to a thread at once.  BODY rows take
 # a body (and are THREAD rows), CHUNKED ones also a body of unknown length.
 
 MEMORY, THREAD, BODY, CHUNKED = 0, 1, 3, 7        # THREAD is a bit of BODY, BODY of CHUNKED
 CACHE_FILES = b"Cache-Control: public, max-age=86400\r\n"
 CACHE_MANIFESTS = b"Cache-Control: public, max-age=1, stale-if-error=86400\r\n"
-CACHE_NEVER = b"Cache-Control: private, no-cache\r\n"     # holds the Host header of a client
+CACHE_NEVER = b"Cache-Control: private, no-cache\r\n"     # has the Host header of a client
 
 JSON_LIMIT = 1 << 20          # bytes of a JSON body, as of a manifest
 UPLOADS = 32                  # files that are uploaded at once, each with a thread
@@ -4900,14 +4893,14 @@ def parse_version(wanted):
     match = re.fullmatch(r"\s*[~^=v]?\s*([0-9]{1,9})(\.(?:[0-9]{1,9}|[x*])){0,2}\s*",
                          wanted)
     if not match:
-        return 2                  # "*", and all that cannot be told: any version will do
+        return 2                  # "*", and anything not understood: any version
     if match[1] not in ("1", "2") or re.search(r"\.0*[1-9]", wanted):
         return None
     return int(match[1])
 
 
 def accepts_gzip(header) -> bool:
-    """Whether Accept-Encoding names gzip, and not to say no (RFC 9110 §12.5.3)."""
+    """Whether Accept-Encoding accepts gzip (RFC 9110 §12.5.3)."""
     for item in header.split(","):
         coding, _, parameters = item.partition(";")
         if coding.strip().lower() == "gzip":
@@ -4947,11 +4940,11 @@ def open_of(image, name, kind, fits, serve_dir=None):
 
 
 def file_of(request, find, store, accel) -> Response:
-    """The file of the image that find() gives, whose ETag goes with that state of the file alone.
+    """The file of the image that find() returns, with the ETag of just that state of the file.
 
-    Where it was replaced between the two, find() is asked again.  With accel, nginx on the Unix
-    socket is told which file to send in place of its bytes: all checks, conditions and the error
-    for a range behind the end are ours, the ranges its own.
+    Where it was replaced between the two, find() is called again.  With accel, nginx on the
+    Unix socket gets the path and sends the file: checks, conditions and 416 are ours, ranges
+    its own.
     """
     for _ in range(OPEN_TRIES):
         image = find()
@@ -5017,7 +5010,7 @@ def list_fields(etag, vary, fields) -> bytes:
 
 
 def filtered_response(images, numbers, text_of, fields) -> Response:
-    """A list of some images of a snapshot, of which nothing is kept."""
+    """An uncached list of some images of a snapshot."""
     listing = Listing(images, text_of, numbers=numbers)
     return Response(200, JSON_TYPE + fields + CORS, listing, length=listing.length)
 
@@ -5383,7 +5376,7 @@ class ImgapiPublishing:
         return image
 
     def _need_for(self, request, image):
-        """An image that is not in staging is for who may manage."""
+        """Refuse images outside staging to clients without MANAGE.  Raises ApiError."""
         self.rights.need(request, PUBLISH if self._waits(image) else MANAGE)
 
     def not_available(self, request, *_):
@@ -5432,7 +5425,7 @@ class ImgapiPublishing:
         return manifest
 
     def post_image(self, request, uuid):
-        """?action=...: a verb for one image."""
+        """?action=VERB of one image."""
         query = self._query(request)
         action = single_value(query, "action")
         if action is None:
@@ -5831,9 +5824,9 @@ class RenderedPage(bytearray):
 
 
 class Page:
-    """The images for people: HTML that needs no script and nothing from elsewhere.
+    """The page: HTML that works without scripts and loads nothing from elsewhere.
 
-    Rendered once for each snapshot, host, filter, channel and page.
+    Cached for each snapshot, host, filter, channel and page.
     """
 
     def __init__(self, config, store, dsapi, imgapi):
@@ -6140,7 +6133,7 @@ class Metrics:
                 self._uploads["stored" if response.status < 300 else "failed"] += 1
 
     def _row(self, request, status) -> list:
-        """The row of a kind of answers; methods that nobody knows are one."""
+        """The row of a kind of answers; unknown methods share one."""
         pattern, method = None, "none"
         if request is not None:
             method = request.method if request.method in METHODS else "other"
@@ -6164,7 +6157,7 @@ class Metrics:
             self._others += 1
 
     def answer(self, request):
-        """All of them."""
+        """The metrics as text."""
         parts = [*self._of_answers(), *self._of_files(), *self._of_images(), *self._of_process()]
         return Response(200, b"Content-Type: text/plain; version=0.0.4; charset=utf-8\r\n"
                         + CACHE_NOTHING, "".join(parts).encode())
@@ -6295,9 +6288,9 @@ class Site:
         return response
 
     def _restrict(self, request, response):
-        """Have caches give an answer to its audience alone.
+        """Restrict the caching of an answer to its audience.
 
-        Scripts of other sites may not read it where an address has sufficed.
+        Scripts of other sites may not read it where the right is that of an address.
         """
         fields, count = re.subn(rb"(?m)^Vary: ([^\r]*)", rb"Vary: \1, Authorization",
                                 response.fields)
@@ -6310,7 +6303,7 @@ class Site:
         response.fields = fields
 
     def _find(self, request) -> Route:
-        """The row for a request; it is noted there, with the arguments.  Raises ApiError."""
+        """The row for a request; stored there, with its arguments.  Raises ApiError."""
         segments = request.segments
         request.arguments = segments[1:2]
         if len(segments) == 1:
@@ -6402,7 +6395,7 @@ class Site:
         return Response(204, fields)
 
     def ping(self, request):
-        """Tells both kinds of source that this is one; ?error=NAME is answered by a sample."""
+        """GET /ping of both APIs; ?error=NAME is answered by a sample of that error."""
         if request.query:
             query = parse_query(request.query)
             if "error" in query:
@@ -6446,7 +6439,7 @@ TURN = 8 << 20                # bytes sent in such steps in one turn of the loop
 FILE_STEP = 256 << 10         # bytes of a file sent at first, so that the client can begin early
 FULL_STEP = 512 << 10         # bytes, once the socket was full: then fewer steps cost less
 FILE_STEPS = 8                # such steps while the socket takes them, before others get theirs
-COPY_STEP = 256 << 10         # bytes copied at once where sendfile is of no use
+COPY_STEP = 256 << 10         # bytes copied at once where sendfile is unsupported
 LINGER = 2.0                  # seconds a refused client gets to read why since it last sent
 GONE = 499                    # status in the log of a request whose client went away (as nginx)
 TICK = 1.0                    # seconds between two checks of deadlines
@@ -6460,7 +6453,7 @@ READING, SENDING, WORKING, STREAMING, LINGERING, CLOSED = (
 STATUS_LINES = {int(status): b"HTTP/1.1 %d %b\r\nServer: imgserver/%b\r\nDate: " % (
     status, status.phrase.encode(), __version__.encode()) for status in http.HTTPStatus}
 
-# Errors of sendfile for a socket or file that it is of no use for (illumos, old kernels).
+# Errors of sendfile for a socket or file that it does not support (illumos, old kernels).
 _NO_SENDFILE = frozenset((errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EAFNOSUPPORT,
                           errno.ENOSYS, errno.ENOTSOCK))
 
@@ -6614,7 +6607,7 @@ class Transport:
         self.sock.shutdown(socket.SHUT_WR)
 
     def hang_up(self):
-        """End the connection under whichever thread uses it: its next call fails."""
+        """Shut the socket down, so that the next call of the thread that uses it fails."""
         try:
             self.sock.shutdown(socket.SHUT_RDWR)
         except OSError:
@@ -6669,7 +6662,7 @@ class Body:
         return data
 
     def _receive(self, size):
-        """What has come by now, or comes next."""
+        """The bytes that have come by now, or come next."""
         transport = self._transport
         if not self._asked:
             self._asked = True
@@ -6726,7 +6719,7 @@ class Connection:
 
     def __init__(self, sock, peer, loop):
         self.transport, self.loop = Transport(sock), loop
-        self.peer = peer                  # what the log calls the client; "" on a Unix socket
+        self.peer = peer                  # the client's address for the log; "" on a Unix socket
         self.state = READING
         self.deadline = loop.now + loop.config.header_timeout
         self.buffer = b""                 # bytes that came and are not parsed yet
@@ -6738,7 +6731,7 @@ class Connection:
         self.answered = 0                 # requests so far
         self.partial = False              # a request has begun, and is not whole yet
         self.scanned = 0                  # bytes of it in which no head ends
-        self.unread = False               # the client may still be sending what nobody reads
+        self.unread = False               # the client may still send bytes that are not read
         self.closing = False              # this answer is the last one
         self.unlogged = ()                # answers of which the socket has not taken all
         self.failure = ""                 # why an answer was not sent whole, for the log
@@ -6792,7 +6785,7 @@ class Connection:
     def _parse(self):
         """Make the request at the head of the buffer.  Returns whether it is all there.
 
-        Raises ApiError for bytes that are no request; the connection is of no use then.
+        Raises ApiError for bytes that are no request; the connection must end then.
         """
         self.request = None
         if self.buffer[0] in b"\r\n":
@@ -6836,7 +6829,7 @@ class Connection:
                 self.deadline = self.loop.now + self.loop.config.header_timeout
 
     def _fault(self):
-        """The answer when our own code has failed."""
+        """The answer after an internal error."""
         self.loop.log.exception("internal error")
         self.closing = True
         return error_response(ApiError(500, "InternalError", "internal error"))
@@ -6913,7 +6906,7 @@ class Connection:
         self.close()
 
     def _after_answer(self):
-        """Everything asked for so far is answered: go on, or end."""
+        """All requests so far are answered: go on, or end."""
         if self.closing:
             self._close_or_linger()
             return
@@ -6931,7 +6924,7 @@ class Connection:
         loop.unwatch(self.transport.sock)
         self.state, self.deadline = WORKING, math.inf
         try:
-            # Lists wait for each other, and nobody else for them.
+            # Lists wait for each other, other requests never for lists.
             workers = loop.list_workers if len(self.request.segments) == 1 else loop.workers
             workers.submit(self._answer_in_thread, self.request.length == 0)
         except (RuntimeError, MemoryError):       # can't start new thread
@@ -7043,7 +7036,7 @@ class Connection:
     # time limits and the end
 
     def check_deadline(self, now):
-        """End what has taken too long."""
+        """End a connection whose deadline has passed."""
         if now < self.deadline:
             return
         stalled = f"cut: the client has taken nothing for {self.loop.config.stall_timeout} s"
@@ -7063,7 +7056,7 @@ class Connection:
     def _close_or_linger(self):
         """READING to CLOSED, by way of LINGERING where the client may still be sending.
 
-        Closing a socket that holds unread bytes resets it, and the client would lose the
+        Closing a socket with unread bytes resets it, and the client would lose the
         answer that it was just sent (imgadm: "write EPIPE").
         """
         try:                              # bytes that came while the answer was sent
@@ -7091,7 +7084,7 @@ class Connection:
     # log
 
     def _to_log(self, end, response, size):
-        """Remember an answer for the log; `end` is the number of the byte behind it."""
+        """Queue an answer for the log; `end` is the number of the byte behind it."""
         self.unlogged += ((end, self.line, self.request, response, size, self.started),)
 
     def _log_answers(self):
@@ -7141,7 +7134,7 @@ class Sender:
         self.threads = 0                  # one, and one for each hung step
 
     def add(self, connection):
-        """Take over a connection in STREAMING.  Raises RuntimeError where no thread can be had."""
+        """Take over a connection in STREAMING.  Raises RuntimeError where no thread starts."""
         with self._lock:
             if not self._number:
                 start_new_thread(self._run, (1,))
@@ -7268,7 +7261,7 @@ class Workers:
         self._finished = self._seen = 0   # short jobs finished, and at the last watch()
 
     def submit(self, job, is_short=True):
-        """Have a thread call job().  Raises RuntimeError, MemoryError where none can be had."""
+        """Have a thread call job().  Raises RuntimeError, MemoryError where none starts."""
         if is_short:
             with self._lock:
                 if self._running >= self._limit:
@@ -7317,7 +7310,7 @@ class Workers:
             except queue.Empty:
                 if self._idle.acquire(blocking=False):
                     return
-                job, is_short = self._jobs.get()  # one was put just now, and it counts on us
+                job, is_short = self._jobs.get()  # one was queued for this thread just now
 
     def _next(self):
         """The short job that follows one that has ended; None where none waits."""
@@ -7330,7 +7323,7 @@ class Workers:
 
 
 class EventLoop:
-    """Waits for all sockets, answers from memory, and knows all the time limits.
+    """Waits for all sockets, answers from memory, and enforces the deadlines.
 
     config, log, site   the configuration, the log and the routes
     metrics             those of the site; None where they are off
@@ -7355,7 +7348,7 @@ class EventLoop:
         self._selector = selectors.DefaultSelector()
         self._wakeup, self._waker = socket.socketpair()
         self._waker.setblocking(False)
-        self._given_back = collections.deque()    # (what to call, arguments), from threads
+        self._given_back = collections.deque()    # (callable, arguments), from threads
         self._accept_again = None         # when to accept again, after the files ran out
         self._accept_failed = False       # and the log says so
         self._cut_at = None               # when draining ends (monotonic); -inf: at once
@@ -7385,7 +7378,7 @@ class EventLoop:
     # the loop
 
     def run(self):
-        """Serve until stop(); then finish what has begun, for drain_time."""
+        """Serve until stop(); then finish the requests that have begun, for drain_time."""
         config = self.config
         sys.setswitchinterval(SWITCH_INTERVAL)
         # So often that no limit is overrun by more than a quarter.
@@ -7408,7 +7401,7 @@ class EventLoop:
                     except Exception:
                         self.fault(key.data.__self__)
                     if not number % MANY_EVENTS and time.monotonic() - self.now > TURN_TIME:
-                        break             # what is still ready is ready in the next turn
+                        break             # the others are ready in the next turn, too
                 self._send_out()          # first, as these connections have a new deadline
                 if self.now - checked >= tick:
                     checked = self.now
@@ -7423,7 +7416,7 @@ class EventLoop:
             self._end()
 
     def adopt(self, sock, peer):
-        """Take up a connection; at the limit, tell it to come back, without a thread."""
+        """Register a connection; above the limit answer 503, without a thread."""
         if len(self._connections) >= self.config.max_connections + OVERFLOW:
             sock.close()
             return
@@ -7457,7 +7450,7 @@ class EventLoop:
                         self.fault(connection)
 
     def fault(self, connection):
-        """A fault of our own that nothing has caught: only this connection has to go."""
+        """Log an uncaught internal error: only this connection has to go."""
         if connection in self._connections and connection.state not in (WORKING, STREAMING):
             connection.close()
         try:
@@ -7466,7 +7459,7 @@ class EventLoop:
             pass                          # not even that: the others are still to be served
 
     def _check_deadlines(self):
-        """End what has taken too long."""
+        """End the connections whose deadline has passed."""
         now = self.now
         for connection in [each for each in self._connections if now >= each.deadline]:
             try:
@@ -7493,7 +7486,7 @@ class EventLoop:
         self._accept_again = self.now + ACCEPT_PAUSE
 
     def accepted_all(self):
-        """The queue of a server is empty: whatever was short is not any more."""
+        """The queue of a server is empty: the shortage is over."""
         self._accept_failed = False
 
     # threads
@@ -7548,7 +7541,7 @@ class EventLoop:
         self._wake()
 
     def _drain(self):
-        """No new connections, no further requests; what has begun is finished."""
+        """No new connections, no further requests; begun ones are finished."""
         self.draining = True
         for server in self.servers:
             with contextlib.suppress(KeyError):
@@ -7565,7 +7558,7 @@ class EventLoop:
             self.log.info(f"finishing {busy} answers, for {self.config.drain_time} s at most")
 
     def _end(self):
-        """Cut whatever is left; uploads get a moment to remove what they have written."""
+        """Cut the connections left; uploads get a moment to remove their files."""
         for connection in list(self._connections):
             connection.transport.hang_up()
         end = time.monotonic() + CLEAN_UP
@@ -7602,7 +7595,7 @@ class ImageServer(ThreadingHTTPServer):
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if self.address_family == socket.AF_INET6 and self.server_address[0] == "::":
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        # Inherited by what is accepted, on Linux; answers are sent whole, so it matters little.
+        # Inherited by accepted sockets on Linux; answers are sent whole, so it matters little.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
@@ -7639,7 +7632,7 @@ class ImageServer(ThreadingHTTPServer):
 
 @contextlib.contextmanager
 def socket_lock(path):
-    """Within it no other server of ours probes, removes or binds the socket `path`.
+    """A block in which no other imgserver probes, removes or binds the socket `path`.
 
     The lock is on a file beside it, which is removed at the end: a server that waited for a
     removed one tries the new one.  In a directory that others may write to, any of them may
@@ -7799,7 +7792,7 @@ def add_server(loop, address, may_be_missing):
 
 
 def raise_file_limit(config, log):
-    """Have as many file descriptors as connections and their files may need."""
+    """Raise the limit of file descriptors as far as connections and their files need it."""
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * config.max_connections + SPARE_FILES
@@ -7817,7 +7810,7 @@ def raise_file_limit(config, log):
 
 
 def prepare(config) -> EventLoop:
-    """All that a start does before it serves.  Raises UserError as start() does."""
+    """An event loop that is ready to run.  Raises UserError as start() does."""
     log = Log(config.loglevel, form=config.logformat)
     for warning in config.warnings:
         log.warn(warning)
@@ -8191,13 +8184,13 @@ def run_activate(config, options):
 
 
 def run_discard(config, options):
-    """Throw away an image that is not active."""
+    """Remove an image that is not active."""
     Publisher(config).discard(checked_uuid(options.uuid))
     return 0
 
 
 def run_import_image(config, options):
-    """All that the script import-image does."""
+    """The command behind the script import-image."""
     if options.step is None:
         return run_import(config, options)
     words = options.words[options.words[:1] == ["--"]:]
@@ -8404,7 +8397,7 @@ def incoming(config, reader):
 
 
 def incoming_text(uuid, problem, age) -> str:
-    """A sentence about an image that is not active, from what `incoming` yields."""
+    """A sentence about an image of `incoming`."""
     text = "waits to be activated" if problem is None else (
         f"was never finished ({problem}): `check --clean` removes it" if age > STALE else
         f"was never finished, or is still coming ({problem})")
@@ -8971,7 +8964,7 @@ def add_mirror_options(sub):
 
 
 def option_parser() -> argparse.ArgumentParser:
-    """The command line; `run` of what it parses is the command's function."""
+    """The parser of the command line; `run` of its result is the command's function."""
     shared = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     shared.add_argument("--config", metavar="FILE",
                         help="the configuration (default: config.json beside imgserver.py)")
