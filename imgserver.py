@@ -745,7 +745,7 @@ def compression_of(head: bytes, name: str) -> str:
 
 
 def is_file_name(name) -> bool:
-    """Whether files[].path is a name for a file in the image's own directory, and no more."""
+    """Whether files[].path is a plain file name, in the image's own directory."""
     try:
         return (isinstance(name, str) and name.isprintable() and "/" not in name
                 and name not in ("", ".", "..", MANIFEST) and len(os.fsencode(name)) <= 255)
@@ -1042,8 +1042,7 @@ FIELDS = {
     "channels": _TEXTS,
 }
 
-# And of a v1 manifest, whose image_size may be a text.  `options` is dsapid's: its own place
-# for a zvol's fields.
+# Those of v1, whose image_size may be a text.  `options` is dsapid's place for a zvol's fields.
 V1_FIELDS = {
     **FIELDS, "image_size": _COUNT._replace(
         mend=lambda value: value if type(value) is str and re.fullmatch("[0-9]{1,15}", value)
@@ -1336,16 +1335,8 @@ def as_v2(v2: dict, file: dict) -> dict:
     return result
 
 
-def md5_record(sha1, md5) -> dict:
-    """Members of files[0] that say, in our own hand, which MD5 goes with which SHA-1.
-
-    A plain md5 may be a leftover of another file.
-    """
-    return {"md5": md5, "md5_of": sha1}
-
-
 def recorded_md5(file: dict):
-    """The MD5 of a file as bytes, where md5_record wrote it for this very one; else None."""
+    """The MD5 of a file as bytes; None unless md5_of has its sha1: it may be another file's."""
     md5 = file.get("md5")
     of_this = "md5_of" in file and file["md5_of"] == str(file.get("sha1")).lower()
     return bytes.fromhex(md5) if of_this and FILE_FIELDS["md5"].mend(md5) is md5 else None
@@ -1384,7 +1375,7 @@ HASHES_KEPT = 10000           # files whose hashes are cached: 200 bytes each
 def trusted_stat(path, serve_dir):
     """os.stat, which follows a symlink only where root or the owner of serve_dir made it.
 
-    Else a user who may write to one image could publish all that the server can read.
+    Else a user who may write to one image could publish any file that the server can read.
     Raises OSError.
     """
     status = os.lstat(path)
@@ -1465,10 +1456,7 @@ class Hasher:
         self._queue = collections.deque()     # a thread runs while there are any
 
     def hashes(self, path, key):
-        """(sha1 in hexadecimal, md5 as bytes) of a file whose stat_key is `key`; None: later.
-
-        Raises OSError.
-        """
+        """(hex sha1, md5 as bytes) of a file in state `key`; None: later.  Raises OSError."""
         with self._lock:
             result = self._results.get((path, key))
             if result is None and self._later and key[1] > MD5_LIMIT:
@@ -1748,7 +1736,7 @@ class ImageReader:
                          needs_file=False)
 
     def _fill(self, image, manifest, mtime, apis, needs_file):
-        """Understand the manifest and check the file.  Raises BadImage and OSError."""
+        """Interpret the manifest and check the file.  Raises BadImage and OSError."""
         is_whole = needs_file or manifest.get("files")
         if not is_whole:
             manifest = {**manifest, "files": [NO_FILE]}
@@ -1790,10 +1778,7 @@ class ImageReader:
         return True
 
     def _check_file(self, image, stored, names) -> dict:
-        """files[0] with all that clients need, compared with the file on disk.
-
-        Raises BadImage and OSError.
-        """
+        """files[0] for clients, compared with the file on disk.  Raises BadImage and OSError."""
         image.file = image.path = stored.get("path") or sole_file(
             image.directory, names, stored.get("size"))
         path = f"{image.directory}/{image.file}"
@@ -1895,7 +1880,6 @@ class Listing:
         self.length = sum(len(self.render(number)) for number in range(len(starts)))
 
     def _between(self, first, last) -> list:
-        """Some of its images."""
         if self._numbers is None:
             return self._images[first:last]
         return [self._images[number] for number in self._numbers[first:last]]
@@ -2084,10 +2068,7 @@ class Store:
         return sorted(images, key=lambda image: image.order)
 
     def count_states(self) -> dict:
-        """The number of images in each state, and of those left out; for a thread.
-
-        Raises OSError.
-        """
+        """Counts of images by state, and of those left out; for a thread.  Raises OSError."""
         counts = collections.Counter(active=0, disabled=0, unactivated=0, left_out=0)
         counts["active"] = active = len(self.snapshot(IMGAPI, True).images)
         for image in list(self._images.values()):
@@ -2158,17 +2139,11 @@ class Store:
                 self.log.warn(f"image {image.uuid}: {no_common_channel(origin.uuid)}")
 
     def hashes_of(self, fd, image, name):
-        """(sha1 in hexadecimal, md5 as bytes) of a file of an image, open as fd; kept.
-
-        Raises OSError.
-        """
+        """(hex sha1, md5 as bytes) of an image's file, open as fd; cached.  Raises OSError."""
         return self._reader.hasher.hashes_of(fd, f"{image.directory}/{name}")
 
     def content_md5(self, image, fd):
-        """The MD5 of an image's file, open as fd, as bytes; None where that takes too long.
-
-        Raises OSError.
-        """
+        """The MD5, as bytes, of an image's file; None where it takes too long.  Raises OSError."""
         if image.md5 is not None or image.size > MD5_LIMIT:
             return image.md5
         return self.hashes_of(fd, image, image.file)[1]
@@ -2668,7 +2643,7 @@ def temporary_name(name) -> str:
 
 @contextlib.contextmanager
 def storing(action):
-    """Make an ApiError of each OSError in the block: 503 StorageIsDown, `action` and why."""
+    """Convert each OSError in the block to an ApiError: 503 StorageIsDown, `action` and why."""
     try:
         yield
     except OSError as error:
@@ -2750,10 +2725,7 @@ def manifest_bytes(manifest) -> bytes:
 
 
 def replace_file(path, data, keep_time=False, owner=None, mode=0o644):
-    """replace_at by path, and synced.  Behind a symlink, it is the file there that is replaced.
-
-    Raises ApiError.
-    """
+    """replace_at by path, and synced; behind a symlink, the file there.  Raises ApiError."""
     with storing(f"cannot write {os.path.basename(path)}"):
         directory, name = os.path.split(os.path.realpath(path))
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -2913,7 +2885,7 @@ class Publisher:
     # the verbs
 
     def create(self, manifest) -> dict:
-        """Make an unactivated image without a file; its manifest as stored comes back.
+        """Make an unactivated image without a file; returns its manifest as stored.
 
         One that is not active yet, and that nobody is writing, is replaced.
         """
@@ -2921,7 +2893,7 @@ class Publisher:
             return image.manifest()
 
     def add_file(self, uuid, read, expected=None, check_stream=True, turn=None) -> dict:
-        """Store the file of an unactivated image; files[0] of its manifest comes back.
+        """Store the file of an unactivated image; returns files[0] of its manifest.
 
         read          read(n): at most n bytes of the file, b"" at its end.  Its OSError is
                       the sender's fault (400 Upload); all else it raises is passed on
@@ -2965,7 +2937,7 @@ class Publisher:
             self._show(image)
 
     def update(self, uuid, changes) -> dict:
-        """Set fields of an image in any state; None removes one.  Its manifest comes back.
+        """Set fields of an image in any state; None removes one.  Returns its manifest.
 
         A v1 manifest stays v1 unless a field is set that v1 cannot say.
         """
@@ -2984,13 +2956,13 @@ class Publisher:
         return self._change(uuid, changed)
 
     def enable(self, uuid) -> dict:
-        """Let an image be listed again; its manifest comes back."""
+        """Let an image be listed again; returns its manifest."""
         return self._change(uuid, lambda manifest: {
             key: value for key, value in manifest.items()
             if key != "disabled" and (key, value) != ("state", "disabled")})
 
     def disable(self, uuid) -> dict:
-        """Take an image off the lists; its manifest comes back."""
+        """Take an image off the lists; returns its manifest."""
         return self._change(uuid, lambda manifest: {**manifest, "disabled": True})
 
     def add_icon(self, uuid, content_type, data):
@@ -3118,7 +3090,7 @@ class Publisher:
 
     @contextlib.contextmanager
     def _created(self, manifest):
-        """A new unactivated image, locked; nothing stays of it where the block raises."""
+        """A new unactivated image, locked; removed again where the block raises."""
         uuid = manifest["uuid"]
         self.refuse_existing(uuid)
         manifest = self._checked(manifest)
@@ -3171,7 +3143,7 @@ class Publisher:
                            f'origin image "{origin}" builds on image "{uuid}" itself')
 
     def _make_directory(self, uuid) -> LockedImage:
-        """A new staging directory, locked; a leftover goes.  Raises ApiError and OSError."""
+        """A new staging directory, locked; a leftover is removed.  Raises ApiError and OSError."""
         path = self._path(uuid, INCOMING)
         for _ in range(MKDIR_TRIES):
             try:
@@ -3294,7 +3266,7 @@ class Publisher:
 
     @staticmethod
     def _remove_icons(image, but=None) -> int:
-        """Remove all icons but one; their number."""
+        """Remove all icons but one; returns how many."""
         names = [name for name in os.listdir(image.fd) if name in ICONS and name != but]
         for name in names:
             os.unlink(name, dir_fd=image.fd)
@@ -3726,7 +3698,7 @@ class SourceError(Exception):
 
 
 class StartOver(SourceError):
-    """The file comes from its first byte on, though only the rest of it was asked for."""
+    """The answer is the whole file, though only the rest was requested."""
 
 
 def retry_after(value) -> float:
@@ -3814,7 +3786,7 @@ class RemoteBody:
 
 
 class RemoteFile:
-    """An image file of a server, from any byte on; a broken connection is taken up again."""
+    """An image file of a server, from any byte on; a broken connection is resumed."""
 
     def __init__(self, server, path, size):
         self._server, self._path, self._size = server, path, size
@@ -3985,7 +3957,7 @@ class RemoteServer:
 
     @contextlib.contextmanager
     def asking(self):
-        """Make a SourceError of each error of a connection in the block."""
+        """Convert each error of a connection in the block to a SourceError."""
         import http.client
         import urllib.error
         try:
@@ -4057,7 +4029,7 @@ def checked_name(uuid) -> str:
 
 @contextlib.contextmanager
 def reading(path):
-    """Make a SourceError of each OSError and BadImage in the block."""
+    """Convert each OSError and BadImage in the block to a SourceError."""
     try:
         yield
     except FileNotFoundError:
@@ -4158,9 +4130,7 @@ def localise(config, given) -> dict:
 
 
 class MirrorPublisher(Publisher):
-    """A Publisher that goes on with a file of which it has a part, and follows the manifests
-    that it has brought.
-    """
+    """A Publisher that resumes partial files, and follows the manifests it has brought."""
 
     @staticmethod
     def _checked(manifest):
@@ -4332,7 +4302,6 @@ class Mirror:
         return plan
 
     def bring(self, plan):
-        """Import the images of a plan."""
         for number, (uuid, (size, text)) in enumerate(plan.items(), 1):
             self._attempt(self._bring, uuid, self.progress(
                 f"image {number} of {len(plan)}, {text}", size))
@@ -4451,7 +4420,7 @@ class Request:
     segments    the path, split and percent-decoded: ["datasets", uuid]; [""] for /
     query       the text after "?", undecoded
     host        the Host header, checked; None on HTTP/1.0 without one
-    keep_alive  whether the client wants to go on with this connection
+    keep_alive  whether the connection stays open for another request
     length      bytes of its body; None where it is chunked
     body        an object with read(n), as Body has it; None until a thread answers it
     peer        the address of the client; "" on a Unix socket
@@ -4865,10 +4834,7 @@ def limit_of(query):
 
 
 def parse_marker(text):
-    """The place in the order of images that a date gives; a shorter form is its beginning.
-
-    Raises ValueError.
-    """
+    """The place of a date in the order of images; a short one is its start.  Raises ValueError."""
     text = text.replace(" ", "T").rstrip("Z")
     text += "0000-01-01T00:00:00.000"[len(text):]
     time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S")
@@ -5005,7 +4971,6 @@ def list_response(request, store, listing, vary, fields) -> Response:
 
 
 def list_fields(etag, vary, fields) -> bytes:
-    """The header lines of a list."""
     return b'%bETag: "%b"\r\nVary: %b\r\n%b%b' % (JSON_TYPE, etag.encode(), vary, fields, CORS)
 
 
@@ -5266,7 +5231,6 @@ class Imgapi:
         return image, version, query
 
     def manifest(self, request, uuid):
-        """One manifest."""
         image, version, _ = self.find(request, uuid)
         before, channels, etag = image.imgapi
         if version == 1 and channels:
@@ -5299,7 +5263,6 @@ class Imgapi:
                              + self.cache_fields(image) + CORS, lambda: md5)
 
     def channel_list(self, request):
-        """The channels as they are configured."""
         return json_response(self.config.channels, fields=CACHE_MANIFESTS)
 
     def state(self, request):
@@ -5411,9 +5374,7 @@ class ImgapiPublishing:
         return self._answer(request, uuid)
 
     def _manifest(self, query, uuid, fields) -> dict:
-        """A v2 manifest of checked fields; its channels: its own, or that of the query, or the
-        default one.
-        """
+        """A v2 manifest of checked fields, in its own channels, the query's or the default."""
         manifest = {"v": 2, "uuid": uuid, "owner": NOBODY, "public": True, "disabled": False,
                     **fields}
         if not self.imgapi.channels:
@@ -5992,7 +5953,6 @@ spellcheck="false" placeholder="Name, version, os, description or uuid">
                 if self.special else "")
 
     def _tabs(self) -> str:
-        """The channels, if there are any."""
         channels = self.page.imgapi.channels
         if not channels:
             return ""
@@ -6157,7 +6117,6 @@ class Metrics:
             self._others += 1
 
     def answer(self, request):
-        """The metrics as text."""
         parts = [*self._of_answers(), *self._of_files(), *self._of_images(), *self._of_process()]
         return Response(200, b"Content-Type: text/plain; version=0.0.4; charset=utf-8\r\n"
                         + CACHE_NOTHING, "".join(parts).encode())
@@ -6238,10 +6197,7 @@ class Metrics:
 
 
 class Site:
-    """The table of routes over one store, and the routes that belong to no API.
-
-    Tests give further `routes`.
-    """
+    """The table of routes over one store, and the routes of no API.  Tests give more `routes`."""
 
     def __init__(self, config, store, log, routes=()):
         self.config, self.store, self.log = config, store, log
@@ -6440,7 +6396,7 @@ FILE_STEP = 256 << 10         # bytes of a file sent at first, so that the clien
 FULL_STEP = 512 << 10         # bytes, once the socket was full: then fewer steps cost less
 FILE_STEPS = 8                # such steps while the socket takes them, before others get theirs
 COPY_STEP = 256 << 10         # bytes copied at once where sendfile is unsupported
-LINGER = 2.0                  # seconds a refused client gets to read why since it last sent
+LINGER = 2.0                  # seconds after its last byte that a refused client gets to read why
 GONE = 499                    # status in the log of a request whose client went away (as nginx)
 TICK = 1.0                    # seconds between two checks of deadlines
 HANG = 1.0                    # seconds of one step after which a disk hangs, and others go on
@@ -6517,7 +6473,7 @@ class Transport:
             return b""
 
     def queue(self, part, length):
-        """Send `part` (bytes or a Listing) of `length` bytes with the next flush."""
+        """Queue `part` (bytes or a Listing) of `length` bytes for the next flush."""
         if type(part) is Listing:
             part, self.has_list = ListReader(part), True
         if self.unsent:
@@ -6837,7 +6793,6 @@ class Connection:
     # in the event loop: answers
 
     def _head(self, response) -> bytes:
-        """The head of a response as it is sent."""
         status, request = response.status, self.request
         if request is not None and request.length != 0 and (
                 request.body is None or not request.body.finished):
@@ -7114,8 +7069,8 @@ class Connection:
 class Sender:
     """Sends files to many clients, each as fast as it reads, in a thread of its own.
 
-    A step that hangs on a disk costs that client: watch() has another thread go on with the
-    others, and the hung one ends after its step.
+    A step that hangs on a disk delays that client alone: watch() starts another thread for
+    the others, and the hung one ends after its step.
     """
 
     def __init__(self, loop):
@@ -7206,7 +7161,7 @@ class Sender:
         return not replaced
 
     def watch(self, now, may_start):
-        """For the event loop: have another thread go on where one hangs, if may_start."""
+        """For the event loop: start another thread where one hangs, if may_start."""
         with self._lock:
             if now - self._began < HANG or not may_start:
                 return
@@ -7261,7 +7216,7 @@ class Workers:
         self._finished = self._seen = 0   # short jobs finished, and at the last watch()
 
     def submit(self, job, is_short=True):
-        """Have a thread call job().  Raises RuntimeError, MemoryError where none starts."""
+        """Call job() in a thread.  Raises RuntimeError, MemoryError where none starts."""
         if is_short:
             with self._lock:
                 if self._running >= self._limit:
@@ -7433,7 +7388,6 @@ class EventLoop:
                                    fields=b"Retry-After: 5\r\n"))
 
     def forget(self, connection):
-        """A connection is closed."""
         with contextlib.suppress(KeyError):       # it may be nobody's, or a thread's
             self._selector.unregister(connection.transport.sock)
         self._connections.discard(connection)
@@ -8211,7 +8165,7 @@ def label(config, uuid) -> str:
 
 @contextlib.contextmanager
 def about(file):
-    """Make of each OSError and BadImage in the block a BadImage that begins with its name."""
+    """Convert each OSError and BadImage in the block to a BadImage that names the file."""
     try:
         yield
     except (OSError, BadImage) as error:
@@ -8539,7 +8493,6 @@ def list_filters(texts):
 
 
 def list_row(image, config) -> list:
-    """The columns of an image in `list`."""
     published = image.order[0].partition(".")[0] + "Z"
     row = [image.uuid, image.name, image.version, image.os, image.type, str(image.size),
            image.state, "-" if image.state == "unactivated" else published, image.origin or "-"]
@@ -8606,7 +8559,6 @@ def run_state(config, options):
 
 
 def run_update(config, options):
-    """Set or remove fields of one image."""
     uuid = checked_uuid(options.uuid)
     Publisher(config).update(uuid, given_fields(options.words))
     options.signals.say(f"Updated image {label(config, uuid)}")
@@ -8692,10 +8644,7 @@ def run_config(config, options):
 
 
 def ask_password(name, signals) -> bytes:
-    """A new password, from the terminal, or the first line of standard input.
-
-    Raises UserError.
-    """
+    """A new password from the terminal, or a line of standard input.  Raises UserError."""
     if os.isatty(0):
         import getpass
 
@@ -8942,7 +8891,6 @@ def add_managing_commands(command):
 
 
 def add_mirror_options(sub):
-    """The options and words of `mirror`."""
     sub.add_argument("url", metavar="URL",
                      help="http[s]://[USER:PASSWORD@]HOST[:PORT], with /datasets at its end for "
                           "DSAPI, or a directory of images")

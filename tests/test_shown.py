@@ -257,8 +257,8 @@ class FilesInManifests(Case):
         for limit, file, sent in (
                 (100, {"md5": wrong}, right), (5, {"md5": wrong}, None),
                 (5, {"md5": right.hex()}, None),             # nobody knows of which file it is
-                (5, imgserver.md5_record("1" * 40, wrong), None),
-                (5, imgserver.md5_record(hashlib.sha1(data).hexdigest(), right.hex()), right)):
+                (5, {"md5": wrong, "md5_of": "1" * 40}, None),
+                (5, {"md5": right.hex(), "md5_of": hashlib.sha1(data).hexdigest()}, right)):
             with self.subTest(limit=limit, file=file):
                 image = self.read(1, data=data, **file)
                 self.assertIsNone(image.problem)
