@@ -2,11 +2,11 @@
 #
 #     make            config, smf and info: ready to run where it is
 #     make test       the tests, which need nothing but Python: a minute or two
-#     make check      all of them, also what is random or takes long, and shellcheck if it is here
+#     make check      all of them, random and long ones too, and shellcheck if it is installed
 #     make bench      beside nginx: some fifteen minutes
-#     make install    copy it to PREFIX, with a configuration and a service of its own
-#     make uninstall  remove what that has made, but neither configuration nor images
-#     make clean      remove what Python has compiled here
+#     make install    into PREFIX, with a configuration and a service of its own
+#     make uninstall  remove the installed files, but neither configuration nor images
+#     make clean      remove compiled and temporary files
 #
 # PYTHON=... chooses another Python; SMF_FLAGS='--user U --group G' who runs the service; without
 # them, the user and group of the image-server.smf.xml that is there stay.
@@ -30,8 +30,8 @@ FORCE:
 config:
 	@$(FIND_PYTHON); "$$python" imgserver.py config
 
-# The service for this directory, user and Python; written only if that changes it.  It starts
-# sooner and smaller from what Python keeps of an import, as long as imgserver.py stays the same.
+# The service for this directory, user and Python; written only if that changes it.  The server
+# starts faster and smaller from compiled code, which Python ignores once imgserver.py changes.
 COMPILE = -IS -c 'import sys; from importlib.machinery import SourceFileLoader; \
     SourceFileLoader("imgserver", sys.argv[1]).get_code("imgserver")'
 smf:
