@@ -23,8 +23,8 @@ The parts, each resting only on those above it: constants - errors - log - JSON 
 configuration - manifests - store - image files - publishing - users - mirroring - HTTP
 messages - routes - connections - servers - commands.
 
-Not here: TLS and HTTP/2 (put nginx in front), several files for one image, accounts and jobs
-of a data centre.
+Not here: TLS and HTTP/2 (put nginx in front), several files for one image, and the
+parts of IMGAPI that need a data centre.
 
 MIT licence; see LICENSE.
 """
@@ -37,8 +37,8 @@ import sys
 if sys.version_info < (3, 9):
     sys.stderr.write("imgserver needs Python 3.9 or newer, not %d.%d\n" % sys.version_info[:2])
     sys.exit(96)              # as EXIT_CONFIG
-# No module comes from the program's directory, where others may be allowed to write.  Isolated
-# (-I, -P since 3.11), Python has not put it there.
+# No module is imported from the program's directory, which others may be able to write.  With -I
+# (or -P, since 3.11) it is not in sys.path.
 if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isolated):
     del sys.path[0]
 
@@ -131,7 +131,7 @@ class ClientGone(OSError):
 
 
 class BadImage(Exception):
-    """An image that is not fit to be shown; the text says which file and why."""
+    """An image that cannot be shown; the text names the file and the reason."""
 
 
 class UserError(Exception):
@@ -405,7 +405,7 @@ def parse_object(data: bytes, unique=False) -> dict:
 def render_json(value, pad="\n") -> str:
     """JSON as every answer has it: ASCII, indented by two spaces.
 
-    json.dumps(indent=2) gives the same text in Python code of its own and takes ten times
+    json.dumps(indent=2) renders the same text in pure Python and takes ten times
     as long (CPython uses its C encoder only without indent): a second for 10,000 images.
     """
     kind = type(value)
@@ -1088,7 +1088,7 @@ def mend_manifest(manifest: dict, required=REQUIRED) -> tuple[dict, list]:
 
 
 def normalise(manifest: dict):
-    """(manifest, notes, reasons): a stored manifest as imgadm and IMGAPI take it.
+    """(manifest, notes, reasons): a stored manifest as imgadm and IMGAPI read it.
 
     The manifest stays v1 or v2.  notes: a sentence for each field that breaks a rule and was
     dropped, or replaced by a more restrictive value; reasons: one for each without which imgadm
@@ -1358,7 +1358,7 @@ MANIFEST_LIMIT = 1 << 20      # bytes; tags may take 100 KiB, a description 10: 
 RECHECK = 1.0                 # seconds until an edit in place must be seen in a list
 RECHECK_EARLY = 0.65          # age in seconds at which a list request starts a background re-check
 RECHECK_SLICE = 0.001         # seconds of such a re-check between two pauses
-RECHECK_PAUSE = 0.0005        # seconds of a pause: 10,000 images take some 0.2 s so
+RECHECK_PAUSE = 0.0005        # seconds of a pause: 10,000 images take about 0.2 s
 RACY = 50_000_000             # ns; a younger time may not change with the next write: file
                               # systems keep it in ticks, of up to 10 ms (Linux before 6.13)
 LISTS_KEPT = 4                # rendered lists cached: each is as large as all manifests together
@@ -1543,7 +1543,7 @@ class Image:
                 has it, or None
     notes       sentences for the log about fields that are not shown as stored
     dsapi       (before, after, etag) of its v1 manifest as bytes: files[0].url stands between
-                the two, up to the part that the Host header decides; None when never asked for
+                the two, up to the part that the Host header decides; None until it is requested
     dsapi_v2    the same of its v2 manifest
     imgapi      (before, channels, etag) of its v2 manifest as bytes, without the last "}"
     file, path  the name of its file on disk, and the one that DSAPI shows
@@ -1631,7 +1631,7 @@ def sole_file(directory, names, size):
     if size is not None and len(found) > 1:
         raise BadImage(f"{MANIFEST} names no file, and {len(found)} files have its size of "
                        f"{size} bytes: " + ", ".join(sorted(found)))
-    if not found and len(names) == 1:     # one whose size is not right yet, say
+    if not found and len(names) == 1:     # perhaps its size is not right yet
         return names[0]
     if len(found) != 1:
         raise BadImage(f"{MANIFEST} names no file, and the directory has {len(names)}"
@@ -1809,7 +1809,7 @@ class ImageReader:
             file["sha1"], image.md5 = hashes
         suffix = COMPRESSIONS[file["compression"]]
         if "path" not in stored and not image.file.endswith(suffix):
-            image.path += suffix          # all that imgadm 1 goes by
+            image.path += suffix          # imgadm 1 knows the compression by it alone
         return file
 
     def _keep(self, image, v2, file):
@@ -2008,7 +2008,7 @@ class Store:
         """The image of a directory, as it is on disk now, in any state.
 
         Raises ApiError (404) where there is none that is sound, NeedsThread where it must be
-        read, OSError where serve_dir is gone.
+        read, OSError where serve_dir is missing.
         """
         image = self._find(uuid, api, may_block)
         if image is None or image.try_again:
@@ -2213,7 +2213,7 @@ class Store:
             with self._recheck_lock:
                 self._recheck(api, RECHECK_PAUSE)
         except Exception:
-            self._checked = -math.inf     # the next list meets the same error, and says so
+            self._checked = -math.inf     # the next list meets and logs the same error
         finally:
             self._rechecking = False
 
@@ -2231,8 +2231,8 @@ class Store:
         now = time.monotonic()
         everything = now - self._checked >= RECHECK_EARLY or api not in self._apis
         key = self._key_of_names()
-        # A change within one tick of the file system's clock leaves the time as it is: one may
-        # come after the names are read, so that the age of the time before counts.
+        # A change within one tick of the file system's clock leaves the time as it is, and may
+        # come after the names are read: the time must be older than RACY before that.
         settled = abs(time.time_ns() - max(key[:2])) > RACY
         names = set()
         for name in os.listdir(self.directory):
@@ -2562,7 +2562,7 @@ def stream_problem(kind, stream, required, whole=True):
 
 
 def read_stream(path, compression) -> SendStream:
-    """The stream in an image file as far as its beginning tells.  Raises BadImage, OSError."""
+    """The stream in an image file, fed its beginning alone.  Raises BadImage, OSError."""
     stream, inside = SendStream(), Decompressor(compression)
     fd, _ = open_regular(path)
     with open(fd, "rb", buffering=0) as file:
@@ -2637,7 +2637,7 @@ _TEMPORARY = re.compile(r"\.(manifest\.json|file|icon\.(png|jpg|gif))\.[0-9a-f]+
 
 
 def temporary_name(name) -> str:
-    """A name beside `name` that nobody else uses, on any machine; _TEMPORARY matches it."""
+    """A name beside `name`, unique on all machines; _TEMPORARY matches it."""
     return f".{name}.{os.urandom(8).hex()}"
 
 
@@ -2705,7 +2705,7 @@ def replace_at(directory, name, data, owner=None, keep_time=False, mode=0o644):
                 give(file.fileno(), owner)
             except PermissionError:
                 if before is None or not before.st_mode & stat.S_IROTH:
-                    raise                 # somebody could no longer read it
+                    raise                 # its readers may have lost access
             if before is not None and keep_time:
                 os.utime(file.fileno(), ns=(before.st_atime_ns, before.st_mtime_ns))
         os.rename(aside, name, src_dir_fd=directory, dst_dir_fd=directory)
@@ -2887,7 +2887,7 @@ class Publisher:
     def create(self, manifest) -> dict:
         """Make an unactivated image without a file; returns its manifest as stored.
 
-        One that is not active yet, and that nobody is writing, is replaced.
+        An unactivated one that is not being written is replaced.
         """
         with self._created(manifest) as image:
             return image.manifest()
@@ -2939,7 +2939,7 @@ class Publisher:
     def update(self, uuid, changes) -> dict:
         """Set fields of an image in any state; None removes one.  Returns its manifest.
 
-        A v1 manifest stays v1 unless a field is set that v1 cannot say.
+        A v1 manifest stays v1 unless a field is set that v1 does not have.
         """
         changes = validate(changes, UPDATE)
 
@@ -3184,7 +3184,7 @@ class Publisher:
         raise busy(uuid)
 
     def _set_aside(self, path, uuid, fd=None) -> str:
-        """Rename an image's directory so that nobody finds it; the new path.
+        """Rename an image's directory out of sight; returns the new path.
 
         fd: the directory that is meant; another one that has come in its place is put back.
         Raises OSError, ApiError.
@@ -3307,7 +3307,7 @@ class Publisher:
 
     @staticmethod
     def _tidy(image):
-        """Remove from an unactivated image all that its manifest does not name."""
+        """Remove the files of an unactivated image that its manifest does not name."""
         with contextlib.suppress(ApiError, OSError, LookupError, TypeError):
             name = image.manifest()["files"][0]["path"]
             for each in os.listdir(image.fd):
@@ -3606,7 +3606,7 @@ class Rights:
 
     @property
     def publishing(self) -> bool:
-        """Whether anybody may publish over HTTP at all."""
+        """Whether publishing over HTTP is on."""
         return bool(self.users or self.config.publish_from or self.config.manage_from)
 
     def _of_address(self, peer) -> int:
@@ -3676,7 +3676,7 @@ class Rights:
 # bounded, and a file is on show only once its size, sha1 and stream are right.
 
 LIST_LIMIT = 64 << 20         # bytes of a list, all its pages together: of some 50,000 images
-PAGE = 1000                   # images of a list that are asked for at once, as imgadm does
+PAGE = 1000                   # images of a list per request, as imgadm's
 RETRY_DELAYS = (1, 3, 10, 30)     # seconds before each further try of a request that failed
 RETRY_AFTER_LIMIT = 300       # seconds that a server may ask to wait
 RETRIED = (408, 429, 500, 502, 503, 504)      # statuses that may pass
@@ -3686,7 +3686,7 @@ ERROR_LIMIT = 4 << 10         # bytes of an error's body that are read for its m
 
 
 class SourceError(Exception):
-    """The other side cannot be reached, or answers with nothing of use; the text says why.
+    """The other side is unreachable, or its answer unusable; the text has the reason.
 
     status      of its answer, or None
     wait        seconds until another try makes sense; None: it makes none
@@ -3860,7 +3860,7 @@ class RemoteServer:
 
     url         without credentials, which go into a header; fit to be printed
     timeout     seconds without a byte until a connection is given up
-    waiting     a context manager around all that waits for the other side
+    waiting     a context manager around each wait for the other side
     pause       pause(seconds) between two tries
     tell        tell(text): why it pauses
 
@@ -4172,7 +4172,7 @@ class MirrorPublisher(Publisher):
     def _download(self, image, file, expected, count) -> FileScan:
         """Complete .partial; raises ApiError, SourceError, BadImage.
 
-        A part that does not fit the sha1 was perhaps of another file: all is fetched once more.
+        A part that does not fit the sha1 may be of another file: the whole file is fetched again.
         """
         starts = 0
         with storing("the image cannot be stored"), \
@@ -4307,7 +4307,7 @@ class Mirror:
                 f"image {number} of {len(plan)}, {text}", size))
 
     def _attempt(self, act, uuid, *words):
-        """Call act(uuid, ...); say in a sentence why it failed."""
+        """Call act(uuid, ...); report a failure in a sentence."""
         try:
             act(uuid, *words)
         except (SourceError, BadImage, ApiError) as error:
@@ -4424,9 +4424,9 @@ class Request:
     length      bytes of its body; None where it is chunked
     body        an object with read(n), as Body has it; None until a thread answers it
     peer        the address of the client; "" on a Unix socket
-    user        the name of the client's user; None for nobody, or until its right was asked for
-    right       the right of the client, once it was asked for
-    audience    whom the answer may be given to by a cache, as Rights tells
+    user        the name of the client's user; None without one, or until `right` is set
+    right       the right of the client, once it is known
+    audience    whom a cache may give the answer to, set by Rights
     may_block   whether answering may block: True in a thread, False in the event loop
     route, arguments    the row of the route table that answers it, once it was found
     """
@@ -4844,7 +4844,7 @@ def parse_marker(text):
 
 
 def parse_accept_version(request) -> int:
-    """1 or 2: whether `channels` are shown is all that differs.  Raises ApiError."""
+    """1 or 2, which differ in `channels` alone.  Raises ApiError."""
     wanted = request.headers.get("accept-version")
     version = 1 if wanted is None else parse_version(wanted)
     if version is None:
@@ -5146,7 +5146,7 @@ class Imgapi:
         channel = self.channel_of(query)
         if set(query) - {"channel", "inclAdminFields"}:
             images, checks, backwards, limit = self._select(request, query, channel)
-            # Who may publish sees more by state= than others.
+            # Clients that may publish see more by state= than others.
             fields = CACHE_NOTHING if "state" in query else self.cache_fields()
             with self.store.rendering:
                 numbers = range(len(images))
@@ -5271,7 +5271,7 @@ class Imgapi:
 
 
 class ImgapiPublishing:
-    """The writing half of IMGAPI (protocol of sdc-imgapi): only where anybody may publish."""
+    """The writing half of IMGAPI (protocol of sdc-imgapi): only where publishing is on."""
 
     def __init__(self, config, store, imgapi, rights):
         self.config, self.store, self.imgapi, self.rights = config, store, imgapi, rights
@@ -5320,7 +5320,7 @@ class ImgapiPublishing:
     @staticmethod
     def _waits(image) -> bool:
         """Whether an image is not on show yet.  One in its own directory is, even where its
-        manifest says "unactivated": such are for those who manage.
+        manifest says "unactivated": changing it needs MANAGE.
         """
         return image.place.endswith(INCOMING)
 
@@ -5552,7 +5552,7 @@ class ImgapiPublishing:
             yield read
         except ApiError as error:
             if isinstance(error.__cause__, ClientGone):
-                raise error.__cause__         # nobody is there to read that
+                raise error.__cause__         # the client is gone
             raise
         finally:
             self._uploads.release()
@@ -6069,7 +6069,7 @@ class Metrics:
         return [Route("GET", "metrics", self.answer, THREAD, ANYONE)]
 
     def count(self, request, response, size, seconds, failure):
-        """Count an answer: `size` bytes of its body went out, `seconds` after it was asked for."""
+        """Count an answer: `size` bytes of its body went out, `seconds` after its request."""
         try:
             row = self._rows[request.route.pattern, request.method, response.status]
         except (AttributeError, KeyError):        # no request, no route; or the first of its kind
@@ -6386,7 +6386,7 @@ class Site:
 # between, which costs as much as answering (virtual machines most).
 
 RECEIVE = 16 << 10            # bytes asked of a socket at once: many whole requests
-RECEIVE_BODY = 256 << 10      # bytes of a body asked for at once
+RECEIVE_BODY = 256 << 10      # bytes of a body asked of a socket at once
 ONE_PIECE = 64 << 10          # bytes; answers up to this size are copied together
 PARTS = 64                    # parts of answers given to one sendmsg; POSIX allows 16 at least
 LOOP_SEND = 2 << 20           # bytes of a kept list that the event loop tries to send at first
@@ -6652,7 +6652,7 @@ class Body:
         return line[:-1]
 
     def _begin_chunk(self):
-        """Read the size of a chunk; extensions and trailers are refused: nobody sends them."""
+        """Read the size of a chunk; extensions and trailers, which no client sends, are refused."""
         line = self._line()
         if not re.fullmatch(rb"[0-9A-Fa-f]{1,16}", line):
             raise bad_request("the size of a chunk is not a hexadecimal number")
@@ -6851,7 +6851,7 @@ class Connection:
                 loop.rewatch(self.transport.sock, selectors.EVENT_WRITE, self.flush)
 
     def moving(self):
-        """Bytes have gone out: the client has stall_timeout to take more."""
+        """Bytes were sent: the deadline is stall_timeout from now."""
         self.deadline = time.monotonic() + self.loop.config.stall_timeout
 
     def _give_up(self, reason):
@@ -6925,7 +6925,7 @@ class Connection:
         """WORKING to READING, or to STREAMING where the answer is a file."""
         if self.request.body is not None:
             self.buffer = self.request.body.rest
-        if response is None:              # nobody is there to be answered
+        if response is None:              # the client is gone
             self._to_log(math.inf, Response(GONE), 0)
             self._log_answers()
             self.close()
@@ -6948,7 +6948,7 @@ class Connection:
     def send_more(self) -> bool:
         """In a sender: send the queue, then a part of the file; True: all is sent, or it failed.
 
-        A failure closes the connection, so that nobody takes a part for all.
+        A failure closes the connection, so that no client takes a part for the whole.
         """
         response, transport = self.response, self.transport
         if self.failure:                  # its time is over
@@ -7045,7 +7045,7 @@ class Connection:
     def _log_answers(self):
         """A line for each answer: client, request, status, bytes, time, user, agent, image.
 
-        It is written when the answer has gone, or has failed: then with the bytes that went.
+        It is written once the answer is sent, or has failed, with the bytes that were sent.
         """
         log, metrics, unlogged = self.loop.log, self.loop.metrics, self.unlogged
         self.unlogged = ()
@@ -7081,7 +7081,7 @@ class Sender:
         self._waker.setblocking(False)
         self._selector.register(self._wakeup, selectors.EVENT_READ)
         self._arrivals = collections.deque()
-        self._lock = threading.Lock()     # for all that follows
+        self._lock = threading.Lock()     # for the attributes below
         self._number = 0                  # of the thread that is in charge; 0: none yet
         self._current = None              # the connection of its step
         self._began = math.inf            # when that step began (monotonic)
@@ -7183,7 +7183,7 @@ class Sender:
 
 ACCEPT_BATCH = 32             # connections accepted before those that wait get their turn
 ACCEPT_PAUSE = 0.5            # seconds without accepting after the files ran out
-OVERFLOW = 256                # connections above the limit that are told 503 before they close
+OVERFLOW = 256                # connections above the limit that are answered 503 before they close
 SPARE_FILES = 64              # file descriptors kept for images, directories and the log
 THREAD_IDLE = 10.0            # seconds until a thread without work ends
 WORKERS = 24                  # threads for short jobs: more only wait for the interpreter's lock
@@ -7196,7 +7196,7 @@ SWITCH_INTERVAL = 0.001       # seconds until a thread that computes lets the ev
                               # Python's own 5 ms are as long as forty requests
 LOCK_TIME = 5.0               # seconds a start waits for others that start on its Unix socket
 LOCK_POLL = 0.02              # seconds between two tries: such a start takes milliseconds
-PROBE_TIME = 1.0              # seconds to connect to a Unix socket: more, and somebody listens
+PROBE_TIME = 1.0              # seconds to connect to a Unix socket: after more, it has a listener
 NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)       # a machine without IPv6
 
 
@@ -7210,7 +7210,7 @@ class Workers:
         self._limit = limit or WORKERS
         self._jobs = queue.SimpleQueue()  # one for each thread that was taken from the idle ones
         self._idle = threading.Semaphore(0)
-        self._lock = threading.Lock()     # for all that follows
+        self._lock = threading.Lock()     # for the attributes below
         self._waiting = collections.deque()       # short jobs above the limit
         self._running = 0                 # short jobs that run
         self._finished = self._seen = 0   # short jobs finished, and at the last watch()
@@ -7450,7 +7450,7 @@ class EventLoop:
         min(self._senders, key=lambda sender: sender.count).add(connection)
 
     def give_back(self, connection, response):
-        """From a worker: it has an answer for a connection, or None where the client has gone."""
+        """From a worker: the answer of a connection, or None where the client has gone."""
         self._given_back.append((connection, connection.take_back, (response,)))
         self._wake()
 
@@ -7460,7 +7460,7 @@ class EventLoop:
         self._wake()
 
     def _take_back(self):
-        """Go on with connections that threads have given back."""
+        """Take back the connections that threads are done with."""
         self._wakeup.recv(4096)
         for _ in range(min(GIVEN_BACK, len(self._given_back))):
             connection, call, arguments = self._given_back.popleft()
@@ -7658,7 +7658,7 @@ class UnixImageServer(ImageServer):
                     raise UserError(f"{path} is there already, and it is no socket", EXIT_CONFIG)
                 probe.connect(path)
             except ConnectionRefusedError:
-                os.unlink(path)           # nobody listens: a server died here
+                os.unlink(path)           # no listener: its server died
                 return
             except FileNotFoundError:
                 return                    # the last one has ended well: nothing to remove
@@ -7678,7 +7678,7 @@ class UnixImageServer(ImageServer):
         """
         identity, self._identity = self._identity, None
         if identity is not None:
-            with contextlib.suppress(OSError):    # somebody else has removed it
+            with contextlib.suppress(OSError):    # already removed by others
                 status = os.lstat(self.server_address)
                 if (status.st_dev, status.st_ino) == identity:
                     os.unlink(self.server_address)
@@ -7696,7 +7696,7 @@ LIST_COLUMNS = ("UUID", "NAME", "VERSION", "OS", "TYPE", "SIZE", "STATE", "PUBLI
 LIST_FILTERS = ("uuid", "name", "version", "os", "type", "state", "origin", "channels", "owner",
                 "public", "billing_tag")
 EXAMPLE = "f669428c-a939-11e2-a485-b790efc0f0c1"      # a uuid for --help
-NO_SHA1 = "0" * 40            # in the place of one that the manifest does not have
+NO_SHA1 = "0" * 40            # in place of a missing one
 
 
 def start(config, log) -> EventLoop:
@@ -7891,7 +7891,7 @@ class Input:
 
     def __init__(self, path, signals):
         """Open it.  Raises OSError."""
-        # A FIFO that nobody has opened to write would keep a plain open() waiting.
+        # A plain open() would block on a FIFO without a writer.
         self._fd = 0 if path is None else os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         self._signals = signals
 
@@ -8005,10 +8005,10 @@ def manifest_to_import(config, options) -> dict:
         manifest = new_manifest(config, options.uuid or new_uuid(), given)
     manifest = validate(manifest, IMPORT)
     own = {key: manifest[key] for key in ("owner", "public") if given.get(key) is not None}
-    if is_v1(manifest) and own:           # v1 cannot say that
+    if is_v1(manifest) and own:           # v1 does not have these
         manifest = {**upgrade(manifest), **own}
     if not is_v1(manifest):
-        manifest.pop("state", None)       # that is for the server to say
+        manifest.pop("state", None)       # the server sets it
         manifest = {"v": 2, "uuid": None, "owner": NOBODY, "public": True, "disabled": False,
                     "published_at": stamp(time.time()), **manifest}
     if not options.stream_check and manifest["type"] in STREAM_TYPES.values():
@@ -8155,7 +8155,7 @@ def run_import_image(config, options):
 
 
 def label(config, uuid) -> str:
-    """uuid, name and version of an image in any state, as far as its manifest tells."""
+    """uuid, name and version of an image in any state, as far as its manifest has them."""
     for prefix in ("", INCOMING):
         with contextlib.suppress(OSError, BadImage, LookupError, RecursionError):
             manifest, _ = read_manifest(os.path.join(config.serve_dir, prefix + uuid))
@@ -8305,7 +8305,7 @@ def stored_file(directory):
 
 
 def lacks_facts(directory) -> bool:
-    """Whether a manifest does not say the size or the sha1 of its file."""
+    """Whether a manifest lacks the size or the sha1 of its file."""
     file = stored_file(directory)[1]
     return file is not None and not (file.get("size") and file.get("sha1"))
 
@@ -8359,7 +8359,7 @@ def incoming_text(uuid, problem, age) -> str:
 
 
 def run_check(config, options):
-    """Compare every image with its manifest, and say which are not as that promises."""
+    """Compare every image with its manifest, and report those that differ."""
     config.check_serve_dir()
     if options.fast and options.record:
         raise UserError("--record must read all of an image: not with --fast", 2)
@@ -8754,7 +8754,7 @@ SMF_START = ("__file__ = 'imgserver.py'; from importlib.machinery import SourceF
 def smf_credential(options):
     """(user, group) of the service: as the options say, else the manifest that is there.
 
-    A user who may surprise the operator is a line on stderr.
+    A line on stderr names a user that may surprise the operator.
     """
     import pwd
     kept = {}
@@ -9065,10 +9065,10 @@ def main(arguments=None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)      # or Python would fail at its end again
         message = str(error.strerror or error)
     options.signals.finish(published=False)
-    with contextlib.suppress(OSError, AttributeError):    # nobody to tell; the status does
+    with contextlib.suppress(OSError, AttributeError):    # only the status can tell
         if status != 128 + signal.SIGPIPE or options.writes:      # not after `list | head`
             sys.stderr.write(f"imgserver: {message}\n")
-    if status > 128:                      # a signal: no line that nobody reads delays the end
+    if status > 128:                      # a signal: no unread line delays the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return status
 
