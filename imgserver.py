@@ -6652,7 +6652,7 @@ class Body:
         return line[:-1]
 
     def _begin_chunk(self):
-        """Read the size of a chunk; extensions and trailers, which no client sends, are refused."""
+        """Read a chunk's size.  Extensions and trailers, which no client sends, are refused."""
         line = self._line()
         if not re.fullmatch(rb"[0-9A-Fa-f]{1,16}", line):
             raise bad_request("the size of a chunk is not a hexadecimal number")
