@@ -429,7 +429,7 @@ def render_json(value, pad="\n") -> str:
 
 # -- configuration -----------------------------------------------------------------------
 
-def _text(value):
+def _check_text(value):
     if not isinstance(value, str) or not value.isprintable():
         raise ValueError("must be a text")
     return value
@@ -452,7 +452,7 @@ def _suffix(value):
 
 
 def _directory(value):
-    if not _text(value):
+    if not _check_text(value):
         raise ValueError("must be the path of a directory")
     return value
 
@@ -481,7 +481,7 @@ def _logformat(value):
     return value
 
 
-def _number(low, high, kinds=(int,)):
+def _check_number(low, high, kinds=(int,)):
     def check(value):
         if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
             raise ValueError(f"must be a number from {low} to {high}")
@@ -495,7 +495,7 @@ def _socket_mode(value):
     return value
 
 
-def _flag(value):
+def _check_flag(value):
     if not isinstance(value, bool):
         raise ValueError("must be true or false")
     return value
@@ -602,24 +602,24 @@ SETTINGS = {
     "loglevel": ("info", _loglevel),
     "logformat": ("text", _logformat),
     "serve_dir": (".", _directory),
-    "image-creator": ("internal", _text),
+    "image-creator": ("internal", _check_text),
     "image-creator-uuid": ("", _uuid_or_empty),
     "image-vendor-uuid": ("", _uuid_or_empty),
     "socket_mode": ("0666", _socket_mode),
     "accel": ("", _accel),
-    "max_connections": (10000, _number(1, 1000000)),
-    "header_timeout": (30, _number(0.1, 86400, (int, float))),
-    "idle_timeout": (300, _number(0.1, 86400, (int, float))),
-    "stall_timeout": (300, _number(0.1, 86400, (int, float))),
-    "drain_time": (30, _number(0, 3600, (int, float))),
+    "max_connections": (10000, _check_number(1, 1000000)),
+    "header_timeout": (30, _check_number(0.1, 86400, (int, float))),
+    "idle_timeout": (300, _check_number(0.1, 86400, (int, float))),
+    "stall_timeout": (300, _check_number(0.1, 86400, (int, float))),
+    "drain_time": (30, _check_number(0, 3600, (int, float))),
     "channels": ([], _channels),
-    "metrics": (False, _flag),
-    "users": ("", _text),
+    "metrics": (False, _check_flag),
+    "users": ("", _check_text),
     "read": ("anyone", _readers),
     "publish_from": ([], _networks),
     "manage_from": ([], _networks),
-    "check_streams": (True, _flag),
-    "max_upload": (0, _number(0, 1 << 60)),
+    "check_streams": (True, _check_flag),
+    "max_upload": (0, _check_number(0, 1 << 60)),
 }
 
 
@@ -1908,7 +1908,8 @@ class Listing:
         """Parts to send from `skip` bytes behind the beginning of a piece, of about `budget`.
 
         At most one is rendered, since other clients wait for that; uncached, it is sent whole, or
-        the rest would be rendered again.  For the event loop alone.
+        the rest would be rendered again.  Called by the thread that owns the connection; two that
+        render one piece at once store the same bytes.
         """
         parts, pieces, end = [], self._pieces, len(self._starts)
         while budget > 0 and number < end and len(parts) < LIST_PARTS:
@@ -2346,7 +2347,7 @@ DRR_BEGIN, DRR_END = 0, 5         # drr_type
 DRR_MAGIC = 0x2F5bacbac
 DRR_FLAG_CLONE = 1                # drr_flags: the origin is a snapshot of another data set
 COMPOUND = 2                      # header type in drr_versioninfo: a package (zfs send -p, -R)
-RESUMING = 1 << 20 + 2            # feature in drr_versioninfo, whose lowest 2 bits are the type
+RESUMING = 1 << (20 + 2)          # feature in drr_versioninfo, whose lowest 2 bits are the type
 STREAM_TYPES = {2: "zone-dataset", 3: "zvol"}     # drr_type of DRR_BEGIN: DMU_OST_*
 ZFS_TYPES = ("zone-dataset", "zvol", "lx-dataset")    # image types that are ZFS streams
 LAYER_TYPES = ("docker", "lxd")                   # image types that never are
@@ -4268,7 +4269,7 @@ class Mirror:
         """
         found = {}
         for given in self.source.list(filters):
-            entry = mend(given) if isinstance(given, dict) else {}
+            entry = mend_manifest(given)[0] if isinstance(given, dict) else {}
             try:
                 uuid = checked_name(entry.get("uuid"))
             except SourceError as error:
@@ -4416,6 +4417,7 @@ class Request:
     """One parsed request.
 
     line        the request line as it came, for the log
+    method, target, is_1_0      its parts
     headers     lower-case name: value; values of a repeated field are joined by commas
     segments    the path, split and percent-decoded: ["datasets", uuid]; [""] for /
     query       the text after "?", undecoded

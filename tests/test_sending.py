@@ -117,7 +117,7 @@ class LongLists(ListCase):
         file = f"/datasets/{uuid_of(1)}/image.zfs.gz"
         for server, _ in self.each_transport(prelude="imgserver.LOG_DELAY = 0.01"):
             for target, title in ((LIST, ""), (file, " some-image 4.1")):
-                line = f'info \\S+ "GET {target} HTTP/1.1" 200 ([0-9]+) [0-9.]+ms{title}'
+                line = f'info \\S+ "GET {target} HTTP/1.1" 200 ([0-9]+) [0-9.]+ms - "[^"]*"{title}'
                 with server.connect() as connection:
                     size = len(connection.request(target, headers={"Host": "h"}).body)
                 found = server.wait_log(line + "\n")
