@@ -5832,7 +5832,8 @@ class Page:
             if for_people:
                 return self.page(request, query)
             return json_response({"server": f"imgserver/{__version__}", "datasets": "/datasets",
-                                  "images": "/images", "ping": "/ping"}, fields=VARY + CORS)
+                                  "images": "/images", "ping": "/ping"},
+                                 fields=VARY + CACHE_MANIFESTS)
         etag = hashlib.sha1(repr(stat_key(status)).encode()).hexdigest()
         return file_response(request, fd, status, etag, header_line("Content-Type", kind)
                              + VARY + CACHE_MANIFESTS + CORS)
@@ -6015,7 +6016,7 @@ spellcheck="false" placeholder="Name, version, os, description or uuid">
             meta.append(f'<a href="{self._link(uuid)}">{children:,} build'
                         f'{"s" if children == 1 else ""} on it</a>')
         homepage = fields.get("homepage")
-        if homepage:                      # http or https: others were dropped with their note
+        if homepage and _URL.mend(homepage) is not INVALID:   # http or https
             meta.append(f'<a href="{escape(homepage)}">Homepage</a>')
         meta.append(f'<a href="images/{uuid}{channel}">Manifest</a>')
         icon = f'<img src="images/{uuid}/icon{channel}" alt="" loading="lazy">' if image.icon \

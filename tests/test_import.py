@@ -160,7 +160,7 @@ class TestWords(ImportCase):
             ((*WORDS, "hompage=http://x/"), "hompage is no field of a manifest"),
             ((*WORDS, "min_ram=512"), "min_ram is no field of a manifest, but one of its req"),
             ((*WORDS, "requirements={\"brands\": 1}"), "requirements.brands is no requirement"),
-            ((*WORDS, "requirements={brand: lx}"), "requirements is not JSON"),
+            ((*WORDS, "requirements={brand: lx}"), "requirements must be a JSON object"),
             ((*WORDS, "tags=[1]"), "tags must be a JSON object"),
             ((*WORDS, "disabled=no"), "disabled must be true or false, not 'no'"),
             ((*WORDS, "public=no"), "public must be true or false, not 'no'"),

@@ -387,7 +387,7 @@ class Refusals(PublishingCase):
                 ("name=a&version=1&state=active", 422, "InvalidParameter",
                  [("state", "Invalid")]),
                 ("name=a&name=b&version=1", 422, "InvalidParameter", [("name", "Invalid")]),
-                ("name=a&version=1&os=beos", 422, "ValidationFailed", [("os", "Invalid")]),
+                ("name=a&version=1&os=beos", 422, "InvalidParameter", [("os", "Invalid")]),
                 ("name=a&version=1&tags={", 422, "InvalidParameter", [("tags", "Invalid")]),
                 ("name=a&version=1&uuid=x", 422, "ValidationFailed", [("uuid", "Invalid")]),
                 ("name=a&version=1&uuid=../x", 422, "ValidationFailed", [("uuid", "Invalid")]),

@@ -740,7 +740,7 @@ class OnUnixSocket(Serving):
 class BehindNginx(Serving):
 
     unix = True
-    start_nginx, text = test_nginx.Nginx.start_nginx, test_nginx.Nginx.text
+    start_nginx, _run_nginx = test_nginx.WithNginx.start_nginx, test_nginx.WithNginx._run_nginx
     changes = (('        proxy_set_header Authorization "";\n', ""),
                ("""        limit_except GET OPTIONS {
             auth_basic "imgserver";
@@ -750,9 +750,9 @@ class BehindNginx(Serving):
 
     def set_up_front(self):
         need("nginx")
-        with socket.create_server(("127.0.0.1", 0)) as sock:
-            self.port = sock.getsockname()[1]
-            self.start_nginx(sock.fileno())
+        socket_of_ours = f"unix:{self.server.address};"
+        self.port = self.start_nginx(test_nginx.snippet(), *self.changes, (
+            "unix:/var/imgserver/imgserver.sock;", socket_of_ours))
 
     def connect(self):
         return Connection(("127.0.0.1", self.port))
