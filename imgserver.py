@@ -6120,7 +6120,8 @@ class Metrics:
             self._others += 1
 
     def answer(self, request):
-        parts = [*self._of_answers(), *self._of_files(), *self._of_images(), *self._of_process()]
+        parts = [*self._of_answers(), *self._of_files(self.rights.lists_all(request)),
+                 *self._of_images(), *self._of_process()]
         return Response(200, b"Content-Type: text/plain; version=0.0.4; charset=utf-8\r\n"
                         + CACHE_NOTHING, "".join(parts).encode())
 
@@ -6152,7 +6153,8 @@ class Metrics:
                            [("", {"route": f"/{pattern}"}, size)
                             for pattern, size in list(self._received.items())])
 
-    def _of_files(self):
+    def _of_files(self, all_of_them):
+        """all_of_them: whether the client may read private images; else none is named."""
         images = {uuid: image[:] for uuid, image in list(self._images.items())}
         if len(images) > IMAGES_NAMED:
             # A download stays in the series that it was counted in, so that none goes down.
@@ -6161,9 +6163,10 @@ class Metrics:
         yield sample_lines(
             "imgserver_downloads_total", "counter", "Downloads of image files from their first "
             f"byte on; the {IMAGES_NAMED} images that are downloaded most have their own series.",
-            [("", {"image": uuid, "title": title}, count)
-             for uuid, (title, _, count) in images.items() if uuid in self._named]
-            + [("", {"image": "other", "title": ""}, self._others)])
+            [("", {"image": uuid, "title": title}, count) for uuid, (title, _, count)
+             in images.items() if uuid in self._named and all_of_them]
+            + [("", {"image": "other", "title": ""}, self._others
+                + (0 if all_of_them else sum(count for _, _, count in images.values())))])
         yield sample_lines("imgserver_files_sent_total", "counter",
                            "Answers with an image file or a range of it: sent whole, or cut.",
                            [("", {"result": key}, count) for key, count in self._files.items()])
@@ -6326,7 +6329,9 @@ class Site:
     @staticmethod
     def _check_body(request, route):
         """Refuse a body of a kind that is not taken there.  Raises ApiError."""
-        if request.length is None and (route is None or route.flags & CHUNKED != CHUNKED):
+        hint = route is None and request.segments[0] == "images"      # 405 says how to publish
+        if request.length is None and not hint and (
+                route is None or route.flags & CHUNKED != CHUNKED):
             raise ApiError(411, "LengthRequired", "a body needs a Content-Length here")
         if request.method in ("GET", "HEAD", "OPTIONS"):
             raise bad_request(f"a {request.method} has no body here")
@@ -8860,7 +8865,7 @@ def at_least_one(text) -> int:
 
 def add_managing_commands(command):
     """The commands that list and change images; command() adds one."""
-    sub = command("list", run_list, "list the images, and their problems below",
+    sub = command("list", run_list, "list the images, and their problems below", True,
                   example="list name=~web state=disabled")
     sub.add_argument("words", nargs="*", metavar="FIELD=VALUE",
                      help="only those that have it: name=web, name=~part, type=!zvol, "
@@ -8978,7 +8983,7 @@ def option_parser() -> argparse.ArgumentParser:
             True, f"discard {EXAMPLE}").add_argument("uuid", metavar="UUID")
     add_managing_commands(command)
     sub = command("check", run_check, "read every image again, and compare with its manifest",
-                  example="check --fast -q")
+                  True, example="check --fast -q")
     sub.add_argument("uuid", nargs="*", metavar="UUID", help="only these images")
     sub.add_argument("--fast", action="store_true",
                      help="compare manifests, sizes, first bytes and origins only")

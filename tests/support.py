@@ -389,7 +389,8 @@ class Server:
             self.kill()
             raise AssertionError(f"the server did not start: {self.log()}")
         if not unix:                  # of several addresses the first that is a port
-            self.address = ("127.0.0.1", int(re.search(r" http://\S+?:(\d+)(,|$)", match[0])[1]))
+            self.address = ("127.0.0.1", int(re.search(r' http://\S+?:(\d+)(?=[",]|$)',
+                                                      match[0])[1]))
 
     # asking
 

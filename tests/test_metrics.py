@@ -229,7 +229,7 @@ class Series(ServerCase):
             metrics._count_file(uuid_of(number), response, "")
 
     def downloads(self, metrics):
-        samples = parse("".join(metrics._of_files()))
+        samples = parse("".join(metrics._of_files(True)))
         return {labels[0]: value for (name, labels), value in samples.items()
                 if name == "imgserver_downloads_total"}
 
