@@ -8865,7 +8865,7 @@ def at_least_one(text) -> int:
 
 def add_managing_commands(command):
     """The commands that list and change images; command() adds one."""
-    sub = command("list", run_list, "list the images, and their problems below", True,
+    sub = command("list", run_list, "list the images, and their problems below",
                   example="list name=~web state=disabled")
     sub.add_argument("words", nargs="*", metavar="FIELD=VALUE",
                      help="only those that have it: name=web, name=~part, type=!zvol, "
@@ -8983,7 +8983,7 @@ def option_parser() -> argparse.ArgumentParser:
             True, f"discard {EXAMPLE}").add_argument("uuid", metavar="UUID")
     add_managing_commands(command)
     sub = command("check", run_check, "read every image again, and compare with its manifest",
-                  True, example="check --fast -q")
+                  example="check --fast -q")
     sub.add_argument("uuid", nargs="*", metavar="UUID", help="only these images")
     sub.add_argument("--fast", action="store_true",
                      help="compare manifests, sizes, first bytes and origins only")
@@ -9020,7 +9020,8 @@ def load_config(options) -> Config:
     config = Config.load(options.config or default_config(), options.config is not None)
     if options.dir == "":
         raise UserError("--dir must name the directory of images (serve_dir), not ''", EXIT_CONFIG)
-    if options.writes and config.path is None and options.dir is None:
+    if (options.writes or options.run in (run_list, run_check)) \
+            and config.path is None and options.dir is None:
         raise UserError(f"there is no {default_config()} that names the directory of images: "
                         "say --dir DIR", EXIT_CONFIG)
     if options.dir is not None:
