@@ -691,9 +691,8 @@ class Origins(ServerCase):
         count = 3 * imgserver.LINKS_IN_LOOP
         for number in range(1, count + 1):
             self.image(number, number - 1 or None)
+        time.sleep(SETTLED)           # or they would be read again with each look
         site = self.site()
-        ask(site, "/images")
-        time.sleep(SETTLED)
         ask(site, "/images")
         looks, real = [], imgserver.Image.is_fresh
 
