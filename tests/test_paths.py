@@ -240,7 +240,7 @@ class Files:
         cases = {}
         paths = ["../../etc/passwd", "/etc/passwd", "a/b", ".", "..", "", "./" + FILE,
                  FILE + "\n", "a\0b", "a\x1b[31m", "a\\../b/c", f"../{U}/{FILE}",
-                 "manifest.json", "x" * 256, "é" * 128, 5, {}, True]
+                 "manifest.json", "x" * 256, "é" * 128, 5, True]
         for number, path in enumerate(paths, 10):
             uuid = cases[repr(path)[:40]] = uuid_of(number)
             manifest = write_image(self.serve_dir, uuid, DATA)
