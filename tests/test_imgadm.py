@@ -306,7 +306,7 @@ class Client(support.ServerCase):
                  "imgserver.ImageReader._check_file = check\n")
         self.expect("checksum", spoil.format("file['sha1'] = 'ab' * 20"))
         self.expect("mismatch between expected size", spoil.format("file['size'] += 1") +
-                    "imgserver.file_of = lambda request, image, store: imgserver.Response("
+                    "imgserver.file_of = lambda *_: imgserver.Response("
                     "200, b'', b'short')")
         self.expect("compression", spoil.format("file['compression'] = 'xz'"), imgadm.Imgadm2)
         self.expect('did not include a "Content-MD5"', "imgserver.MD5_LIMIT = 0",
