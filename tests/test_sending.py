@@ -11,7 +11,7 @@ from tests.test_files import SMALL_BUFFER, TRANSPORTS, ask, begin, reset, sparse
 
 LIST = "/datasets"
 IMAGES = 140                              # of 90 KB each: a list of 12 MB, more than sockets take
-THREADS = 2                               # the loop's, and one that may have looked at the images
+THREADS = 3                               # the loop's, one that read the images, one for the list
 
 
 class ListCase(ServerCase):
