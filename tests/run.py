@@ -22,7 +22,7 @@ import unittest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ROOM = 2 << 30                # bytes: more than all tests that run at once write
-LIMIT = 600                   # seconds until a class that hangs is ended, with a traceback
+LIMIT = 900                   # seconds until a class that hangs is ended, with a traceback
 AGAIN = 6                     # classes that may fail beside others: more, and it is no chance
 
 
