@@ -19,7 +19,6 @@ import sys
 import tempfile
 import termios
 import time
-import unittest
 
 from tests import streams
 from tests.support import (IMGSERVER, PATIENCE, ROOT, Server, ServerCase, check_only,

@@ -458,7 +458,7 @@ class Right(PublishingCase):
         self.addCleanup(os.chmod, self.serve_dir, 0o755)
         for config, said in ((HERE, True), ({}, False)):
             server = self.serve(config=config, prelude=(
-                "import os, resource, ipaddress\nif os.getuid() == 0: "
+                "import locale, os, resource, ipaddress\nif os.getuid() == 0: "
                 "os.setgroups([]); os.setgid(65534); os.setuid(65534)"))
             self.assertEqual("serve_dir cannot be written" in server.log(), said)
 
