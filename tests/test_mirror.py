@@ -144,11 +144,12 @@ def cut(data, at, **fields):
     return answer(data[:at], length=len(data), **fields)
 
 
-class MirrorCase(unittest.TestCase):
+def wait_sent(up, path, count):
+    """Wait until an upstream has sent so many bytes of a file: it counts them a moment later."""
+    wait_for(lambda: up.sent.get(path) == count, f"{count} bytes of {path}")
 
-    def assertSent(self, up, path, count):
-        """The bytes of a file that an upstream has sent; it counts them a moment later."""
-        wait_for(lambda: up.sent.get(path) == count, f"{count} bytes, not {up.sent}")
+
+class MirrorCase(unittest.TestCase):
 
     def setUp(self):
         self.directory = tempfile.mkdtemp(prefix="imgserver-test-")
@@ -548,7 +549,7 @@ class TestResuming(MirrorCase):
                 self.assertEqual([fields.get("range") for fields in up.asked(self.file)],
                                  [None, "bytes=100000-", "bytes=100000-"])
                 self.assertEqual(up.asked(self.file)[1].get("if-range"), more.get("ETag"))
-                self.assertSent(up, self.file, len(IMAGE))
+                wait_sent(up, self.file, len(IMAGE))
                 shutil.rmtree(os.path.join(self.serve_dir, U))
 
     def test_a_later_run_goes_on(self):
@@ -556,7 +557,7 @@ class TestResuming(MirrorCase):
         self.assertEqual(self.mirror(self.source(up), U), [])
         self.assertHere(U)
         self.assertEqual(up.asked(self.file)[0]["range"], "bytes=100000-")
-        self.assertSent(up, self.file, len(IMAGE) - 100_000)
+        wait_sent(up, self.file, len(IMAGE) - 100_000)
         self.assertEqual(sorted(os.listdir(os.path.join(self.serve_dir, U))),
                          [".upstream.json", "manifest.json", "web-1.zfs.gz"])
 
@@ -648,7 +649,7 @@ class TestResuming(MirrorCase):
         self.assertEqual(os.listdir(self.serve_dir), [".incoming-" + U])
         self.assertEqual(self.mirror(self.source(up), U), [])
         self.assertHere(U)
-        self.assertSent(up, self.file, len(IMAGE))
+        wait_sent(up, self.file, len(IMAGE))
 
     def test_an_unfinished_import_is_not_gone_on_with(self):
         up = self.upstream()
@@ -867,7 +868,7 @@ class TestServers(ServerCase):
         done = self.run_mirror(up.url, U)
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         self.assertEqual(up.asked(f"/images/{U}/file")[1]["range"], f"bytes={size}-")
-        self.assertSent(up, f"/images/{U}/file", len(IMAGE) - size)
+        wait_sent(up, f"/images/{U}/file", len(IMAGE) - size)
         self.assertEqual(os.listdir(self.here), [U])
 
     def test_a_signal_while_nothing_comes(self):
