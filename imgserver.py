@@ -82,7 +82,7 @@ from _thread import start_new_thread
 from bisect import bisect_left
 from http.server import ThreadingHTTPServer
 
-__version__ = "1.0.0"
+__version__ = "2.0.0"
 
 # -- constants ---------------------------------------------------------------------------
 #
