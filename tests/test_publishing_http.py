@@ -1274,13 +1274,15 @@ class TwoServers(ServerCase):
             thread.start()
         for thread in threads:
             thread.join(PATIENCE * 2)
-        self.assertTrue(done)
+        # None of them may have come through: each rolls the others back, as imgadm does.
+        self.assertGreaterEqual(len(done) + len(rejected), 32)
         codes = {error.partition(":")[0] for error in rejected}
         # UploadError is imgadm's own: the other one's image came in place of ours.  StorageIsDown
         # is a file that the other one has just removed under ours: a rejection, nothing is lost.
         self.assertLessEqual(codes, {"ImageUuidAlreadyExists", "ResourceNotFound", "Upload",
                                      "NoActivationNoFile", "ImageAlreadyActivated",
-                                     "ImageFilesImmutable", "UploadError", "StorageIsDown"}, rejected)
+                                     "ImageFilesImmutable", "UploadError",
+                                     "StorageIsDown"}, rejected)
         ImgadmPublish(self.servers[0].connect).publish(manifest_of(V), DATA)
         for server in self.servers:
             self.assertIn(V, [image["uuid"] for image in server.get("/images").json()])
