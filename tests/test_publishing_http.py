@@ -1267,7 +1267,10 @@ class TwoServers(ServerCase):
                     imgadm.publish(manifest_of(U, files=[file]), data)
                     done.append(number)
                     imgadm.ask("DELETE", f"/images/{U}", b"")
-                except Rejected as error:
+                # LookupError: the answer is about the image that came in place of ours.
+                except (Rejected, LookupError) as error:
+                    if isinstance(error, LookupError):
+                        error = "UploadError: no file"
                     rejected.append(str(error))
         threads = [threading.Thread(target=publish, args=(number,)) for number in range(4)]
         for thread in threads:
