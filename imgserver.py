@@ -2775,7 +2775,7 @@ def lock_directory(path, patience=0.0):
             time.sleep(LOCK_RETRY)
             continue
         except OSError:
-            pass
+            pass                      # no flock on this file system: rename alone decides then
         if is_still(path, fd):
             return fd
         os.close(fd)                      # it was renamed before it was locked
@@ -3162,7 +3162,7 @@ class Publisher:
                         with contextlib.suppress(OSError):
                             remove_tree(aside)
                 except FileNotFoundError:
-                    pass
+                    pass              # the other one has cleared it: the name is free now
                 finally:
                     if fd is not None:
                         os.close(fd)
@@ -8899,6 +8899,7 @@ def add_managing_commands(command):
 
 
 def add_mirror_options(sub):
+    """Add the options and words of `mirror` to its parser."""
     sub.add_argument("url", metavar="URL",
                      help="http[s]://[USER:PASSWORD@]HOST[:PORT], with /datasets at its end for "
                           "DSAPI, or a directory of images")
