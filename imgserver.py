@@ -172,6 +172,7 @@ LOG_LIMIT = 1 << 20           # bytes of log queued while stderr is stalled, the
 TRACEBACK_LIMIT = 4000        # characters of a traceback in one log line, the last ones
 LOG_TARGET_LIMIT = 1000       # characters of a client's text in one log line
 AGENT_LIMIT = 200             # characters of a User-Agent there; imgadm's has some 90
+AGENTS_KEPT = 64              # such texts that are cached, of up to HEAD_LIMIT bytes each
 
 LEVELS = {"trace": 10, "debug": 20, "info": 30, "warn": 40, "error": 50, "fatal": 60}
 INFO, WARN = LEVELS["info"], LEVELS["warn"]
@@ -188,6 +189,12 @@ def printable(text, limit=LOG_TARGET_LIMIT) -> str:
     if _is_plain(text):
         return text
     return text.encode("unicode_escape").decode("ascii").replace('"', '\\"')
+
+
+@functools.lru_cache(AGENTS_KEPT)
+def agent_name(text) -> str:
+    """A User-Agent as it may stand in a log line."""
+    return printable(text, AGENT_LIMIT)
 
 
 def client_name(peer, headers) -> str:
@@ -258,11 +265,11 @@ class Log:
         """
         if len(line) > LOG_TARGET_LIMIT or not _is_plain(line):
             line = printable(line)
-        if len(agent) > AGENT_LIMIT or not _is_plain(agent):
-            agent = printable(agent, AGENT_LIMIT)
+        agent = agent_name(agent)
         if self._record is None:
-            self.add("info", f'{client} "{line}" {status} {size} {seconds * 1000:.1f}ms '
-                             f"{user or '-'} \"{agent}\"{title and ' ' + title}{failure}")
+            self._lines.append(f'{self._stamp} info {client} "{line}" {status} {size} '
+                               f'{seconds * 1000:.1f}ms {user or "-"} "{agent}"'
+                               f"{title and ' ' + title}{failure}")
             return
         method, _, target = line.partition(" ")
         self.add("info", f"{line} {status}{failure}", {
@@ -4473,7 +4480,7 @@ def parse_request(match) -> Request:
 
 def without_credentials(line) -> str:
     """A request line for the log, without user and password of a URL in it."""
-    return _USER_INFO.sub(r"\1", line) if "@" in line else line
+    return _USER_INFO.sub(r"\1", line)
 
 
 def explain_head(data):
@@ -4727,6 +4734,7 @@ MEMORY, THREAD, BODY, CHUNKED = 0, 1, 3, 7        # THREAD is a bit of BODY, BOD
 CACHE_FILES = b"Cache-Control: public, max-age=86400\r\n"
 CACHE_MANIFESTS = b"Cache-Control: public, max-age=1, stale-if-error=86400\r\n"
 CACHE_NEVER = b"Cache-Control: private, no-cache\r\n"     # has the Host header of a client
+DSAPI_FIELDS = VARY + CACHE_NEVER
 
 JSON_LIMIT = 1 << 20          # bytes of a JSON body, as of a manifest
 UPLOADS = 32                  # files that are uploaded at once, each with a thread
@@ -4737,6 +4745,8 @@ _ADDRESS = re.compile(r"[0-9.]+(:|$)|\[")       # a host that is no name
 
 # method (GET includes HEAD), pattern, handler(request, *the uuid and name in the path)
 Route = collections.namedtuple("Route", "method pattern handler flags right")
+
+NO_ROWS = {}                      # of a path that the table of routes does not have
 
 # Samples of the errors that IMGAPI knows, for /ping?error=NAME (sdc-imgapi, GET /ping).
 PING_ERRORS = {                   # arguments of ApiError
@@ -4950,7 +4960,8 @@ def manifest_response(request, etag, fields, *parts) -> Response:
     Raises ApiError (412) where If-Match names another one.
     """
     headers = request.headers
-    check_if_match(headers, etag.decode())
+    if "if-match" in headers:
+        check_if_match(headers, etag.decode())
     fields = b'%bETag: "%b"\r\n%b%b' % (JSON_TYPE, etag, fields, CORS)
     if "if-none-match" in headers and etag_matches(headers["if-none-match"], etag.decode()):
         return Response(304, fields)
@@ -5052,7 +5063,7 @@ class Dsapi:
                                and all(value is None or matches_text(getattr(image, name), value,
                                                                      name != "type")
                                        for name, value in wanted.items())]
-                    return filtered_response(images, numbers, text_of, VARY + CACHE_NEVER)
+                    return filtered_response(images, numbers, text_of, DSAPI_FIELDS)
         listing = self.store.listing(
             api, (all_of_them,),
             lambda images: [image for image in images if all_of_them or image.public],
@@ -5063,9 +5074,11 @@ class Dsapi:
     def manifest(self, request, uuid):
         """One manifest, also of a disabled image."""
         api = dsapi_of(request.headers)
-        image = self.rights.visible(request, self.store.image(uuid, api, request.may_block))
+        image = self.store.image(uuid, api, request.may_block)
+        if self.rights.hides:
+            self.rights.visible(request, image)
         before, after, etag = getattr(image, api)
-        return manifest_response(request, etag, VARY + CACHE_NEVER, before,
+        return manifest_response(request, etag, DSAPI_FIELDS, before,
                                  self.url_base(request.host), after)
 
     def file(self, request, uuid, name):
@@ -6279,8 +6292,7 @@ class Site:
             request.arguments = segments[1:]
         else:
             pattern = f"{segments[0]}/:uuid/{'/'.join(segments[2:])}"
-        rows = self.table.get(pattern, {})
-        method = request.method
+        rows, method = self.table.get(pattern, NO_ROWS), request.method
         route = rows.get("GET" if method == "HEAD" else method)
         if request.length != 0:
             self._check_body(request, route)
@@ -6389,9 +6401,10 @@ class Site:
 #   READING -> WORKING -> STREAMING -> READING a file
 #   READING -> LINGERING -> CLOSED             a refusal, or the end; each state may end CLOSED
 #
-# Only the event loop changes a state, and registers or closes a socket.  Answers of one turn
-# of the loop go out together at its end: the clients of the first ones are not woken in
-# between, which costs as much as answering (virtual machines most).
+# Only the event loop changes a state or closes a socket; it has no socket in its selector that a
+# worker or a sender owns.  Answers of one turn of the loop go out together at its end: the
+# clients of the first ones are not woken in between, which costs as much as answering (virtual
+# machines most).
 
 RECEIVE = 16 << 10            # bytes asked of a socket at once: many whole requests
 RECEIVE_BODY = 256 << 10      # bytes of a body asked of a socket at once
@@ -6498,18 +6511,20 @@ class Transport:
         unsent = self.unsent
         try:
             if self.unsent_bytes <= ONE_PIECE and not self.has_list:
-                parts = self.unsent = unsent = [b"".join(unsent)]
-                count = self.sock.send(parts[0], flags)
+                if len(unsent) > 1:
+                    self.unsent = unsent = [b"".join(unsent)]
+                parts = unsent[:1]
+                count = self.sock.send(unsent[0], flags)
             else:
                 parts = self._gather(step)
                 count = self.sock.sendmsg(parts, (), flags)
         except BlockingIOError:
             return False
         self.sent += count
-        self.unsent_bytes -= count
-        if not self.unsent_bytes:
-            self.unsent, self.has_list = (), False
+        if count == self.unsent_bytes:
+            self.unsent, self.unsent_bytes, self.has_list = (), 0, False
             return True
+        self.unsent_bytes -= count
         while count:
             if type(unsent[0]) is ListReader:
                 unsent[0].advance(parts, count)
@@ -6763,7 +6778,8 @@ class Connection:
             self._wait_for_more(text)
             return False
         end = match.end()
-        self.line = without_credentials(match[1])
+        line = match[1]
+        self.line = without_credentials(line) if "@" in line else line
         if end > HEAD_LINE_LIMIT:
             check_size(text[:end])
         self.buffer = self.buffer[end:]
@@ -6826,15 +6842,19 @@ class Connection:
         transport = self.transport
         if not transport.unsent:
             self.loop.outbox.append(self)
-        head = self._head(response)
-        transport.queue(head, len(head))
-        end, size = transport.sent + transport.unsent_bytes, 0
+        data, body, size = self._head(response), response.body, 0
         if response.length and self._wants_body:
             size = response.length
-            end += size
-            if response.file is None:
-                transport.queue(response.body, size)
+            if size <= ONE_PIECE and type(body) is bytes:
+                data += body              # "" of a file
+                body = b""
+        else:
+            body = b""
+        transport.queue(data, len(data))
+        if body:
+            transport.queue(body, size)
         self.answered += 1
+        end = transport.sent + transport.unsent_bytes + (0 if response.file is None else size)
         self._to_log(end, response, size)
         return not self.closing
 
@@ -6850,16 +6870,16 @@ class Connection:
             self._log_answers()
             if self.state is SENDING:
                 self.state = READING
-                loop.rewatch(self.transport.sock, selectors.EVENT_READ, self.readable)
+                loop.selector.modify(self.transport.sock, selectors.EVENT_READ, self.readable)
             self._after_answer()
         else:
-            self.moving()
+            self._await_progress()
             if self.state is READING:
                 self.state = SENDING
-                loop.rewatch(self.transport.sock, selectors.EVENT_WRITE, self.flush)
+                loop.selector.modify(self.transport.sock, selectors.EVENT_WRITE, self.flush)
 
-    def moving(self):
-        """Bytes were sent: the deadline is stall_timeout from now."""
+    def _await_progress(self):
+        """The client has stall_timeout from now to take more."""
         self.deadline = time.monotonic() + self.loop.config.stall_timeout
 
     def _give_up(self, reason):
@@ -6884,15 +6904,14 @@ class Connection:
     def _work(self):
         """READING to WORKING: a worker answers."""
         loop = self.loop
-        loop.unwatch(self.transport.sock)
+        loop.selector.unregister(self.transport.sock)
         self.state, self.deadline = WORKING, math.inf
         try:
             # Lists wait for each other, other requests never for lists.
             workers = loop.list_workers if len(self.request.segments) == 1 else loop.workers
             workers.submit(self._answer_in_thread, self.request.length == 0)
         except (RuntimeError, MemoryError):       # can't start new thread
-            self.state = READING
-            loop.watch(self.transport.sock, selectors.EVENT_READ, self.readable)
+            self._read_on()
             loop.tell_to_come_back(self, "no thread to answer with")
 
     def _answer_in_thread(self):
@@ -6914,7 +6933,7 @@ class Connection:
                 response.close()
             response = self._fault()
         finally:
-            self.loop.give_back(self, response)
+            self.loop.give_back(self, lambda: self.take_back(response))
 
     def _read_small(self, response):
         """Replace a small file, or one that is not to be sent, by its bytes."""
@@ -6941,15 +6960,15 @@ class Connection:
         self.response = response          # close() closes its file
         self.put(response)
         if response.file is None:
-            self.response, self.state = None, READING
-            self.loop.watch(self.transport.sock, selectors.EVENT_READ, self.readable)
+            self.response = None
+            self._read_on()
             self.loop.outbox.append(self)         # also where older answers are queued
             return
         self.state = STREAMING
         self.position, self.step = response.offset, FILE_STEP
-        self.moving()
+        self._await_progress()
         try:
-            self.loop.send_file(self)
+            self.loop.stream(self)
         except (RuntimeError, MemoryError):
             self._give_up("no thread to send it with")
 
@@ -6981,10 +7000,15 @@ class Connection:
             return True
         if sent < want:
             self.step = FULL_STEP
-        self.moving()
+        self._await_progress()
         return self.position == end
 
-    def file_sent(self):
+    def _read_on(self):
+        """To READING, of a connection that a thread had."""
+        self.state = READING
+        self.loop.selector.register(self.transport.sock, selectors.EVENT_READ, self.readable)
+
+    def end_of_file(self):
         """STREAMING to READING: a sender has sent the file, or failed."""
         self.response.close()
         self.response = None
@@ -6992,8 +7016,7 @@ class Connection:
         if self.failure:
             self.close()
             return
-        self.state = READING
-        self.loop.watch(self.transport.sock, selectors.EVENT_READ, self.readable)
+        self._read_on()
         self._after_answer()
 
     # time limits and the end
@@ -7077,8 +7100,8 @@ class Connection:
 class Sender:
     """Sends files to many clients, each as fast as it reads, in a thread of its own.
 
-    A step that hangs on a disk delays that client alone: watch() starts another thread for
-    the others, and the hung one ends after its step.
+    A step that hangs on a disk delays that client alone: replace_hung() starts another thread
+    for the others, and the hung one ends after its step.
     """
 
     def __init__(self, loop):
@@ -7140,7 +7163,7 @@ class Sender:
                 connection.failure = f" (cut: {error.strerror})"
                 with self._lock:
                     self.count -= 1
-                self._loop.file_sent(connection)
+                self._loop.give_back(connection, connection.end_of_file)
 
     def _step(self, connection, number) -> bool:
         """One step of one connection.  Returns whether this thread is still in charge."""
@@ -7162,13 +7185,13 @@ class Sender:
                 if done:
                     self._selector.unregister(connection.transport.sock)
         if done:
-            self._loop.file_sent(connection)
+            self._loop.give_back(connection, connection.end_of_file)
         elif replaced:
             self._arrivals.append(connection)
             self._wake()
         return not replaced
 
-    def watch(self, now, may_start):
+    def replace_hung(self, now, may_start):
         """For the event loop: start another thread where one hangs, if may_start."""
         with self._lock:
             if now - self._began < HANG or not may_start:
@@ -7211,7 +7234,7 @@ NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)       # a machine wi
 class Workers:
     """Threads for jobs that may block: started when none is idle, ended when idle for long.
 
-    Of short jobs at most `limit` run at once, unless a disk hangs: then watch() adds some.
+    Of short jobs at most `limit` run at once, unless a disk hangs: then replace_hung() adds some.
     """
 
     def __init__(self, limit=None):
@@ -7221,7 +7244,7 @@ class Workers:
         self._lock = threading.Lock()     # for the attributes below
         self._waiting = collections.deque()       # short jobs above the limit
         self._running = 0                 # short jobs that run
-        self._finished = self._seen = 0   # short jobs finished, and at the last watch()
+        self._finished = self._seen = 0   # short jobs finished, and at the last replace_hung()
 
     def submit(self, job, is_short=True):
         """Call job() in a thread.  Raises RuntimeError, MemoryError where none starts."""
@@ -7244,7 +7267,7 @@ class Workers:
                 self._running -= is_short
             raise
 
-    def watch(self):
+    def replace_hung(self):
         """Once a second: where jobs wait and none was finished, a disk hangs under the threads."""
         with self._lock:
             jobs = []
@@ -7308,10 +7331,10 @@ class EventLoop:
         if self.metrics is not None:
             self.metrics.connections = self._connections
         self._senders = [Sender(self) for _ in range(SENDERS)]
-        self._selector = selectors.DefaultSelector()
+        self.selector = selectors.DefaultSelector()
         self._wakeup, self._waker = socket.socketpair()
         self._waker.setblocking(False)
-        self._given_back = collections.deque()    # (callable, arguments), from threads
+        self._given_back = collections.deque()    # (connection, callable), from threads
         self._accept_again = None         # when to accept again, after the files ran out
         self._accept_failed = False       # and the log says so
         self._cut_at = None               # when draining ends (monotonic); -inf: at once
@@ -7326,18 +7349,6 @@ class EventLoop:
             self._second, self.date = now, http_date(now).encode()
             self.log.tick(now)
 
-    # sockets
-
-    def watch(self, sock, event, callback):
-        """Call callback() whenever a socket is ready."""
-        self._selector.register(sock, event, callback)
-
-    def rewatch(self, sock, event, callback):
-        self._selector.modify(sock, event, callback)
-
-    def unwatch(self, sock):
-        self._selector.unregister(sock)
-
     # the loop
 
     def run(self):
@@ -7348,12 +7359,11 @@ class EventLoop:
         tick = min(TICK, config.header_timeout / 4, config.idle_timeout / 4,
                    config.stall_timeout / 4)
         checked = flushed = self.now
-        for server in self.servers:
-            self.watch(server.socket, selectors.EVENT_READ, server.accept)
-        self.watch(self._wakeup, selectors.EVENT_READ, self._take_back)
+        self._accept(True)
+        self.selector.register(self._wakeup, selectors.EVENT_READ, self._take_back)
         try:
             while self._cut_at is None or self._connections and self.now < self._cut_at:
-                events = self._selector.select(LOG_DELAY if self.log.pending else tick)
+                events = self.selector.select(LOG_DELAY if self.log.pending else tick)
                 self._read_clock()
                 self.share = max(ONE_PIECE, min(LOOP_STEP, TURN // (len(events) or 1)))
                 if len(events) > MANY_EVENTS:     # or the last ones would always be cut off
@@ -7384,7 +7394,7 @@ class EventLoop:
             sock.close()
             return
         connection = Connection(sock, peer, self)
-        self.watch(sock, selectors.EVENT_READ, connection.readable)
+        self.selector.register(sock, selectors.EVENT_READ, connection.readable)
         self._connections.add(connection)
         if len(self._connections) > self.config.max_connections:
             self.tell_to_come_back(connection, "too many connections")
@@ -7397,7 +7407,7 @@ class EventLoop:
 
     def forget(self, connection):
         with contextlib.suppress(KeyError):       # it may be nobody's, or a thread's
-            self._selector.unregister(connection.transport.sock)
+            self.selector.unregister(connection.transport.sock)
         self._connections.discard(connection)
 
     def _send_out(self):
@@ -7428,23 +7438,30 @@ class EventLoop:
                 connection.check_deadline(now)
             except Exception:
                 self.fault(connection)
-        self.workers.watch()
-        self.list_workers.watch()
+        self.workers.replace_hung()
+        self.list_workers.replace_hung()
         for sender in self._senders:
-            sender.watch(now, sum(each.threads for each in self._senders) < SENDER_THREADS)
+            sender.replace_hung(
+                now, sum(each.threads for each in self._senders) < SENDER_THREADS)
         if self._accept_again is not None and now >= self._accept_again and not self.draining:
             self._accept_again = None
-            for server in self.servers:
-                self.watch(server.socket, selectors.EVENT_READ, server.accept)
+            self._accept(True)
+
+    def _accept(self, wanted):
+        """Wait for new connections from now on, or no more."""
+        for server in self.servers:
+            with contextlib.suppress(KeyError):           # it is as it was wanted
+                if wanted:
+                    self.selector.register(server.socket, selectors.EVENT_READ, server.accept)
+                else:
+                    self.selector.unregister(server.socket)
 
     def accept_failed(self, error):
         """The system is short of something: accept again a little later."""
         if not self._accept_failed:
             self._accept_failed = True
             self.log.error(f"cannot accept connections: {error.strerror}")
-        for server in self.servers:
-            with contextlib.suppress(KeyError):
-                self.unwatch(server.socket)
+        self._accept(False)
         self._accept_again = self.now + ACCEPT_PAUSE
 
     def accepted_all(self):
@@ -7453,27 +7470,22 @@ class EventLoop:
 
     # threads
 
-    def send_file(self, connection):
+    def stream(self, connection):
         """Hand a connection to the sender that has the fewest."""
         min(self._senders, key=lambda sender: sender.count).add(connection)
 
-    def give_back(self, connection, response):
-        """From a worker: the answer of a connection, or None where the client has gone."""
-        self._given_back.append((connection, connection.take_back, (response,)))
-        self._wake()
-
-    def file_sent(self, connection):
-        """From a sender: it is done with a connection."""
-        self._given_back.append((connection, connection.file_sent, ()))
+    def give_back(self, connection, go_on):
+        """From a thread that is done with a connection: call go_on() in the event loop."""
+        self._given_back.append((connection, go_on))
         self._wake()
 
     def _take_back(self):
         """Take back the connections that threads are done with."""
         self._wakeup.recv(4096)
         for _ in range(min(GIVEN_BACK, len(self._given_back))):
-            connection, call, arguments = self._given_back.popleft()
+            connection, go_on = self._given_back.popleft()
             try:
-                call(*arguments)
+                go_on()
             except Exception:
                 connection.state = READING
                 self.fault(connection)
@@ -7505,9 +7517,8 @@ class EventLoop:
     def _drain(self):
         """No new connections, no further requests; begun ones are finished."""
         self.draining = True
+        self._accept(False)
         for server in self.servers:
-            with contextlib.suppress(KeyError):
-                self.unwatch(server.socket)
             server.server_close()
         busy = 0
         for connection in list(self._connections):
@@ -7575,7 +7586,7 @@ class ImageServer(ThreadingHTTPServer):
         """Accept the connections that wait, up to a batch."""
         for _ in range(ACCEPT_BATCH):
             try:
-                request, address = self.get_request()
+                sock, address = self.get_request()
             except BlockingIOError:
                 self.loop.accepted_all()
                 return
@@ -7584,12 +7595,12 @@ class ImageServer(ThreadingHTTPServer):
                     self.loop.accept_failed(error)
                     return
                 continue                  # the client went away while it waited
-            self.process_request(request, address)
+            self.process_request(sock, address)
 
-    def process_request(self, request, client_address):
+    def process_request(self, sock, client_address):
         """Hand a connection to the event loop, with the address that the log names it by."""
         peer = client_address[0] if isinstance(client_address, tuple) else ""
-        self.loop.adopt(request, peer[7:] if peer.startswith("::ffff:") else peer)
+        self.loop.adopt(sock, peer[7:] if peer.startswith("::ffff:") else peer)
 
 
 @contextlib.contextmanager

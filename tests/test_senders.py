@@ -254,9 +254,9 @@ class Workers(unittest.TestCase):
             self.workers.submit(self.end.wait)
         done = []
         self.workers.submit(lambda: done.append(1))
-        self.workers.watch()              # four more are started, which hang too
+        self.workers.replace_hung()              # four more are started, which hang too
         self.assertFalse(done)
-        self.workers.watch()
+        self.workers.replace_hung()
         wait_for(lambda: done, "the last job")
 
     def test_no_thread_for_a_job(self):
