@@ -6508,23 +6508,23 @@ class Transport:
 
         Returns whether nothing is left.  Raises OSError where the client has gone.
         """
-        unsent = self.unsent
+        unsent, size = self.unsent, self.unsent_bytes
         try:
-            if self.unsent_bytes <= ONE_PIECE and not self.has_list:
+            if size <= ONE_PIECE and not self.has_list:
                 if len(unsent) > 1:
                     self.unsent = unsent = [b"".join(unsent)]
-                parts = unsent[:1]
                 count = self.sock.send(unsent[0], flags)
+                parts = [unsent[0]] if count < size else ()
             else:
                 parts = self._gather(step)
                 count = self.sock.sendmsg(parts, (), flags)
         except BlockingIOError:
             return False
         self.sent += count
-        if count == self.unsent_bytes:
+        if count == size:
             self.unsent, self.unsent_bytes, self.has_list = (), 0, False
             return True
-        self.unsent_bytes -= count
+        self.unsent_bytes = size - count
         while count:
             if type(unsent[0]) is ListReader:
                 unsent[0].advance(parts, count)
