@@ -6717,8 +6717,11 @@ class Connection:
 
     # in the event loop: requests
 
-    def readable(self):
-        """Bytes have come, or the client has gone."""
+    def ready(self):
+        """The socket takes more bytes, or some have come, or the client has gone."""
+        if self.state is SENDING:
+            self.flush()
+            return
         data = self.transport.receive(RECEIVE)
         if data is None:
             return
@@ -6870,13 +6873,13 @@ class Connection:
             self._log_answers()
             if self.state is SENDING:
                 self.state = READING
-                loop.selector.modify(self.transport.sock, selectors.EVENT_READ, self.readable)
+                loop.selector.modify(self.transport.sock, selectors.EVENT_READ, self)
             self._after_answer()
         else:
             self._await_progress()
             if self.state is READING:
                 self.state = SENDING
-                loop.selector.modify(self.transport.sock, selectors.EVENT_WRITE, self.flush)
+                loop.selector.modify(self.transport.sock, selectors.EVENT_WRITE, self)
 
     def _await_progress(self):
         """The client has stall_timeout from now to take more."""
@@ -7006,7 +7009,7 @@ class Connection:
     def _read_on(self):
         """To READING, of a connection that a thread had."""
         self.state = READING
-        self.loop.selector.register(self.transport.sock, selectors.EVENT_READ, self.readable)
+        self.loop.selector.register(self.transport.sock, selectors.EVENT_READ, self)
 
     def end_of_file(self):
         """STREAMING to READING: a sender has sent the file, or failed."""
@@ -7311,6 +7314,9 @@ class Workers:
 class EventLoop:
     """Waits for all sockets, answers from memory, and enforces the deadlines.
 
+    Each socket is registered with an object of which it calls ready(): a connection, a server,
+    or itself, for the threads.
+
     config, log, site   the configuration, the log and the routes
     metrics             those of the site; None where they are off
     now, date           the time of this turn of the loop: monotonic, and for the Date header
@@ -7360,7 +7366,7 @@ class EventLoop:
                    config.stall_timeout / 4)
         checked = flushed = self.now
         self._accept(True)
-        self.selector.register(self._wakeup, selectors.EVENT_READ, self._take_back)
+        self.selector.register(self._wakeup, selectors.EVENT_READ, self)
         try:
             while self._cut_at is None or self._connections and self.now < self._cut_at:
                 events = self.selector.select(LOG_DELAY if self.log.pending else tick)
@@ -7370,9 +7376,9 @@ class EventLoop:
                     random.shuffle(events)
                 for number, (key, _) in enumerate(events, 1):
                     try:
-                        key.data()
+                        key.data.ready()
                     except Exception:
-                        self.fault(key.data.__self__)
+                        self.fault(key.data)
                     if not number % MANY_EVENTS and time.monotonic() - self.now > TURN_TIME:
                         break             # the others are ready in the next turn, too
                 self._send_out()          # first, as these connections have a new deadline
@@ -7394,7 +7400,7 @@ class EventLoop:
             sock.close()
             return
         connection = Connection(sock, peer, self)
-        self.selector.register(sock, selectors.EVENT_READ, connection.readable)
+        self.selector.register(sock, selectors.EVENT_READ, connection)
         self._connections.add(connection)
         if len(self._connections) > self.config.max_connections:
             self.tell_to_come_back(connection, "too many connections")
@@ -7421,10 +7427,10 @@ class EventLoop:
                     except Exception:
                         self.fault(connection)
 
-    def fault(self, connection):
-        """Log an uncaught internal error: only this connection has to go."""
-        if connection in self._connections and connection.state not in (WORKING, STREAMING):
-            connection.close()
+    def fault(self, source):
+        """Log an uncaught internal error: only a connection has to go, no server."""
+        if source in self._connections and source.state not in (WORKING, STREAMING):
+            source.close()
         try:
             self.log.exception("internal error")
         except Exception:
@@ -7452,7 +7458,7 @@ class EventLoop:
         for server in self.servers:
             with contextlib.suppress(KeyError):           # it is as it was wanted
                 if wanted:
-                    self.selector.register(server.socket, selectors.EVENT_READ, server.accept)
+                    self.selector.register(server.socket, selectors.EVENT_READ, server)
                 else:
                     self.selector.unregister(server.socket)
 
@@ -7479,7 +7485,7 @@ class EventLoop:
         self._given_back.append((connection, go_on))
         self._wake()
 
-    def _take_back(self):
+    def ready(self):
         """Take back the connections that threads are done with."""
         self._wakeup.recv(4096)
         for _ in range(min(GIVEN_BACK, len(self._given_back))):
@@ -7539,7 +7545,7 @@ class EventLoop:
                 connection.state is WORKING and connection.request.body is not None
                 for connection in self._connections):
             if select.select([self._wakeup], [], [], CLEAN_UP / 10)[0]:
-                self._take_back()
+                self.ready()
         for server in self.servers:
             server.server_close()
         self.log.flush()
@@ -7582,7 +7588,7 @@ class ImageServer(ThreadingHTTPServer):
         host, port = self.server_address[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
-    def accept(self):
+    def ready(self):
         """Accept the connections that wait, up to a batch."""
         for _ in range(ACCEPT_BATCH):
             try:

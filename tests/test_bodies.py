@@ -488,7 +488,7 @@ class Lingering(unittest.TestCase):
             self.assertEqual(connection.state, imgserver.LINGERING)
             for loop.now, deadline in ((100.0, 102.0), (101.5, 103.5), (129.5, 130.0)):
                 theirs.send(b"more")
-                connection.readable()
+                connection.ready()
                 self.assertEqual(connection.deadline, deadline)
 
 
