@@ -4440,9 +4440,9 @@ class Request:
     route, arguments    the row of the route table that answers it, once it was found
     """
 
-    __slots__ = ("line", "method", "target", "is_1_0", "headers", "segments", "query", "host",
-                 "keep_alive", "length", "body", "peer", "right", "user", "audience", "may_block",
-                 "route", "arguments")
+    length, body = 0, None
+    peer, user, right, audience = "", None, None, EVERYBODY
+    may_block, route = False, None
 
 
 def parse_request(match) -> Request:
@@ -4451,8 +4451,6 @@ def parse_request(match) -> Request:
     Raises ApiError, after which the connection must end: the next request cannot be found.
     """
     request = Request()
-    request.may_block, request.body, request.route = False, None, None
-    request.peer, request.right, request.user, request.audience = "", None, None, EVERYBODY
     request.line, request.method, request.target, version, block = match.groups()
     if version[0] != "1":
         raise ApiError(505, "HttpVersionNotSupported", "HTTP/1.0 and HTTP/1.1 are spoken here")
@@ -4469,7 +4467,6 @@ def parse_request(match) -> Request:
         options = [option.strip().lower() for option in headers["connection"].split(",")]
         request.keep_alive = "close" not in options and (request.keep_alive
                                                          or "keep-alive" in options)
-    request.length = 0
     if "transfer-encoding" in headers or "content-length" in headers:
         request.length = body_length(headers, request.is_1_0)
     if "expect" in headers and headers["expect"].lower() != "100-continue":
@@ -4631,15 +4628,8 @@ def etag_matches(header, etag) -> bool:
 
     Unquoted ones count too: the official IMGAPI sends its ETags so.
     """
-    if header.strip('"') == etag or header == "*":
-        return True
-    for item in header.split(","):
-        item = item.strip(" \t")
-        if item.startswith("W/"):
-            item = item[2:]
-        if item.strip('"') == etag:
-            return True
-    return False
+    return header.strip('"') == etag or header == "*" or etag in [
+        item.strip(" \t").removeprefix("W/").strip('"') for item in header.split(",")]
 
 
 LAST_SECOND = 253402300799        # 9999-12-31T23:59:59Z: a file of later times is shown as of then
@@ -6712,7 +6702,9 @@ class Connection:
         self.scanned = 0                  # bytes of it in which no head ends
         self.unread = False               # the client may still send bytes that are not read
         self.closing = False              # this answer is the last one
-        self.unlogged = ()                # answers of which the socket has not taken all
+        # (number of the byte behind it, line, request, response, bytes of its body, started) of
+        # each answer that the socket has not taken whole
+        self.unlogged = ()
         self.failure = ""                 # why an answer was not sent whole, for the log
 
     # in the event loop: requests
@@ -6845,20 +6837,19 @@ class Connection:
         transport = self.transport
         if not transport.unsent:
             self.loop.outbox.append(self)
-        data, body, size = self._head(response), response.body, 0
+        data, body, size = self._head(response), b"", 0
+        end = transport.sent + transport.unsent_bytes + len(data)
         if response.length and self._wants_body:
-            size = response.length
-            if size <= ONE_PIECE and type(body) is bytes:
-                data += body              # "" of a file
+            body, size = response.body, response.length
+            end += size
+            if type(body) is bytes and len(body) <= ONE_PIECE:        # b"" where it is a file
+                data += body
                 body = b""
-        else:
-            body = b""
         transport.queue(data, len(data))
         if body:
             transport.queue(body, size)
         self.answered += 1
-        end = transport.sent + transport.unsent_bytes + (0 if response.file is None else size)
-        self._to_log(end, response, size)
+        self.unlogged += ((end, self.line, self.request, response, size, self.started),)
         return not self.closing
 
     def flush(self):
@@ -6956,7 +6947,8 @@ class Connection:
         if self.request.body is not None:
             self.buffer = self.request.body.rest
         if response is None:              # the client is gone
-            self._to_log(math.inf, Response(GONE), 0)
+            self.unlogged += ((math.inf, self.line, self.request, Response(GONE), 0,
+                               self.started),)
             self._log_answers()
             self.close()
             return
@@ -7071,10 +7063,6 @@ class Connection:
         self.transport.sock.close()
 
     # log
-
-    def _to_log(self, end, response, size):
-        """Queue an answer for the log; `end` is the number of the byte behind it."""
-        self.unlogged += ((end, self.line, self.request, response, size, self.started),)
 
     def _log_answers(self):
         """A line for each answer: client, request, status, bytes, time, user, agent, image.
