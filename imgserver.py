@@ -5646,73 +5646,67 @@ PAGE_ROWS = 1000              # images on one page: 400 to 700 bytes each
 PAGE_TEXT = 200               # characters of a description that are shown
 PAGES_KEPT = 4                # rendered pages kept of one snapshot, below 1 MB each as a rule
 PAGES_LIMIT = 64 << 20        # bytes of rendered pages in use: unread ones must not fill memory
-PAGE_HUES = 6                 # colours of the letter that stands for a missing icon
+PAGE_HUES = 4                 # colours of the letter that stands for a missing icon
 
 PAGE_STYLE = """
 :root{color-scheme:light dark;--back:#f4f6f8;--card:#fff;--line:#dce1e7;--text:#1b2430;
---soft:#566272;--link:#0b5cad;--on:#fff;--code:#f1f4f7}
+--soft:#566272;--link:#0b5cad;--on:#fff}
 @media(prefers-color-scheme:dark){:root{--back:#11151b;--card:#1a2028;--line:#2d3641;
---text:#e7ebf0;--soft:#9eabba;--link:#7db8f5;--on:#0d1722;--code:#12171d}}
-*{box-sizing:border-box}
+--text:#e7ebf0;--soft:#9eabba;--link:#7db8f5;--on:#0d1722}}
+*{box-sizing:border-box;min-width:0;margin:0}
 html{scroll-padding:5rem 0 1rem}
-body{margin:0;background:var(--back);color:var(--text);font:16px/1.5 system-ui,sans-serif}
-header,main,footer{max-width:80rem;margin:0 auto;padding:0 1.25rem}
+body{background:var(--back);color:var(--text);font:16px/1.5 system-ui,sans-serif;
+overflow-wrap:anywhere}
+button,input{font:inherit;color:inherit}
+header,main,footer{max-width:80rem;margin:0 auto;padding:0 1rem}
 header{display:flex;flex-wrap:wrap;gap:1rem 3rem;align-items:end;justify-content:space-between;
-padding-top:2.25rem}
-header>*{min-width:0}
-h1{color:var(--text);font-size:2rem;line-height:1.2;letter-spacing:-.02em;margin:0}
-h2{font-size:1.0625rem;line-height:1.35;margin:0}
-h2,li div,.note,header{overflow-wrap:anywhere;unicode-bidi:isolate}
-p,nav{margin:0}
+padding-top:2rem}
+h1{color:var(--text);font-size:2rem;line-height:1.2;letter-spacing:-.02em}
+h2{font-size:1.0625rem;line-height:1.35}
+h2 b{font-weight:400;margin-left:.25rem}
+h2 b,header>:first-child,small,footer,#count{color:var(--soft)}
 a{color:var(--link);text-underline-offset:.15em}
 :focus-visible{outline:3px solid var(--link);outline-offset:2px}
 .skip,label{position:absolute;left:-99rem}
 .skip:focus{left:1rem;top:.5rem;z-index:2;background:var(--card);padding:.5rem}
-header>:first-child,small,footer,#count{color:var(--soft)}
-header p,li>p{display:flex;min-width:0;border:1px solid var(--line);border-radius:.5rem;
-background:var(--code);overflow:hidden}
+header p,li>p,input,nav a,ol,.note{border:1px solid var(--line);border-radius:.6rem;
+background:var(--card);overflow:hidden}
+header p,li>p{display:flex}
+header p{margin-top:.35rem}
+li>p{background:var(--back)}
 code{font:.8125rem/1.5 ui-monospace,Menlo,Consolas,monospace}
-p>code{flex:1;min-width:0;padding:.45rem .75rem;overflow-wrap:anywhere}
-p>button{flex:none;width:4.75rem;border:0;border-left:1px solid var(--line);
-background:var(--card);color:var(--link);font:600 .8125rem system-ui,sans-serif;cursor:pointer}
-p>button:hover{background:var(--link);color:var(--on)}
-p>button:focus-visible{outline-offset:-3px}
-header p{background:var(--card);margin-top:.35rem}
 header code{font-size:.9375rem}
+p>code{flex:1;padding:.45rem .75rem}
+button{border:0;padding:0;font-weight:600;cursor:pointer}
+form button,p>button:hover,nav [aria-current]{background:var(--link);color:var(--on);
+border-color:var(--link)}
+p>button{flex:none;width:4.75rem;border-left:1px solid var(--line);background:var(--card);
+color:var(--link);font-size:.8125rem}
+p>button:focus-visible{outline-offset:-3px}
 form{display:flex;gap:.6rem;position:sticky;top:0;z-index:1;background:var(--back);
 margin-top:.75rem;padding:.75rem 0}
-input{flex:1;min-width:0;font:inherit;color:inherit;background:var(--card);
-border:1px solid var(--line);border-radius:.5rem;padding:.6rem .9rem}
+input{flex:1;padding:.6rem .9rem}
 input::placeholder{color:var(--soft);opacity:1}
-form button{font:600 1rem system-ui,sans-serif;color:var(--on);background:var(--link);border:0;
-border-radius:.5rem;padding:0 1.2rem;cursor:pointer}
+form button{border-radius:.6rem;padding:0 1.2rem}
 nav{display:flex;flex-wrap:wrap;gap:.4rem;margin-top:1rem;align-items:center}
-nav a{border:1px solid var(--line);border-radius:2rem;padding:.25rem .9rem;
-background:var(--card);text-decoration:none;overflow-wrap:anywhere}
-nav a[aria-current]{background:var(--link);border-color:var(--link);color:var(--on)}
-#count{padding:.1rem 0 .6rem}
-ol{list-style:none;margin:0;padding:0;border:1px solid var(--line);border-radius:.75rem;
-background:var(--card);overflow:hidden}
+nav a{border-radius:2rem;padding:.25rem .9rem;text-decoration:none}
+#count{padding-bottom:.6rem}
+ol{list-style:none;padding:0}
 li{display:grid;grid-template-columns:2.75rem minmax(12rem,1fr) minmax(0,auto);gap:0 1rem;
 align-items:center;padding:.9rem 1rem;content-visibility:auto;contain-intrinsic-size:auto 6rem}
 li+li{border-top:1px solid var(--line)}
 li i,li img{width:2.75rem;height:2.75rem;border-radius:.6rem;align-self:start;object-fit:contain}
 li i{display:grid;place-items:center;font:700 1.25rem system-ui,sans-serif;color:#fff;
 background:#1f6fb2}
-.h1{background:#7a4fb5}.h2{background:#1b7f6b}.h3{background:#b3541e}.h4{background:#a83a68}
-.h5{background:#4b6078}
-h2 b{font-weight:400;color:var(--soft);margin-left:.25rem}
-li div p{margin-top:.15rem;font-size:.9375rem}
-small{display:block;margin-top:.15rem;font-size:.8125rem}
-.note{background:var(--card);border:1px solid var(--line);border-radius:.75rem;padding:3rem 1rem;
-text-align:center}
-footer{padding-block:1.5rem 2.5rem;font-size:.875rem}
-footer a{margin-right:.9rem}
+.h1{background:#7a4fb5}.h2{background:#1b7f6b}.h3{background:#b3541e}
+li div p{font-size:.9375rem}
+small,footer{display:block;font-size:.8125rem}
+.note{padding:3rem 1rem;text-align:center}
+footer{padding-block:1.5rem}
 @media(max-width:62rem){li{grid-template-columns:2.75rem minmax(0,1fr)}
-li>p{grid-column:2;margin-top:.6rem;justify-self:start;max-width:100%}}
-@media(max-width:40rem){header,main,footer{padding-inline:.9rem}header{padding-top:1.25rem}
-header>*{width:100%}h1{font-size:1.6rem}li>p{grid-column:1/3;width:100%}
-p>code{font-size:.75rem}p>button{width:4rem}}
+li>p{grid-column:2;margin-top:.6rem;justify-self:start}}
+@media(max-width:40rem){li>p{grid-column:1/3;width:100%}p>code{font-size:.75rem}
+p>button{width:4rem}}
 @media print{form,p>button,nav,footer{display:none}li{content-visibility:visible}}
 """
 
@@ -5773,16 +5767,12 @@ PAGE_ICON = ("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewB
 
 def size_text(size) -> str:
     """Bytes as people read them, three digits and a unit that stays beside them: 1.23 GiB."""
-    units = iter(("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB", "ZiB", "YiB"))
-    unit = next(units)
-    while size >= 1000:
-        size, unit = size / 1024, next(units)
+    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB", "ZiB"):
+        if size < 1000:
+            break
+        size /= 1024
     digits = 0 if unit == "bytes" or size >= 100 else 1 if size >= 10 else 2
     return f"{size:.{digits}f}\xa0{unit}"
-
-
-def count_text(count, noun) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 class RenderedPage(bytearray):
@@ -5846,10 +5836,8 @@ class Page:
         number = single_value(query, "page") or "1"
         if not re.fullmatch("0*[1-9][0-9]{0,8}", number):
             raise invalid("page", f'invalid "page": "{number}" is not a number from 1 on')
-        channel = single_value(query, "channel")
-        if self.imgapi.channels and channel is None:
-            channel = self.config.default_channel or "*"
-        channel = self.imgapi.channel_of({"channel": [channel or ""]})
+        channel = self.imgapi.channel_of({"channel": [
+            single_value(query, "channel") or self.config.default_channel or "*"]})
         snapshot = self.store.snapshot(IMGAPI, True)
         view = (self.url_base(request.host).decode(), channel, single_value(query, "q") or "",
                 int(number), self.rights.lists_all(request))
@@ -5887,23 +5875,36 @@ class PageView:
     """One page while it is rendered: everything of a manifest goes through html.escape."""
 
     def __init__(self, page, snapshot, url, channel, words, number, all_of_them):
-        self.page, self.snapshot, self.all_of_them = page, snapshot, all_of_them
+        self.channels, self.snapshot = page.imgapi.channels, snapshot
         self.url, self.channel, self.words, self.number = url, channel, words, number
         self.images = [image for image in reversed(snapshot.images)
                        if (all_of_them or image.public) and page.imgapi.in_channel(image, channel)]
         self.by_uuid = {image.uuid: image for image in self.images}
         self.children = collections.Counter(image.origin for image in self.images)
-        # A channel that clients do not get by themselves.
+        # A channel that clients do not get by themselves: a name as in the configuration, or *.
         self.special = channel if channel != page.config.default_channel else None
+        self.channel_query = f"?channel={self.special}" if self.special else ""
+        self.may_log_in = not all_of_them and page.rights.users is not None
 
     def render(self) -> str:
+        """The page as HTML; a page number above the last one is the last."""
         found = self._filtered()
         last = max(1, -(-len(found) // PAGE_ROWS))
-        self.number = min(self.number, last)
-        rows = found[(self.number - 1) * PAGE_ROWS:self.number * PAGE_ROWS]
+        number = self.number = min(self.number, last)
+        rows = "\n".join(map(self._row, found[(number - 1) * PAGE_ROWS:number * PAGE_ROWS]))
+        count = f"{len(found):,} image{'' if len(found) == 1 else 's'}"
+        if self.words:
+            count += f" of {len(self.images):,}"
+        if found:
+            count += f", {size_text(sum(image.size for image in found))}"
+        if last > 1:
+            count += f", page {number} of {last}"
         host = html.escape(self.url.partition("://")[2])
-        source = shlex.quote(self.url + (f"?channel={self.special}" if self.special else ""))
-        listed = "\n".join(map(self._row, rows))
+        source = html.escape(shlex.quote(self.url + self.channel_query))
+        hidden = (f'<input type="hidden" name="channel" value="{self.special}">'
+                  if self.special else "")
+        login = (self._link("Log in for private images", self.words, login="1")
+                 if self.may_log_in else "")
         return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -5911,16 +5912,16 @@ class PageView:
 <style>{PAGE_STYLE}</style></head><body>
 <a class="skip" href="#list">Skip to the images</a>
 <header><div><h1>SmartOS images</h1>on {host}</div>
-<div>Add this server to a global zone:<p><code>imgadm sources -a {html.escape(source)}</code></p>
+<div>Add this server to a global zone:<p><code>imgadm sources -a {source}</code></p>
 </div></header>
 <main>{self._tabs()}<form role="search"><label for="q">Filter the images</label>
 <input type="search" id="q" name="q" value="{html.escape(self.words)}" autocomplete="off" \
 spellcheck="false" placeholder="Name, version, os, description or uuid">
-<input type="hidden" name="page" value="1">{self._hidden_channel()}
+<input type="hidden" name="page" value="1">{hidden}
 <button>Filter</button></form>
-<p id="count" role="status">{self._count(found, last)}</p>
-<div id="list">{f'<ol>{listed}</ol>' if rows else self._nothing()}{self._pages(last)}</div></main>
-<footer><p><a href="images">Images as JSON</a>{self._login()} imgserver {__version__}</p></footer>
+<p id="count" role="status">{count}</p>
+<div id="list">{f'<ol>{rows}</ol>' if rows else self._nothing()}{self._pages(last)}</div></main>
+<footer><a href="images">Images as JSON</a> {login} imgserver {__version__}</footer>
 <div role="status" id="said" class="skip"></div>
 <script>{PAGE_SCRIPT}</script></body></html>
 """
@@ -5939,72 +5940,55 @@ spellcheck="false" placeholder="Name, version, os, description or uuid">
         return [image for image in self.images
                 if all(word in texts[image.uuid] for word in words)]
 
-    def _link(self, words="", channel=None, number=1) -> str:
-        """The address of another view, as an attribute has it."""
-        query = {"page": number}
-        if words:
-            query["q"] = words
-        if channel or self.special:
-            query["channel"] = channel or self.special
-        return html.escape("?" + urllib.parse.urlencode(query))
-
-    def _login(self) -> str:
-        """A link for users where strangers do not see all images."""
-        if self.all_of_them or self.page.rights.users is None:
-            return ""
-        return f' <a href="{self._link(self.words)}&amp;login">Log in for private images</a>'
-
-    def _hidden_channel(self) -> str:
-        return (f'<input type="hidden" name="channel" value="{html.escape(self.special)}">'
-                if self.special else "")
+    def _link(self, text, words="", number=1, current=False, title="", **query) -> str:
+        """A link to another view, by default in the same channel; `text` is HTML."""
+        query = {"page": number, "q": words, "channel": self.special, **query}
+        address = urllib.parse.urlencode({key: value for key, value in query.items() if value})
+        attributes = " aria-current=page" if current else ""
+        if title:
+            attributes += f' title="{html.escape(title)}"'
+        return f'<a href="?{html.escape(address)}"{attributes}>{text}</a>'
 
     def _tabs(self) -> str:
-        channels = self.page.imgapi.channels
-        if not channels:
+        """Links to all channels, where there are any."""
+        if not self.channels:
             return ""
+        tabs = [(name, name, channel.get("description", ""))
+                for name, channel in self.channels.items()] + [("*", "all channels", "")]
         return '<nav aria-label="Channels">' + " ".join(
-            f'<a href="{self._link(self.words, name)}" title="{html.escape(description)}"'
-            f'{" aria-current=page" if name == self.channel else ""}>{html.escape(text)}</a>'
-            for name, text, description in [
-                *((name, name, channel.get("description", ""))
-                  for name, channel in channels.items()), ("*", "all channels", "")]) + "</nav>\n"
-
-    def _count(self, found, last) -> str:
-        text = count_text(len(found), "image")
-        if self.words:
-            text += f" of {len(self.images):,}"
-        if found:
-            text += f", {size_text(sum(image.size for image in found))}"
-        return text + (f", page {self.number} of {last}" if last > 1 else "")
-
-    def _nothing(self) -> str:
-        if self.images:
-            return (f'<div class="note"><p>Nothing matches <b>{html.escape(self.words)}</b>.</p>'
-                    f'<p><a href="{self._link()}">Show all images</a></p></div>')
-        return ('<div class="note"><p>There are no images here yet.</p><p class="soft">The first '
-                "one will be on this page as soon as it is published with <code>import-image"
-                "</code>, <code>mkimg</code> or <code>scp</code>.</p></div>")
+            self._link(text, self.words, current=name == self.channel, title=title, channel=name)
+            for name, text, title in tabs) + "</nav>\n"
 
     def _pages(self, last) -> str:
         """Links to the first and the last page, and to those around this one."""
         if last == 1:
             return ""
-        number, links, before = self.number, [], 0
-        for each in sorted({1, last, *range(max(1, number - 3), min(last, number + 3) + 1)}):
-            if each > before + 1:
+        links, before = [], 0
+        for number in sorted({1, last, *range(max(1, self.number - 3),
+                                              min(last, self.number + 3) + 1)}):
+            if number > before + 1:
                 links.append("<span>…</span>")
-            before = each
-            links.append(f'<a href="{self._link(self.words, number=each)}"'
-                         f'{" aria-current=page" if each == number else ""}>{each}</a>')
+            links.append(self._link(number, self.words, number, number == self.number))
+            before = number
         return f'<nav aria-label="Pages">{" ".join(links)}</nav>'
+
+    def _nothing(self) -> str:
+        if self.images:
+            text = (f"Nothing matches <b>{html.escape(self.words)}</b>.</p><p>"
+                    + self._link("Show all images"))
+        else:
+            text = ("There are no images here yet.</p><p>The first one will be on this page as "
+                    "soon as it is published with <code>import-image</code>, <code>mkimg</code> "
+                    "or <code>scp</code>.")
+        return f'<div class="note"><p>{text}</p></div>'
 
     def _row(self, image) -> str:
         """One image, in some 500 bytes and its description."""
         fields, uuid, escape = image.fields(), image.uuid, html.escape
-        channel = f"?channel={urllib.parse.quote(self.channel)}" if self.channel else ""
         text = fields.get("description") or ""
         if len(text) > PAGE_TEXT:
             text = text[:PAGE_TEXT - 1].rstrip() + "…"
+        about = f"<p>{escape(text)}</p>" if text else ""
         meta = [escape(image.os), escape(image.type), size_text(image.size),
                 escape(image.order[0][:10])]
         if not image.public:
@@ -6013,23 +5997,24 @@ spellcheck="false" placeholder="Name, version, os, description or uuid">
             origin = self.by_uuid.get(image.origin)
             title = (f"{origin.name} {origin.version}" if origin
                      else f"{image.origin}, which is not here")
-            meta.append(f'builds on <a href="{self._link(image.origin)}">{escape(title)}</a>')
+            meta.append("builds on " + self._link(escape(title), image.origin))
         children = self.children[uuid]
         if children:
-            meta.append(f'<a href="{self._link(uuid)}">{children:,} build'
-                        f'{"s" if children == 1 else ""} on it</a>')
+            verb = "builds" if children == 1 else "build"
+            meta.append(self._link(f"{children:,} {verb} on it", uuid))
         homepage = fields.get("homepage")
         if homepage and _URL.mend(homepage) is not INVALID:   # http or https
             meta.append(f'<a href="{escape(homepage)}">Homepage</a>')
-        meta.append(f'<a href="images/{uuid}{channel}">Manifest</a>')
-        icon = f'<img src="images/{uuid}/icon{channel}" alt="" loading="lazy">' if image.icon \
-            else (f'<i class="h{sum(image.name.encode()) % PAGE_HUES}" aria-hidden="true">'
-                  f"{escape(image.name[0].upper())}</i>")
-        option = f"-C {shlex.quote(self.special)} " if self.special else ""
-        about = f"<p>{escape(text)}</p>" if text else ""
+        meta.append(f'<a href="images/{uuid}{self.channel_query}">Manifest</a>')
+        if image.icon:
+            icon = f'<img src="images/{uuid}/icon{self.channel_query}" alt="" loading="lazy">'
+        else:
+            icon = (f'<i class="h{sum(image.name.encode()) % PAGE_HUES}" aria-hidden="true">'
+                    f"{escape(image.name[0].upper())}</i>")
+        option = f"-C {escape(shlex.quote(self.special))} " if self.special else ""
         return (f"<li>{icon}<div><h2>{escape(image.name)} <b>{escape(image.version)}</b></h2>"
-                f'{about}<small>{" · ".join(meta)}</small></div><p><code>imgadm import '
-                f"{escape(option)}{uuid}</code></p></li>")
+                f'{about}<small>{" · ".join(meta)}</small></div>'
+                f"<p><code>imgadm import {option}{uuid}</code></p></li>")
 
 
 QUICK = 0.001                 # seconds: the first bucket, which has nearly all answers from memory

@@ -266,7 +266,7 @@ class Pages(PageCase):
             self.assertEqual(len(Reader(answer.body.decode()).rows), 2)
             self.assertNotIn(b"secret", answer.body)
             self.assertNotIn(b"builds on", answer.body)
-            self.assertIn("?page=1&login", Reader(answer.body.decode()).links("href"))
+            self.assertIn("?page=1&login=1", Reader(answer.body.decode()).links("href"))
             answer = ask(site, "/?page=1", Authorization=LOGIN)
             self.assertEqual(len(Reader(answer.body.decode()).rows), 3)
             self.assertEqual(answer.headers["cache-control"], "private, no-store")
