@@ -5760,9 +5760,29 @@ addButtons(document);
 })();
 """
 
-PAGE_ICON = ("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'"
-             "%3E%3Crect width='16' height='16' rx='4' fill='%230b5cad'/%3E%3Cpath d='M3 6l5-3 5 "
-             "3v5l-5 3-5-3zM3 6l5 3 5-3M8 9v5' fill='none' stroke='white'/%3E%3C/svg%3E")
+
+PAGE_HTML = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Images on {host}</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' \
+viewBox='0 0 16 16'%3E%3Ctext y='13' font-size='13'%3E📦%3C/text%3E%3C/svg%3E">
+<style>{style}</style></head><body>
+<a class="skip" href="#list">Skip to the images</a>
+<header><div><h1>SmartOS images</h1>on {host}</div>
+<div>Add this server to a global zone:<p><code>imgadm sources -a {source}</code></p>
+</div></header>
+<main>{tabs}<form role="search"><label for="q">Filter the images</label>
+<input type="search" id="q" name="q" value="{words}" autocomplete="off" \
+spellcheck="false" placeholder="Name, version, os, description or uuid">
+<input type="hidden" name="page" value="1">{hidden}
+<button>Filter</button></form>
+<p id="count" role="status">{count}</p>
+<div id="list">{listed}{pages}</div></main>
+<footer><a href="images">Images as JSON</a> {login} imgserver {version}</footer>
+<div role="status" id="said" class="skip"></div>
+<script>{script}</script></body></html>
+"""
 
 
 def size_text(size) -> str:
@@ -5891,7 +5911,8 @@ class PageView:
         found = self._filtered()
         last = max(1, -(-len(found) // PAGE_ROWS))
         number = self.number = min(self.number, last)
-        rows = "\n".join(map(self._row, found[(number - 1) * PAGE_ROWS:number * PAGE_ROWS]))
+        rows = found[(number - 1) * PAGE_ROWS:number * PAGE_ROWS]
+        listed = f"<ol>{''.join(map(self._row, rows))}</ol>" if rows else self._nothing()
         count = f"{len(found):,} image{'' if len(found) == 1 else 's'}"
         if self.words:
             count += f" of {len(self.images):,}"
@@ -5899,32 +5920,23 @@ class PageView:
             count += f", {size_text(sum(image.size for image in found))}"
         if last > 1:
             count += f", page {number} of {last}"
+        channels = {**self.channels, "*": {"name": "all channels"}} if self.channels else {}
+        tabs = self._nav("Channels", [
+            self._link(channel["name"], self.words, current=name == self.channel,
+                       title=channel.get("description"), channel=name)
+            for name, channel in channels.items()])
+        pages = self._nav("Pages", [self._link(each, self.words, each, current=each == number)
+                                    for each in range(1, last + 1)])
         host = html.escape(self.url.partition("://")[2])
         source = html.escape(shlex.quote(self.url + self.channel_query))
         hidden = (f'<input type="hidden" name="channel" value="{self.special}">'
                   if self.special else "")
         login = (self._link("Log in for private images", self.words, login="1")
                  if self.may_log_in else "")
-        return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Images on {host}</title><link rel="icon" href="{PAGE_ICON}">
-<style>{PAGE_STYLE}</style></head><body>
-<a class="skip" href="#list">Skip to the images</a>
-<header><div><h1>SmartOS images</h1>on {host}</div>
-<div>Add this server to a global zone:<p><code>imgadm sources -a {source}</code></p>
-</div></header>
-<main>{self._tabs()}<form role="search"><label for="q">Filter the images</label>
-<input type="search" id="q" name="q" value="{html.escape(self.words)}" autocomplete="off" \
-spellcheck="false" placeholder="Name, version, os, description or uuid">
-<input type="hidden" name="page" value="1">{hidden}
-<button>Filter</button></form>
-<p id="count" role="status">{count}</p>
-<div id="list">{f'<ol>{rows}</ol>' if rows else self._nothing()}{self._pages(last)}</div></main>
-<footer><a href="images">Images as JSON</a> {login} imgserver {__version__}</footer>
-<div role="status" id="said" class="skip"></div>
-<script>{PAGE_SCRIPT}</script></body></html>
-"""
+        return PAGE_HTML.format(
+            style=PAGE_STYLE, script=PAGE_SCRIPT, version=__version__, host=host, source=source,
+            tabs=tabs, words=html.escape(self.words), hidden=hidden, count=count, listed=listed,
+            pages=pages, login=login)
 
     def _filtered(self) -> list:
         """The images that have all words of the filter somewhere, in any case."""
@@ -5940,7 +5952,7 @@ spellcheck="false" placeholder="Name, version, os, description or uuid">
         return [image for image in self.images
                 if all(word in texts[image.uuid] for word in words)]
 
-    def _link(self, text, words="", number=1, current=False, title="", **query) -> str:
+    def _link(self, text, words="", number=1, current=False, title=None, **query) -> str:
         """A link to another view, by default in the same channel; `text` is HTML."""
         query = {"page": number, "q": words, "channel": self.special, **query}
         address = urllib.parse.urlencode({key: value for key, value in query.items() if value})
@@ -5949,37 +5961,16 @@ spellcheck="false" placeholder="Name, version, os, description or uuid">
             attributes += f' title="{html.escape(title)}"'
         return f'<a href="?{html.escape(address)}"{attributes}>{text}</a>'
 
-    def _tabs(self) -> str:
-        """Links to all channels, where there are any."""
-        if not self.channels:
-            return ""
-        tabs = [(name, name, channel.get("description", ""))
-                for name, channel in self.channels.items()] + [("*", "all channels", "")]
-        return '<nav aria-label="Channels">' + " ".join(
-            self._link(text, self.words, current=name == self.channel, title=title, channel=name)
-            for name, text, title in tabs) + "</nav>\n"
-
-    def _pages(self, last) -> str:
-        """Links to the first and the last page, and to those around this one."""
-        if last == 1:
-            return ""
-        links, before = [], 0
-        for number in sorted({1, last, *range(max(1, self.number - 3),
-                                              min(last, self.number + 3) + 1)}):
-            if number > before + 1:
-                links.append("<span>…</span>")
-            links.append(self._link(number, self.words, number, number == self.number))
-            before = number
-        return f'<nav aria-label="Pages">{" ".join(links)}</nav>'
+    def _nav(self, label, links) -> str:
+        """Links to choose among, if there are several."""
+        return f'<nav aria-label="{label}">{" ".join(links)}</nav>' if len(links) > 1 else ""
 
     def _nothing(self) -> str:
+        text = ("There are no images here yet.</p><p>Publish the first with <code>import-image"
+                "</code>, <code>mkimg</code> or <code>scp</code>.")
         if self.images:
             text = (f"Nothing matches <b>{html.escape(self.words)}</b>.</p><p>"
                     + self._link("Show all images"))
-        else:
-            text = ("There are no images here yet.</p><p>The first one will be on this page as "
-                    "soon as it is published with <code>import-image</code>, <code>mkimg</code> "
-                    "or <code>scp</code>.")
         return f'<div class="note"><p>{text}</p></div>'
 
     def _row(self, image) -> str:
@@ -6014,7 +6005,7 @@ spellcheck="false" placeholder="Name, version, os, description or uuid">
         option = f"-C {escape(shlex.quote(self.special))} " if self.special else ""
         return (f"<li>{icon}<div><h2>{escape(image.name)} <b>{escape(image.version)}</b></h2>"
                 f'{about}<small>{" · ".join(meta)}</small></div>'
-                f"<p><code>imgadm import {option}{uuid}</code></p></li>")
+                f"<p><code>imgadm import {option}{uuid}</code></p></li>\n")
 
 
 QUICK = 0.001                 # seconds: the first bucket, which has nearly all answers from memory

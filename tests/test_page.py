@@ -207,7 +207,7 @@ class Pages(PageCase):
             numbers = [int(link.partition("=")[2]) for link in
                        self.read(site, "/?page=10").links("href")
                        if re.fullmatch(r"\?page=\d+", link)]
-            self.assertEqual(numbers, [1, 7, 8, 9, 10, 11, 12, 13, 30])
+            self.assertEqual(numbers, [*range(1, 31)])
         for number in ("0", "-1", "x", "1.5", "1" * 40, "\u0663"):
             with self.subTest(number):
                 error = self.assertError(ask(site, "/?page=" + quote(number)), 422)
