@@ -5796,13 +5796,13 @@ def size_text(size) -> str:
 
 
 class RenderedPage(bytearray):
-    """A page or its gzip form, with its etag and zipped; a reference to it can be weak."""
+    """A page, or its gzip form, and its etag; a reference to it can be weak."""
 
 
 class Page:
     """The page: HTML that works without scripts and loads nothing from elsewhere.
 
-    Cached for each snapshot, host, filter, channel and page.
+    Cached for each snapshot, host, filter, channel, page and coding.
     """
 
     def __init__(self, config, store, dsapi, imgapi):
@@ -5859,35 +5859,35 @@ class Page:
         channel = self.imgapi.channel_of({"channel": [
             single_value(query, "channel") or self.config.default_channel or "*"]})
         snapshot = self.store.snapshot(IMGAPI, True)
+        zipped = accepts_gzip(request.headers.get("accept-encoding", ""))
         view = (self.url_base(request.host).decode(), channel, single_value(query, "q") or "",
                 int(number), self.rights.lists_all(request))
         with self.store.rendering:
-            page = snapshot.pages.get(view)
+            page = snapshot.pages.get((view, zipped))
             if page is None:
-                page = snapshot.pages[view] = self._render(snapshot, view)
+                page = snapshot.pages[view, zipped] = self._render(snapshot, view, zipped)
                 if len(snapshot.pages) > PAGES_KEPT:
                     del snapshot.pages[next(iter(snapshot.pages))]
-        etag, body, fields = page.etag, page, self.fields
-        if accepts_gzip(request.headers.get("accept-encoding", "")):
-            etag, body = etag + "-gzip", page.zipped
+        fields = self.fields + header_line("ETag", f'"{page.etag}"')
+        if zipped:
             fields += b"Content-Encoding: gzip\r\n"
-        fields += header_line("ETag", f'"{etag}"')
-        if etag_matches(request.headers.get("if-none-match", ""), etag):
+        if etag_matches(request.headers.get("if-none-match", ""), page.etag):
             return Response(304, fields)
-        return Response(200, fields, body)
+        return Response(200, fields, page)
 
-    def _render(self, snapshot, view) -> RenderedPage:
-        """A page and its gzip form.  Raises ApiError (503) where too many are unread."""
+    def _render(self, snapshot, view, zipped) -> RenderedPage:
+        """A page, or its gzip form.  Raises ApiError (503) where too many are unread."""
         if sum(map(len, list(self._in_use.values()))) > PAGES_LIMIT:
             raise ApiError(503, "ServiceUnavailableError", "too many pages are on their way",
                            fields=b"Retry-After: 5\r\n")
-        import zlib
-        page = RenderedPage(PageView(self, snapshot, *view).render().encode())
-        page.etag = hashlib.sha1(page).hexdigest()
-        packer = zlib.compressobj(6, wbits=31)
-        page.zipped = RenderedPage(packer.compress(page) + packer.flush())
-        for body in (page, page.zipped):
-            self._in_use[id(body)] = body
+        data = PageView(self, snapshot, *view).render().encode()
+        if zipped:
+            import zlib
+            packer = zlib.compressobj(6, wbits=31)
+            data = packer.compress(data) + packer.flush()
+        page = RenderedPage(data)
+        page.etag = hashlib.sha1(data).hexdigest()
+        self._in_use[id(page)] = page
         return page
 
 

@@ -285,15 +285,17 @@ class Pages(PageCase):
                                side_effect=imgserver.PageView.render) as render:
             first = ask(site, "/?page=1")
             etag = first.headers["etag"]
-            for headers in ({}, {"Accept_Encoding": "gzip"}, {"If_None_Match": etag}):
+            for headers in ({}, {"If_None_Match": etag}):
                 again = ask(site, "/?page=1", **headers)
                 self.assertEqual(again.status, 304 if "If_None_Match" in headers else 200)
             self.assertEqual(render.call_count, 1)
-            self.assertNotEqual(ask(site, "/?page=1", Host="other").headers["etag"], etag)
-            self.assertEqual(render.call_count, 2)
+            for headers in ({"Host": "other"}, {"Accept_Encoding": "gzip"}):
+                for _ in range(2):
+                    self.assertNotEqual(ask(site, "/?page=1", **headers).headers["etag"], etag)
+            self.assertEqual(render.call_count, 3)
             write_v2(self.serve_dir, uuid_of(3), name="fresh")
             self.assertEqual(len(self.read(site).rows), 3)
-            self.assertEqual(render.call_count, 3)
+            self.assertEqual(render.call_count, 4)
             for number in range(10):
                 ask(site, f"/?page=1&q={number}")
             self.assertLessEqual(len(site.store.snapshot(imgserver.IMGAPI, True).pages),
