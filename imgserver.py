@@ -5669,29 +5669,26 @@ a{color:var(--link);text-underline-offset:.15em}
 :focus-visible{outline:3px solid var(--link);outline-offset:2px}
 .skip,label{position:absolute;left:-99rem}
 .skip:focus{left:1rem;top:.5rem;z-index:2;background:var(--card);padding:.5rem}
-header p,li>p,input,nav a,ol,.note{border:1px solid var(--line);border-radius:.6rem;
+header p,li>p,input,form button,nav a,ol,.note{border:1px solid var(--line);border-radius:.6rem;
 background:var(--card);overflow:hidden}
-header p,li>p{display:flex}
-header p{margin-top:.35rem}
+header p,li>p{display:flex;margin-top:.35rem}
 li>p{background:var(--back)}
 code{font:.8125rem/1.5 ui-monospace,Menlo,Consolas,monospace}
-header code{font-size:.9375rem}
 p>code{flex:1;padding:.45rem .75rem}
-button{border:0;padding:0;font-weight:600;cursor:pointer}
-form button,p>button:hover,nav [aria-current]{background:var(--link);color:var(--on);
-border-color:var(--link)}
-p>button{flex:none;width:4.75rem;border-left:1px solid var(--line);background:var(--card);
-color:var(--link);font-size:.8125rem}
+button{padding:0 1.2rem;font-weight:600;cursor:pointer}
+form button,p>button:hover,nav [aria-current]{background:var(--link);border-color:var(--link);
+color:var(--on)}
+p>button{flex:none;width:4.75rem;padding:0;border:0;border-left:1px solid var(--line);
+background:var(--card);color:var(--link);font-size:.8125rem}
 p>button:focus-visible{outline-offset:-3px}
 form{display:flex;gap:.6rem;position:sticky;top:0;z-index:1;background:var(--back);
 margin-top:.75rem;padding:.75rem 0}
 input{flex:1;padding:.6rem .9rem}
 input::placeholder{color:var(--soft);opacity:1}
-form button{border-radius:.6rem;padding:0 1.2rem}
 nav{display:flex;flex-wrap:wrap;gap:.4rem;margin-top:1rem;align-items:center}
 nav a{border-radius:2rem;padding:.25rem .9rem;text-decoration:none}
 #count{padding-bottom:.6rem}
-ol{list-style:none;padding:0}
+ol{list-style:none;padding:0;font-size:.9375rem}
 li{display:grid;grid-template-columns:2.75rem minmax(12rem,1fr) minmax(0,auto);gap:0 1rem;
 align-items:center;padding:.9rem 1rem;content-visibility:auto;contain-intrinsic-size:auto 6rem}
 li+li{border-top:1px solid var(--line)}
@@ -5699,26 +5696,22 @@ li i,li img{width:2.75rem;height:2.75rem;border-radius:.6rem;align-self:start;ob
 li i{display:grid;place-items:center;font:700 1.25rem system-ui,sans-serif;color:#fff;
 background:#1f6fb2}
 .h1{background:#7a4fb5}.h2{background:#1b7f6b}.h3{background:#b3541e}
-li div p{font-size:.9375rem}
 small,footer{display:block;font-size:.8125rem}
 .note{padding:3rem 1rem;text-align:center}
 footer{padding-block:1.5rem}
 @media(max-width:62rem){li{grid-template-columns:2.75rem minmax(0,1fr)}
-li>p{grid-column:2;margin-top:.6rem;justify-self:start}}
-@media(max-width:40rem){li>p{grid-column:1/3;width:100%}p>code{font-size:.75rem}
+li>p{grid-column:2;justify-self:start}}
+@media(max-width:40rem){li>p{grid-column:1/3;width:100%}code{font-size:.75rem}
 p>button{width:4rem}}
 @media print{form,p>button,nav,footer{display:none}li{content-visibility:visible}}
 """
 
 # A plain http: page has no navigator.clipboard, so that a line is selected and copied.
 PAGE_SCRIPT = """
-"use strict";
-(() => {
 const box = document.getElementById("q"), said = document.getElementById("said");
 function addButtons(root) {
   for (const code of root.querySelectorAll("p>code")) {
     const button = document.createElement("button");
-    button.type = "button";
     button.textContent = "Copy";
     button.setAttribute("aria-label", "Copy " + code.textContent);
     code.after(button);
@@ -5734,14 +5727,12 @@ document.addEventListener("click", event => {
   said.textContent = button.textContent = done ? "Copied" : "Ctrl+C";
   setTimeout(() => { said.textContent = ""; button.textContent = "Copy"; }, 1500);
 });
-let timer, control = new AbortController();
+const wanted = () => "?" + new URLSearchParams(new FormData(box.form));
 async function filter() {
-  const url = "?" + new URLSearchParams(new FormData(box.form));
-  control.abort();
-  control = new AbortController();
+  const url = wanted();
   try {
-    const answer = await fetch(url, {signal: control.signal});
-    if (!answer.ok) return;
+    const answer = await fetch(url);
+    if (!answer.ok || url !== wanted()) return;
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
     addButtons(page);
     for (const id of ["count", "list"])
@@ -5749,6 +5740,7 @@ async function filter() {
     history.replaceState(null, "", url);
   } catch (error) { }
 }
+let timer;
 box.addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(filter, 150); });
 document.addEventListener("keydown", event => {
   if (event.key !== "/" || event.ctrlKey || event.metaKey || event.altKey
@@ -5757,7 +5749,6 @@ document.addEventListener("keydown", event => {
   box.focus();
 });
 addButtons(document);
-})();
 """
 
 
@@ -6014,15 +6005,13 @@ IMAGES_NAMED = 100            # images whose downloads have a series of their ow
 OPEN_STATES = "reading", "sending", "working", "streaming", "lingering"   # of connections
 
 
-def sample_lines(name, kind, about, samples) -> str:
-    """One metric in Prometheus' text format 0.0.4; samples: (suffix, {label: text}, value)."""
-    def labels(pairs):
-        pairs = ('%s="%s"' % (key, value.replace("\\", r"\\").replace('"', r'\"')
-                              .replace("\n", r"\n")) for key, value in pairs.items())
-        return f"{{{','.join(pairs)}}}"
-    return f"# HELP {name} {about}\n# TYPE {name} {kind}\n" + "".join(
-        f"{name}{suffix}{labels(pairs) if pairs else ''} {value}\n"
-        for suffix, pairs, value in samples)
+
+
+def labels(**texts) -> str:
+    """Labels behind the name of a metric in Prometheus' text format 0.0.4."""
+    escapes = str.maketrans({"\\": r"\\", '"': r'\"', "\n": r"\n"})
+    pairs = (f'{name}="{str(text).translate(escapes)}"' for name, text in texts.items())
+    return f"{{{','.join(pairs)}}}"
 
 
 class Metrics:
@@ -6037,15 +6026,13 @@ class Metrics:
     def __init__(self, store, log, rights):
         self.store, self.log, self.rights = store, log, rights
         self._started = time.time()
-        # (pattern, method, status): [bytes of bodies, seconds, answers of each bucket...]
+        # (pattern, method, status): [bytes sent, bytes received, seconds, answers of each bucket...]
         self._rows = {}
-        self._received = collections.Counter()    # pattern: bytes of bodies
         self._files = {"whole": 0, "cut": 0}
         self._uploads = {"stored": 0, "failed": 0}
-        # uuid: [title, downloads, those that were counted in a series of its own]
+        # uuid: [title, downloads counted in a series of its own, those in that of all others]
         self._images = {}
-        self._named = set()                       # uuids of images that have one
-        self._others = 0                          # downloads that were counted in no such series
+        self._named = set()                       # uuids of images that have their own now
 
     def routes(self):
         return [Route("GET", "metrics", self.answer, THREAD, ANYONE)]
@@ -6057,22 +6044,17 @@ class Metrics:
         except (AttributeError, KeyError):        # no request, no route; or the first of its kind
             row = self._row(request, response.status)
         row[0] += size
-        row[1] += seconds
+        row[2] += seconds
         if seconds <= QUICK:
-            row[2] += 1
+            row[3] += 1
         else:
-            row[bisect_left(BUCKETS, seconds) + 2] += 1
-        if response.title or request is not None and request.body is not None:
-            self._count_rest(request, response, failure)
-
-    def _count_rest(self, request, response, failure):
-        """Count the file that an answer has, and the body that its request had."""
-        if response.title and request.method == "GET":
-            self._count_file(request.arguments[0], response, failure)
-        if request.body is not None:
-            self._received[request.route.pattern] += request.body.received
+            row[bisect_left(BUCKETS, seconds) + 3] += 1
+        if request is not None and request.body is not None:
+            row[1] += request.body.received
             if request.body.is_file:
                 self._uploads["stored" if response.status < 300 else "failed"] += 1
+        if response.title and request.method == "GET":
+            self._count_file(request.arguments[0], response, failure)
 
     def _row(self, request, status) -> list:
         """The row of a kind of answers; unknown methods share one."""
@@ -6081,104 +6063,101 @@ class Metrics:
             method = request.method if request.method in METHODS else "other"
             pattern = request.route and request.route.pattern
         return self._rows.setdefault((pattern, method, status),
-                                     [0, 0.0] + [0] * (len(BUCKETS) + 1))
+                                     [0, 0, 0.0] + [0] * (len(BUCKETS) + 1))
 
     def _count_file(self, uuid, response, failure):
         """Count a file, and a download where it begins at its first byte."""
         self._files["cut" if failure else "whole"] += 1
         if response.offset:
             return
-        image = self._images.setdefault(uuid, [response.title, 0, 0])
         if len(self._named) < IMAGES_NAMED:
             self._named.add(uuid)
+        image = self._images.setdefault(uuid, ["", 0, 0])
         image[0] = response.title
-        image[1] += 1
-        if uuid in self._named:
-            image[2] += 1
-        else:
-            self._others += 1
+        image[1 if uuid in self._named else 2] += 1
 
     def answer(self, request):
-        parts = [*self._of_answers(), *self._of_files(self.rights.lists_all(request)),
-                 *self._of_images(), *self._of_process()]
+        """All metrics, each as (name, kind, help, {suffix and labels: value}) at first."""
+        text = "".join(
+            f"# HELP {name} {about}\n# TYPE {name} {kind}\n"
+            + "".join(f"{name}{end} {value}\n" for end, value in samples.items())
+            for name, kind, about, samples in (
+                *self._of_answers(), *self._of_images(self.rights.lists_all(request)),
+                *self._of_process()))
         return Response(200, b"Content-Type: text/plain; version=0.0.4; charset=utf-8\r\n"
-                        + CACHE_NOTHING, "".join(parts).encode())
+                        + CACHE_NOTHING, text.encode())
 
-    def _of_answers(self):
-        rows = [(f"/{pattern}" if pattern is not None else "none", method, str(status), row[:])
-                for (pattern, method, status), row in list(self._rows.items())]
-        yield sample_lines(
-            "imgserver_http_requests_total", "counter",
-            "Requests that were answered, by route, method and status (499: the client had gone).",
-            [("", {"route": route, "method": method, "status": status}, sum(row[2:]))
-             for route, method, status, row in rows])
-        routes = {}
-        for route, _, _, row in rows:
+    def _of_answers(self) -> list:
+        requests, routes, durations = {}, {}, {}
+        for (pattern, method, status), row in list(self._rows.items()):
+            route, row = "none" if pattern is None else f"/{pattern}", row[:]
+            requests[labels(route=route, method=method, status=status)] = sum(row[3:])
             routes[route] = list(map(operator.add, routes.get(route, [0] * len(row)), row))
-        samples = []
-        for route, (_, seconds, *counts) in routes.items():
+        for route, (_, _, seconds, *counts) in routes.items():
             below = list(itertools.accumulate(counts))
-            samples += [("_bucket", {"route": route, "le": edge}, count)
-                        for edge, count in zip((*map(str, BUCKETS), "+Inf"), below)]
-            samples += [("_sum", {"route": route}, seconds),
-                        ("_count", {"route": route}, below[-1])]
-        yield sample_lines("imgserver_http_request_duration_seconds", "histogram",
-                           "Seconds from a request to the last byte of its answer.", samples)
-        yield sample_lines("imgserver_http_response_body_bytes_total", "counter",
-                           "Bytes of bodies that were sent.",
-                           [("", {"route": route}, row[0]) for route, row in routes.items()])
-        yield sample_lines("imgserver_http_request_body_bytes_total", "counter",
-                           "Bytes of bodies that were received.",
-                           [("", {"route": f"/{pattern}"}, size)
-                            for pattern, size in list(self._received.items())])
+            for edge, count in zip((*BUCKETS, "+Inf"), below):
+                durations["_bucket" + labels(route=route, le=edge)] = count
+            durations["_sum" + labels(route=route)] = seconds
+            durations["_count" + labels(route=route)] = below[-1]
+        return [
+            ("imgserver_http_requests_total", "counter",
+             "Requests answered (499: the client had gone).", requests),
+            ("imgserver_http_request_duration_seconds", "histogram",
+             "Seconds from a request to the last byte of its answer.", durations),
+            ("imgserver_http_response_body_bytes_total", "counter", "Bytes of bodies sent.",
+             {labels(route=route): row[0] for route, row in routes.items()}),
+            ("imgserver_http_request_body_bytes_total", "counter", "Bytes of bodies received.",
+             {labels(route=route): row[1] for route, row in routes.items()}),
+        ]
 
-    def _of_files(self, all_of_them):
+    def _of_images(self, all_of_them) -> list:
         """all_of_them: whether the client may read private images; else none is named."""
         images = {uuid: image[:] for uuid, image in list(self._images.items())}
         if len(images) > IMAGES_NAMED:
             # A download stays in the series that it was counted in, so that none goes down.
             self._named = set(sorted(images, key=lambda uuid: (
-                images[uuid][1], uuid in self._named), reverse=True)[:IMAGES_NAMED])
-        yield sample_lines(
-            "imgserver_downloads_total", "counter", "Downloads of image files from their first "
-            f"byte on; the {IMAGES_NAMED} images that are downloaded most have their own series.",
-            [("", {"image": uuid, "title": title}, count) for uuid, (title, _, count)
-             in images.items() if uuid in self._named and all_of_them]
-            + [("", {"image": "other", "title": ""}, self._others
-                + (0 if all_of_them else sum(count for _, _, count in images.values())))])
-        yield sample_lines("imgserver_files_sent_total", "counter",
-                           "Answers with an image file or a range of it: sent whole, or cut.",
-                           [("", {"result": key}, count) for key, count in self._files.items()])
-        yield sample_lines("imgserver_uploads_total", "counter",
-                           "Image files that were uploaded over HTTP: stored, or failed.",
-                           [("", {"result": key}, count) for key, count in self._uploads.items()])
-
-    def _of_images(self):
-        try:
+                sum(images[uuid][1:]), uuid in self._named), reverse=True)[:IMAGES_NAMED])
+        downloads = {labels(image=uuid, title=title): own for uuid, (title, own, _)
+                     in images.items() if uuid in self._named and all_of_them}
+        downloads[labels(image="other", title="")] = sum(
+            other if all_of_them else own + other for _, own, other in images.values())
+        states = {}
+        with contextlib.suppress(OSError):        # serve_dir cannot be read: the others still can
             states = self.store.count_states()
-        except OSError:                   # serve_dir cannot be read: the other metrics still can
-            return
-        yield sample_lines("imgserver_images", "gauge", "Images in serve_dir: active ones are on "
-                           "show, left_out ones are not since something is wrong with them.",
-                           [("", {"state": state}, count) for state, count in states.items()])
+        return [
+            ("imgserver_downloads_total", "counter", "Downloads of image files from their first "
+             f"byte on; the {IMAGES_NAMED} images that are downloaded most have their own series.",
+             downloads),
+            ("imgserver_files_sent_total", "counter",
+             "Answers with an image file or a range of it: sent whole, or cut.",
+             {labels(result=result): count for result, count in self._files.items()}),
+            ("imgserver_uploads_total", "counter",
+             "Image files that were uploaded over HTTP: stored, or failed.",
+             {labels(result=result): count for result, count in self._uploads.items()}),
+            ("imgserver_images", "gauge", "Images in serve_dir: active ones are on show, left_out "
+             "ones are not since something is wrong with them.",
+             {labels(state=state): count for state, count in states.items()}),
+        ]
 
-    def _of_process(self):
+    def _of_process(self) -> list:
         states = collections.Counter(connection.state for connection in list(self.connections))
-        yield sample_lines("imgserver_connections", "gauge", "Open connections.",
-                           [("", {"state": state}, states[state]) for state in OPEN_STATES])
         levels = dict(self.log.counts)
         if self.log.level <= INFO:        # the lines of answers are counted as such alone
-            levels["info"] += sum(sum(row[2:]) for row in list(self._rows.values()))
-        yield sample_lines("imgserver_log_lines_total", "counter", "Lines logged.",
-                           [("", {"level": level}, count) for level, count in levels.items()])
-        yield sample_lines("imgserver_failed_logins_total", "counter",
-                           "Names and passwords that did not fit.",
-                           [("", {}, self.rights.users.failed if self.rights.users else 0)])
-        yield sample_lines("process_start_time_seconds", "gauge",
-                           "When it was started, in seconds since 1970.",
-                           [("", {}, self._started)])
-        yield sample_lines("imgserver_build_info", "gauge", "Always 1.", [
-            ("", {"version": __version__, "python": "%d.%d.%d" % sys.version_info[:3]}, 1)])
+            levels["info"] += sum(sum(row[3:]) for row in list(self._rows.values()))
+        failed = self.rights.users.failed if self.rights.users else 0
+        python = "%d.%d.%d" % sys.version_info[:3]
+        return [
+            ("imgserver_connections", "gauge", "Open connections.",
+             {labels(state=state): states[state] for state in OPEN_STATES}),
+            ("imgserver_log_lines_total", "counter", "Lines logged.",
+             {labels(level=level): count for level, count in levels.items()}),
+            ("imgserver_failed_logins_total", "counter", "Names and passwords that did not fit.",
+             {"": failed}),
+            ("process_start_time_seconds", "gauge",
+             "When it was started, in seconds since 1970.", {"": self._started}),
+            ("imgserver_build_info", "gauge", "Always 1.",
+             {labels(version=__version__, python=python): 1}),
+        ]
 
 
 class Site:
@@ -6263,7 +6242,9 @@ class Site:
         if request.length != 0:
             self._check_body(request, route)
         if not rows:
-            raise not_found(f"{request.target} does not exist")
+            hint = (": metrics are off, until metrics of the configuration is true"
+                    if pattern == "metrics" else "")
+            raise not_found(f"{request.target} does not exist{hint}")
         if route is None:
             route = self._other_method(request, rows)
         if route.right > ANYONE:

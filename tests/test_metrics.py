@@ -68,7 +68,9 @@ class Counts(MetricsCase):
 
     def test_off_unless_configured(self):
         site = self.site()
-        self.assertError(ask(site, "/metrics"), 404)
+        error = self.assertError(ask(site, "/metrics"), 404)
+        self.assertEqual(error["message"], "/metrics does not exist: metrics are off, until "
+                         "metrics of the configuration is true")
         self.assertIsNone(site.metrics)
 
     def test_answers(self):
@@ -229,9 +231,10 @@ class Series(ServerCase):
             metrics._count_file(uuid_of(number), response, "")
 
     def downloads(self, metrics):
-        samples = parse("".join(metrics._of_files(True)))
-        return {labels[0]: value for (name, labels), value in samples.items()
-                if name == "imgserver_downloads_total"}
+        [samples] = [samples for name, *_, samples in metrics._of_images(True)
+                     if name == "imgserver_downloads_total"]
+        return {re.match('{image="([^"]*)"', labels)[1]: value
+                for labels, value in samples.items()}
 
     def test_the_images_downloaded_most_have_their_own_and_none_goes_down(self):
         metrics, bound = self.metrics(), imgserver.IMAGES_NAMED
@@ -264,7 +267,7 @@ class Series(ServerCase):
         for seconds in (*imgserver.BUCKETS, 1e9):
             metrics.count(None, imgserver.Response(400), 0, seconds, "")
         [row] = metrics._rows.values()
-        self.assertEqual(row[2:], [1] * (len(imgserver.BUCKETS) + 1))
+        self.assertEqual(row[3:], [1] * (len(imgserver.BUCKETS) + 1))
 
 
 @check_only("needs prometheus_client")
