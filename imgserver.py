@@ -6005,8 +6005,6 @@ IMAGES_NAMED = 100            # images whose downloads have a series of their ow
 OPEN_STATES = "reading", "sending", "working", "streaming", "lingering"   # of connections
 
 
-
-
 def labels(**texts) -> str:
     """Labels behind the name of a metric in Prometheus' text format 0.0.4."""
     escapes = str.maketrans({"\\": r"\\", '"': r'\"', "\n": r"\n"})
@@ -6026,7 +6024,7 @@ class Metrics:
     def __init__(self, store, log, rights):
         self.store, self.log, self.rights = store, log, rights
         self._started = time.time()
-        # (pattern, method, status): [bytes sent, bytes received, seconds, answers of each bucket...]
+        # (pattern, method, status): [bytes sent, bytes received, seconds, answers of each bucket]
         self._rows = {}
         self._files = {"whole": 0, "cut": 0}
         self._uploads = {"stored": 0, "failed": 0}
@@ -6094,11 +6092,10 @@ class Metrics:
             requests[labels(route=route, method=method, status=status)] = sum(row[3:])
             routes[route] = list(map(operator.add, routes.get(route, [0] * len(row)), row))
         for route, (_, _, seconds, *counts) in routes.items():
-            below = list(itertools.accumulate(counts))
-            for edge, count in zip((*BUCKETS, "+Inf"), below):
-                durations["_bucket" + labels(route=route, le=edge)] = count
+            for edge, below in zip((*BUCKETS, "+Inf"), itertools.accumulate(counts)):
+                durations["_bucket" + labels(route=route, le=edge)] = below
             durations["_sum" + labels(route=route)] = seconds
-            durations["_count" + labels(route=route)] = below[-1]
+            durations["_count" + labels(route=route)] = sum(counts)
         return [
             ("imgserver_http_requests_total", "counter",
              "Requests answered (499: the client had gone).", requests),
@@ -6126,16 +6123,12 @@ class Metrics:
             states = self.store.count_states()
         return [
             ("imgserver_downloads_total", "counter", "Downloads of image files from their first "
-             f"byte on; the {IMAGES_NAMED} images that are downloaded most have their own series.",
-             downloads),
-            ("imgserver_files_sent_total", "counter",
-             "Answers with an image file or a range of it: sent whole, or cut.",
+             f"byte on; those of the {IMAGES_NAMED} images downloaded most by image.", downloads),
+            ("imgserver_files_sent_total", "counter", "Answers with an image file, or a range.",
              {labels(result=result): count for result, count in self._files.items()}),
-            ("imgserver_uploads_total", "counter",
-             "Image files that were uploaded over HTTP: stored, or failed.",
+            ("imgserver_uploads_total", "counter", "Image files uploaded over HTTP.",
              {labels(result=result): count for result, count in self._uploads.items()}),
-            ("imgserver_images", "gauge", "Images in serve_dir: active ones are on show, left_out "
-             "ones are not since something is wrong with them.",
+            ("imgserver_images", "gauge", "Images in serve_dir; left_out: not shown, see the log.",
              {labels(state=state): count for state, count in states.items()}),
         ]
 
@@ -6144,7 +6137,6 @@ class Metrics:
         levels = dict(self.log.counts)
         if self.log.level <= INFO:        # the lines of answers are counted as such alone
             levels["info"] += sum(sum(row[3:]) for row in list(self._rows.values()))
-        failed = self.rights.users.failed if self.rights.users else 0
         python = "%d.%d.%d" % sys.version_info[:3]
         return [
             ("imgserver_connections", "gauge", "Open connections.",
@@ -6152,9 +6144,9 @@ class Metrics:
             ("imgserver_log_lines_total", "counter", "Lines logged.",
              {labels(level=level): count for level, count in levels.items()}),
             ("imgserver_failed_logins_total", "counter", "Names and passwords that did not fit.",
-             {"": failed}),
-            ("process_start_time_seconds", "gauge",
-             "When it was started, in seconds since 1970.", {"": self._started}),
+             {"": self.rights.users.failed if self.rights.users else 0}),
+            ("process_start_time_seconds", "gauge", "Its start, in seconds since 1970.",
+             {"": self._started}),
             ("imgserver_build_info", "gauge", "Always 1.",
              {labels(version=__version__, python=python): 1}),
         ]
