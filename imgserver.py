@@ -6076,12 +6076,10 @@ class Metrics:
 
     def answer(self, request):
         """All metrics, each as (name, kind, help, {suffix and labels: value}) at first."""
-        text = "".join(
-            f"# HELP {name} {about}\n# TYPE {name} {kind}\n"
-            + "".join(f"{name}{end} {value}\n" for end, value in samples.items())
-            for name, kind, about, samples in (
-                *self._of_answers(), *self._of_images(self.rights.lists_all(request)),
-                *self._of_process()))
+        metrics = self._of_answers() + self._others(self.rights.lists_all(request))
+        text = "".join(f"# HELP {name} {about}\n# TYPE {name} {kind}\n"
+                       + "".join(f"{name}{end} {value}\n" for end, value in samples.items())
+                       for name, kind, about, samples in metrics)
         return Response(200, b"Content-Type: text/plain; version=0.0.4; charset=utf-8\r\n"
                         + CACHE_NOTHING, text.encode())
 
@@ -6107,20 +6105,25 @@ class Metrics:
              {labels(route=route): row[1] for route, row in routes.items()}),
         ]
 
-    def _of_images(self, all_of_them) -> list:
+    def _others(self, all_of_them) -> list:
         """all_of_them: whether the client may read private images; else none is named."""
-        images = {uuid: image[:] for uuid, image in list(self._images.items())}
-        if len(images) > IMAGES_NAMED:
+        counts = {uuid: image[:] for uuid, image in list(self._images.items())}
+        if len(counts) > IMAGES_NAMED:
             # A download stays in the series that it was counted in, so that none goes down.
-            self._named = set(sorted(images, key=lambda uuid: (
-                sum(images[uuid][1:]), uuid in self._named), reverse=True)[:IMAGES_NAMED])
+            self._named = set(sorted(counts, key=lambda uuid: (
+                sum(counts[uuid][1:]), uuid in self._named), reverse=True)[:IMAGES_NAMED])
         downloads = {labels(image=uuid, title=title): own for uuid, (title, own, _)
-                     in images.items() if uuid in self._named and all_of_them}
+                     in counts.items() if uuid in self._named and all_of_them}
         downloads[labels(image="other", title="")] = sum(
-            other if all_of_them else own + other for _, own, other in images.values())
-        states = {}
+            other if all_of_them else own + other for _, own, other in counts.values())
+        images = {}
         with contextlib.suppress(OSError):        # serve_dir cannot be read: the others still can
-            states = self.store.count_states()
+            images = self.store.count_states()
+        states = collections.Counter(connection.state for connection in list(self.connections))
+        levels = dict(self.log.counts)
+        if self.log.level <= INFO:        # the lines of answers are counted as such alone
+            levels["info"] += sum(sum(row[3:]) for row in list(self._rows.values()))
+        python = "%d.%d.%d" % sys.version_info[:3]
         return [
             ("imgserver_downloads_total", "counter", "Downloads of image files from their first "
              f"byte on; those of the {IMAGES_NAMED} images downloaded most by image.", downloads),
@@ -6129,16 +6132,7 @@ class Metrics:
             ("imgserver_uploads_total", "counter", "Image files uploaded over HTTP.",
              {labels(result=result): count for result, count in self._uploads.items()}),
             ("imgserver_images", "gauge", "Images in serve_dir; left_out: not shown, see the log.",
-             {labels(state=state): count for state, count in states.items()}),
-        ]
-
-    def _of_process(self) -> list:
-        states = collections.Counter(connection.state for connection in list(self.connections))
-        levels = dict(self.log.counts)
-        if self.log.level <= INFO:        # the lines of answers are counted as such alone
-            levels["info"] += sum(sum(row[3:]) for row in list(self._rows.values()))
-        python = "%d.%d.%d" % sys.version_info[:3]
-        return [
+             {labels(state=state): count for state, count in images.items()}),
             ("imgserver_connections", "gauge", "Open connections.",
              {labels(state=state): states[state] for state in OPEN_STATES}),
             ("imgserver_log_lines_total", "counter", "Lines logged.",

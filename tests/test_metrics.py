@@ -231,7 +231,7 @@ class Series(ServerCase):
             metrics._count_file(uuid_of(number), response, "")
 
     def downloads(self, metrics):
-        [samples] = [samples for name, *_, samples in metrics._of_images(True)
+        [samples] = [samples for name, *_, samples in metrics._others(True)
                      if name == "imgserver_downloads_total"]
         return {re.match('{image="([^"]*)"', labels)[1]: value
                 for labels, value in samples.items()}
