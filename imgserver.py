@@ -5797,9 +5797,8 @@ class Page:
     """
 
     def __init__(self, config, store, dsapi, imgapi):
-        self.config, self.store, self.imgapi = config, store, imgapi
+        self.config, self.store, self.dsapi, self.imgapi = config, store, dsapi, imgapi
         self.rights = imgapi.rights
-        self.url_base = dsapi.url_base
         self._in_use = weakref.WeakValueDictionary()      # id: page in the cache, or being sent
         style, script = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
                          for text in (PAGE_STYLE, PAGE_SCRIPT))
@@ -5851,8 +5850,8 @@ class Page:
             single_value(query, "channel") or self.config.default_channel or "*"]})
         snapshot = self.store.snapshot(IMGAPI, True)
         zipped = accepts_gzip(request.headers.get("accept-encoding", ""))
-        view = (self.url_base(request.host).decode(), channel, single_value(query, "q") or "",
-                int(number), self.rights.lists_all(request))
+        view = (self.dsapi.url_base(request.host).decode(), channel,
+                single_value(query, "q") or "", int(number), self.rights.lists_all(request))
         with self.store.rendering:
             page = snapshot.pages.get((view, zipped))
             if page is None:
