@@ -2583,10 +2583,13 @@ def read_stream(path, compression) -> SendStream:
 
 
 class FileScan:
-    """One pass over an image file: size, hashes, compression, and the stream inside."""
+    """One pass over an image file: size, hashes, compression, and the stream inside.
 
-    def __init__(self):
-        self.size = 0
+    begin(compression) is called before the first byte is unpacked; what it raises is passed on.
+    """
+
+    def __init__(self, begin=lambda compression: None):
+        self.size, self._when_known = 0, begin
         self.compression = None
         self.stream = SendStream()
         self._hashes = {name: hashlib.new(name) for name in ("sha1", "md5", "sha256")}
@@ -2618,6 +2621,7 @@ class FileScan:
 
     def _begin(self):
         self.compression = compression_of(self._head, "")
+        self._when_known(self.compression)
         self._decompressor = Decompressor(self.compression)
 
     def _feed_stream(self, chunk):
@@ -2636,6 +2640,7 @@ STALE = 24 * 3600             # seconds since the last write until --clean remov
 LOCK_PATIENCE = 2.0           # seconds a short change waits for another one of the same image
 LOCK_RETRY = 0.02             # seconds between two tries
 MKDIR_TRIES = 5               # of a staging directory, while leftovers or others are in the way
+XZ_AT_ONCE = 4                # xz files unpacked at once by one server, each with LZMA_MEMORY
 ICON_LIMIT = 128 << 10        # bytes of an icon, as in IMGAPI
 DEPENDENTS_NAMED = 5          # images named in one refusal to delete their origin
 V2_ALONE = frozenset(("owner", "public", "acl"))      # fields that v1 has no words for
@@ -2650,22 +2655,47 @@ def temporary_name(name) -> str:
 
 
 @contextlib.contextmanager
-def storing(action):
-    """Convert each OSError in the block to an ApiError: 503 StorageIsDown, `action` and why."""
+def storing(action, path=None):
+    """Convert each OSError in the block to an ApiError: 503 StorageIsDown, `action` and why.
+
+    path: the file that the command line names, where the system knows a part of it at most.
+    """
     try:
         yield
     except OSError as error:
+        error.filename = path or error.filename
         raise ApiError(503, "StorageIsDown", f"{action}: {error.strerror}") from error
 
 
-def sync(fd, action):
-    """fsync a directory, ignored where unsupported.  Raises ApiError, as storing does."""
-    with storing(action):
+def sync(fd, action, path):
+    """fsync the directory `path`, ignored where unsupported.  Raises ApiError, as storing."""
+    with storing(action, path):
         try:
             os.fsync(fd)
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
+
+
+@contextlib.contextmanager
+def open_directory(path):
+    """The fd of a directory.  Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def owner_of_new(serve_dir):
+    """(uid, gid) of serve_dir where root writes: the service must be able to change it.
+
+    None for all others.  Raises OSError.
+    """
+    if os.geteuid() != 0:
+        return None
+    status = os.stat(serve_dir)
+    return status.st_uid, status.st_gid
 
 
 def give(fd, owner):
@@ -2692,35 +2722,46 @@ def new_file(name, directory=None, mode=0o644, or_old=os.O_EXCL):
         os.fsync(fd)
 
 
-def replace_at(directory, name, data, owner=None, keep_time=False, mode=0o644):
-    """Replace the file `name` in an open directory, atomically.  Raises OSError.
+def replace_file(path, data, directory=None, serve_dir=None, keep_time=False, mode=0o644):
+    """Replace a file, atomically and durably.  Raises ApiError.
 
-    Permissions and owner of the old file stay; `owner` and `mode` are for one that is new,
-    or takes the place of a symlink.  keep_time: the mtime stays, too.  The directory is left
-    to be synced.
+    directory   that of the file, open: whatever has its path by now.  Without it symlinks are
+                followed, and the file behind them is replaced
+    serve_dir   decides the owner of a file that is new, as `mode` is for that, or for one in
+                place of a symlink.  Permissions and owner of an old one stay
+    keep_time   the mtime stays, too
     """
+    if directory is None:
+        path = os.path.realpath(path)
+        with storing(f"cannot write {os.path.basename(path)}", path), \
+                open_directory(os.path.dirname(path)) as directory:
+            return replace_file(path, data, directory, serve_dir, keep_time, mode)
+    name = os.path.basename(path)
     aside, before = temporary_name(name), None
-    with contextlib.suppress(FileNotFoundError):
-        status = os.stat(name, dir_fd=directory, follow_symlinks=False)
-        if stat.S_ISREG(status.st_mode):          # never a set-uid bit: the bytes are others'
-            before = status
-            mode, owner = status.st_mode & 0o777, (status.st_uid, status.st_gid)
-    try:
-        with new_file(aside, directory, mode) as file:
-            file.write(data)
-            file.flush()
-            try:
-                give(file.fileno(), owner)
-            except PermissionError:
-                if before is None or not before.st_mode & stat.S_IROTH:
-                    raise                 # its readers may have lost access
-            if before is not None and keep_time:
-                os.utime(file.fileno(), ns=(before.st_atime_ns, before.st_mtime_ns))
-        os.rename(aside, name, src_dir_fd=directory, dst_dir_fd=directory)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(aside, dir_fd=directory)
-        raise
+    with storing(f"cannot write {name}", path):
+        owner = owner_of_new(serve_dir) if serve_dir else None
+        with contextlib.suppress(FileNotFoundError):
+            status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+            if stat.S_ISREG(status.st_mode):      # never a set-uid bit: the bytes are others'
+                before = status
+                mode, owner = status.st_mode & 0o777, (status.st_uid, status.st_gid)
+        try:
+            with new_file(aside, directory, mode) as file:
+                file.write(data)
+                file.flush()
+                try:
+                    give(file.fileno(), owner)
+                except PermissionError:
+                    if before is None or not before.st_mode & stat.S_IROTH:
+                        raise             # its readers may have lost access
+                if before is not None and keep_time:
+                    os.utime(file.fileno(), ns=(before.st_atime_ns, before.st_mtime_ns))
+            os.rename(aside, name, src_dir_fd=directory, dst_dir_fd=directory)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(aside, dir_fd=directory)
+            raise
+    sync(directory, f"{name} is written, but not surely on disk", path)
 
 
 def manifest_bytes(manifest) -> bytes:
@@ -2730,19 +2771,6 @@ def manifest_bytes(manifest) -> bytes:
         raise ApiError(422, "ValidationFailed", f"the manifest would have {len(data)} bytes, "
                                                 f"of which {MANIFEST_LIMIT} are the most")
     return data
-
-
-def replace_file(path, data, keep_time=False, owner=None, mode=0o644):
-    """replace_at by path, and synced; behind a symlink, the file there.  Raises ApiError."""
-    with storing(f"cannot write {os.path.basename(path)}"):
-        directory, name = os.path.split(os.path.realpath(path))
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with storing(f"cannot write {name}"):
-            replace_at(fd, name, data, owner, keep_time, mode)
-        sync(fd, f"{name} is written, but not surely on disk")
-    finally:
-        os.close(fd)
 
 
 def remove_tree(path):
@@ -2788,6 +2816,22 @@ def lock_directory(path, patience=0.0):
         os.close(fd)                      # it was renamed before it was locked
 
 
+def set_aside(path, fd=None) -> str:
+    """Rename an image's directory out of sight; returns the new path.
+
+    fd: the directory that is meant; another one that has come in its place is put back.
+    Raises OSError, ApiError.
+    """
+    serve_dir, name = os.path.split(path)
+    uuid = name.removeprefix(INCOMING)
+    aside = os.path.join(serve_dir, f"{DISCARDED}{uuid}.{os.urandom(8).hex()}")
+    os.rename(path, aside)
+    if fd is not None and not is_still(aside, fd):
+        os.rename(aside, path)
+        raise busy(uuid)
+    return aside
+
+
 def new_manifest(config, uuid, fields) -> dict:
     """A v1 manifest, as the original import-image wrote it, of the fields that were given.
 
@@ -2795,20 +2839,19 @@ def new_manifest(config, uuid, fields) -> dict:
     """
     now = stamp(time.time())
     given = {key: value for key, value in fields.items() if value is not None}
-    creator = config.image_creator_uuid or NOBODY
-    manifest = {
-        "uuid": uuid, "name": given.pop("name", ""), "version": given.pop("version", ""),
-        "description": given.pop("description", ""), "published_at": now, "created_at": now,
+    name, version = given.get("name", ""), given.get("version", "")
+    creator, creator_uuid = config.image_creator, config.image_creator_uuid or NOBODY
+    return {
+        "uuid": uuid, "name": name, "version": version, "description": "",
+        "published_at": now, "created_at": now,
         "type": "zone-dataset", "os": "smartos", "platform_type": "smartos",
-        "cloud_name": config.image_creator, "creator_name": config.image_creator,
-        "creator_uuid": creator, "vendor_uuid": config.image_vendor_uuid or creator,
+        "cloud_name": creator, "creator_name": creator, "creator_uuid": creator_uuid,
+        "vendor_uuid": config.image_vendor_uuid or creator_uuid,
+        "urn": f"{creator}:{creator}:{name}:{version}", **given,
     }
-    manifest["urn"] = ":".join((config.image_creator, config.image_creator, manifest["name"],
-                                manifest["version"]))
-    return {**manifest, **given}
 
 
-def choose_channels(config, manifest, default=None):
+def choose_channels(config, manifest):
     """Set the default channel, if there are any, for an image that names none, as IMGAPI does.
 
     Returns a warning where the image's origin is in none of them, or None.  Raises ApiError
@@ -2817,22 +2860,20 @@ def choose_channels(config, manifest, default=None):
     names = [channel["name"] for channel in config.channels]
     if not names:
         return None
-    default = default or config.default_channel
-    if not manifest.get("channels") and default is not None:
-        manifest["channels"] = [default]
-    if not manifest.get("channels"):
-        raise ApiError(422, "ValidationFailed", "channels must be given, such as 'channels=[\""
-                       + names[0] + "\"]': the configuration has no default one",
-                       [{"field": "channels", "code": "MissingParameter"}])
-    for name in manifest["channels"]:
-        if name not in names:
-            raise ApiError(422, "ValidationFailed",
-                           f"there is no channel {name!a} in the configuration, but "
-                           + ", ".join(names),
-                           [{"field": "channels", "code": "Invalid"}])
+    if not manifest.get("channels") and config.default_channel is not None:
+        manifest["channels"] = [config.default_channel]
+    channels = manifest.get("channels") or []
+    unknown = [name for name in channels if name not in names]
+    if unknown or not channels:
+        raise ApiError(
+            422, "ValidationFailed",
+            f"there is no channel {unknown[0]!a} in the configuration, but " + ", ".join(names)
+            if unknown else f"channels must be given, such as 'channels=[\"{names[0]}\"]': the "
+            "configuration has no default one",
+            [{"field": "channels", "code": "Invalid" if unknown else "MissingParameter"}])
     origin = manifest.get("origin") and ImageReader(config).read(
         manifest["origin"], os.path.join(config.serve_dir, ""), ())
-    if origin and not origin.problem and set(manifest["channels"]).isdisjoint(origin.channels):
+    if origin and not origin.problem and set(channels).isdisjoint(origin.channels):
         return no_common_channel(origin.uuid)
     return None
 
@@ -2854,41 +2895,75 @@ def busy(uuid) -> ApiError:
                     f"image {uuid} is being imported or changed by somebody else")
 
 
+def none_here(uuid) -> ApiError:
+    return not_found(f"image {uuid} not found")
+
+
+def none_waits(uuid) -> ApiError:
+    return not_found(f"no image {uuid} waits to be activated")
+
+
 def already_active(uuid) -> ApiError:
     return ApiError(422, "ImageAlreadyActivated", f'image "{uuid}" is already activated')
 
 
-def refused_file(reason) -> ApiError:
-    return ApiError(400, "Upload", f"image refused: {reason}")
-
-
 class LockedImage:
-    """The directory of one image, open as fd and locked: `path` is where it was found."""
+    """The directory of one image, open as fd and locked until the block ends.
+
+    path: where it was found.  All methods raise ApiError.
+    """
 
     def __init__(self, uuid, path, fd):
         self.uuid, self.path, self.fd = uuid, path, fd
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        os.close(self.fd)
+
     def manifest(self) -> dict:
-        """Its manifest as stored.  Raises ApiError."""
+        """Its manifest as stored."""
         with storing(f"image {self.uuid} cannot be read"):
             try:
                 return read_manifest(self.path)[0]
             except FileNotFoundError:     # discard does not wait for the lock
-                raise not_found(f"image {self.uuid} not found")
+                raise none_here(self.uuid)
             except BadImage as error:
                 raise ApiError(422, "ValidationFailed", f"image {self.uuid}: {error}")
+
+    def write(self, name, data):
+        """Replace one of its files."""
+        replace_file(os.path.join(self.path, name), data, self.fd, os.path.dirname(self.path))
+
+    def write_manifest(self, manifest):
+        """Replace its manifest while it is not on show."""
+        self.write(MANIFEST, manifest_bytes(manifest))
+
+    def remove_icons(self, but=None) -> int:
+        """Remove all icons but one; returns how many."""
+        with storing("the icon cannot be changed", self.path):
+            names = [name for name in os.listdir(self.fd) if name in ICONS and name != but]
+            for name in names:
+                os.unlink(name, dir_fd=self.fd)
+        sync(self.fd, "the icon is changed, but not surely on disk", self.path)
+        return len(names)
 
 
 class Publisher:
     """The verbs on disk: each atomic and durable, for any thread, process or machine.
 
     They raise ApiError, with the codes of IMGAPI and no path in the message; its __cause__
-    is the OSError where the disk is at fault.
+    is the OSError where the disk is at fault, with the path.
+
+    turn: a context manager that is entered for each piece of a file that is hashed.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, turn=None):
         self.config, self.serve_dir = config, config.serve_dir
         self._reader = ImageReader(config)
+        self._turn = turn or contextlib.nullcontext()
+        self._xz = threading.BoundedSemaphore(XZ_AT_ONCE)
 
     # the verbs
 
@@ -2897,10 +2972,10 @@ class Publisher:
 
         An unactivated one that is not being written is replaced.
         """
-        with self._created(manifest) as image:
+        with self._created(validate(manifest, IMPORT)) as image:
             return image.manifest()
 
-    def add_file(self, uuid, read, expected=None, check_stream=True, turn=None) -> dict:
+    def add_file(self, uuid, read, expected=None, check_stream=True) -> dict:
         """Store the file of an unactivated image; returns files[0] of its manifest.
 
         read          read(n): at most n bytes of the file, b"" at its end.  Its OSError is
@@ -2909,25 +2984,24 @@ class Publisher:
                       and further ones to store (path)
         check_stream  whether an image of a ZFS type must be one whole ZFS stream, and a
                       stream of any type one that imgadm can install
-        turn          a context manager that is entered for each piece that is hashed
 
         After a failure the image has the file that it had before.
         """
         if os.path.lexists(self._path(uuid)):
             raise ApiError(422, "ImageFilesImmutable",
                            f"cannot modify files on activated image {uuid}")
-        with self._locked(uuid, (INCOMING,)) as image:
-            return self._store_file(image, read, expected or {}, check_stream, turn)
+        with self._locked(uuid, (INCOMING,), 0.0) as image:
+            return self._store_file(image, read, expected or {}, check_stream)
 
-    def import_image(self, manifest, read, activated=True, check_stream=True, turn=None) -> dict:
+    def import_image(self, manifest, read, activated=True, check_stream=True) -> dict:
         """create, add_file and activate under one lock: all of it, or nothing stays.
 
         files[0] of the manifest has facts that must be true of the file.  An ApiError
         whose message says "on show" comes when it was activated all the same.
         """
         expected = (manifest.get("files") or [{}])[0]
-        with self._created(manifest) as image:
-            file = self._store_file(image, read, expected, check_stream, turn)
+        with self._created(validate(manifest, IMPORT)) as image:
+            file = self._store_file(image, read, expected, check_stream)
             if activated:
                 self._show(image)
         return file
@@ -2938,11 +3012,19 @@ class Publisher:
         An image on show whose manifest has another state loses that.
         """
         if os.path.lexists(self._path(uuid)):
-            return self._change(uuid, self._without_state)
+            self._change(uuid, self._without_state)
+            return
         refusal = ApiError(422, "NoActivationNoFile",
                            f"image {uuid} cannot be activated: its file is still being written")
-        with self._locked(uuid, (INCOMING,), refusal=refusal) as image:
+        with self._locked(uuid, (INCOMING,), 0.0, refusal) as image:
             self._show(image)
+
+    @staticmethod
+    def _without_state(manifest):
+        """A manifest without its unactivated state.  Raises ApiError where it has none."""
+        if manifest.get("state") not in ("unactivated", "nuked", "pending"):
+            raise already_active(manifest.get("uuid"))
+        return {key: value for key, value in manifest.items() if key != "state"}
 
     def update(self, uuid, changes) -> dict:
         """Set fields of an image in any state; None removes one.  Returns its manifest.
@@ -2954,8 +3036,7 @@ class Publisher:
         def changed(manifest):
             if is_v1(manifest) and V2_ALONE & changes.keys():
                 manifest = upgrade(manifest)
-            manifest = {**manifest, **changes}
-            manifest = {key: value for key, value in manifest.items()
+            manifest = {key: value for key, value in {**manifest, **changes}.items()
                         if value is not None or key not in changes}
             validate(manifest, IMPORT)
             if "channels" in changes:
@@ -2973,15 +3054,27 @@ class Publisher:
         """Take an image off the lists; returns its manifest."""
         return self._change(uuid, lambda manifest: {**manifest, "disabled": True})
 
+    def _change(self, uuid, change) -> dict:
+        """Store change(manifest) as the manifest of an image in any state, and return it.
+
+        The mtime stays: an image without published_at shows it.
+        """
+        with self._locked(uuid) as image:
+            before = image.manifest()
+            manifest = change(before)
+            if manifest != before:
+                replace_file(os.path.join(image.path, MANIFEST), manifest_bytes(manifest),
+                             keep_time=True)
+            return manifest
+
     def add_icon(self, uuid, content_type, data):
         """Give an image in any state its icon, in place of the one before."""
-        name = self._icon_name(content_type, data)
-        with self._locked(uuid, ("", INCOMING), LOCK_PATIENCE) as image:
-            self._store_icon(image, name, data)
+        with self._locked(uuid) as image:
+            self._store_icon(image, content_type, data)
 
     @staticmethod
-    def _icon_name(content_type, data) -> str:
-        """The name of an icon's file.  Raises ApiError."""
+    def _store_icon(image, content_type, data):
+        """add_icon for a locked image."""
         name = {kind: name for name, kind in ICONS.items()}.get(content_type)
         if name is None:
             raise ApiError(400, "Upload", f"invalid content-type, {content_type}, must be one of "
@@ -2989,97 +3082,76 @@ class Publisher:
         if len(data) > ICON_LIMIT:
             raise ApiError(400, "Upload", f"icon size {len(data)} exceeds the maximum allowed "
                            f"size, {ICON_LIMIT >> 10} KiB")
-        return name
-
-    def _store_icon(self, image, name, data):
-        """add_icon for a locked image."""
-        with storing("the icon cannot be stored"):
-            replace_at(image.fd, name, data, self._owner())
-            self._remove_icons(image, name)
-        sync(image.fd, "the icon is stored, but not surely on disk")
+        image.write(name, data)
+        image.remove_icons(but=name)
 
     def remove_icon(self, uuid):
         """Remove the icon of an image in any state.  Raises ApiError: 404 where it has none."""
-        with self._locked(uuid, ("", INCOMING), LOCK_PATIENCE) as image:
-            with storing("the icon cannot be removed"):
-                if not self._remove_icons(image):
-                    raise not_found(f'image "{uuid}" has no icon')
-            sync(image.fd, "the icon is removed, but not surely on disk")
+        with self._locked(uuid) as image:
+            if not image.remove_icons():
+                raise not_found(f'image "{uuid}" has no icon')
 
     def delete(self, uuid, force=False):
         """Remove an image in any state; `force`: even where other images build on it."""
-        with self._locked(uuid, ("", INCOMING), LOCK_PATIENCE) as image:
+        with self._locked(uuid) as image:
             if not force:
-                self.refuse_dependents(uuid, self.dependents(uuid))
-            with storing(f"image {uuid} cannot be removed"):
-                aside = self._set_aside(image.path, uuid, image.fd)
-        self._remove(aside, uuid)
+                self.refuse_dependents(uuid)
+            self._remove(uuid, image.path, image.fd)
 
     def discard(self, uuid):
         """Remove an image that is not active, even while it is being written."""
-        with storing(f"image {uuid} cannot be removed"):
-            try:
-                aside = self._set_aside(self._path(uuid, INCOMING), uuid)
-            except FileNotFoundError:
-                raise not_found(f"no image {uuid} waits to be activated")
-        self._remove(aside, uuid)
+        self._remove(uuid, self._path(uuid, INCOMING))
 
     def refuse_existing(self, uuid):
         """Raise ApiError (409) where an image of this uuid is on show."""
         if os.path.lexists(self._path(uuid)):
             raise ApiError(409, "ImageUuidAlreadyExists", f'image uuid "{uuid}" already exists')
 
-    @staticmethod
-    def refuse_dependents(uuid, others):
-        """Raise ApiError (422) where other images build on this one."""
+    def refuse_dependents(self, uuid, others=None, hint=""):
+        """Raise ApiError (422) where other images, by default all here, build on this one."""
+        if others is None:
+            others = self.dependents().get(uuid)
         if others:
             more = len(others) - DEPENDENTS_NAMED
             raise ApiError(
                 422, "ImageHasDependentImages",
                 f'image "{uuid}" has {len(others)} dependent incremental image(s): '
                 + ", ".join(others[:DEPENDENTS_NAMED])
-                + (f", and {more} more..." if more > 0 else ""))
+                + (f", and {more} more..." if more > 0 else "") + hint)
 
     def manifest(self, uuid) -> dict:
         """The manifest of an image in any state, as stored.  Raises ApiError."""
-        with self._locked(uuid, ("", INCOMING), LOCK_PATIENCE) as image:
+        with self._locked(uuid) as image:
             return image.manifest()
 
-    def dependents(self, uuid) -> list:
-        """The uuids of all images, in any state, that build on this one."""
-        return self.all_dependents().get(uuid, [])
-
-    def all_dependents(self) -> dict:
+    def dependents(self) -> dict:
         """uuid: the uuids of all images, in any state, that build on it; if there are any."""
         found = {}
         with storing("the images cannot be read"):
-            names = os.listdir(self.serve_dir)
-        for name in sorted(names):
-            other = name[len(INCOMING):] if name.startswith(INCOMING) else name
-            if is_uuid(other):
-                try:
-                    manifest, _ = read_manifest(os.path.join(self.serve_dir, name))
-                    if isinstance(manifest.get("origin"), str):
-                        found.setdefault(manifest["origin"], []).append(other)
-                except (OSError, BadImage, RecursionError):
-                    pass                  # no client could import it
+            names = sorted(os.listdir(self.serve_dir))
+        for name in names:
+            uuid = name.removeprefix(INCOMING)
+            origin = (self._read(name) or {}).get("origin") if is_uuid(uuid) else None
+            if isinstance(origin, str):
+                found.setdefault(origin, []).append(uuid)
         return found
+
+    def _read(self, name):
+        """The manifest in a directory of serve_dir, or None: no client could import that."""
+        with contextlib.suppress(OSError, BadImage, RecursionError):
+            return read_manifest(os.path.join(self.serve_dir, name))[0]
+        return None
 
     # directories
 
     def _path(self, uuid, prefix="") -> str:
         return os.path.join(self.serve_dir, prefix + uuid)
 
-    def _owner(self):
-        """(uid, gid) of serve_dir where root writes: the service must be able to change it."""
-        if os.geteuid() != 0:
-            return None
-        status = os.stat(self.serve_dir)
-        return status.st_uid, status.st_gid
-
-    @contextlib.contextmanager
-    def _locked(self, uuid, prefixes, patience=0.0, refusal=None):
-        """The image as LockedImage, in the first place where it is.  Raises ApiError."""
+    def _locked(self, uuid, prefixes=("", INCOMING), patience=LOCK_PATIENCE,
+                refusal=None) -> LockedImage:
+        """The image, in the first place where it is.  Raises ApiError: refusal, or 409, where
+        somebody else keeps it locked.
+        """
         for prefix in prefixes:
             path = self._path(uuid, prefix)
             with storing(f"image {uuid} cannot be read"):
@@ -3088,149 +3160,112 @@ class Publisher:
                 except BlockingIOError:
                     raise refusal or busy(uuid)
             if fd is not None:
-                try:
-                    yield LockedImage(uuid, path, fd)
-                finally:
-                    os.close(fd)
-                return
-        raise not_found(f"no image {uuid} waits to be activated" if prefixes == (INCOMING,)
-                        else f"image {uuid} not found")
+                return LockedImage(uuid, path, fd)
+        raise none_waits(uuid) if prefixes == (INCOMING,) else none_here(uuid)
 
     @contextlib.contextmanager
-    def _created(self, manifest):
-        """A new unactivated image, locked; removed again where the block raises."""
-        uuid = manifest["uuid"]
+    def _created(self, manifest, is_kept=lambda path: False):
+        """A new unactivated image, locked; removed again where the block raises.
+
+        is_kept(path): whether an unfinished one at `path` stays, to be completed.
+        """
+        uuid, path = manifest["uuid"], self._path(manifest["uuid"], INCOMING)
         self.refuse_existing(uuid)
-        manifest = self._checked(manifest)
         if manifest.get("origin"):
             self._check_chain(uuid, manifest["origin"])
-        with storing("the image cannot be stored"):
-            image = self._make_directory(uuid)
-        try:
-            self._write_manifest(image, {key: value for key, value in manifest.items()
-                                         if key not in ("files", "state", "icon")})
-            yield image
-        except BaseException:
-            if is_still(image.path, image.fd) and not self._is_kept(image.path):
-                with contextlib.suppress(OSError, ApiError):
-                    remove_tree(self._set_aside(image.path, uuid, image.fd))
-            raise
-        finally:
-            os.close(image.fd)
-
-    @staticmethod
-    def _checked(manifest) -> dict:
-        """A manifest that may be stored.  Raises ApiError."""
-        return validate(manifest, IMPORT)
-
-    @staticmethod
-    def _is_kept(path) -> bool:
-        """Whether an unfinished image is resumed, not begun again."""
-        return False
+        with storing("the image cannot be stored", path):
+            fd = self._make_directory(uuid, path, is_kept)
+        with LockedImage(uuid, path, fd) as image:
+            try:
+                image.write_manifest({key: value for key, value in manifest.items()
+                                      if key not in ("files", "state", "icon")})
+                yield image
+            except BaseException:
+                if is_still(path, fd) and not is_kept(path):
+                    with contextlib.suppress(OSError, ApiError):
+                        remove_tree(set_aside(path, fd))
+                raise
 
     def _check_chain(self, uuid, origin):
         """Raise ApiError (422) where a new image's origin is not here, or builds on that image:
         in a cycle, an image that waits for its origin would no longer be shown.
         """
-        seen, link = {None}, origin
-        while link not in seen:
+        seen, link = set(), origin
+        while isinstance(link, str) and link not in seen:
             seen.add(link)
-            for prefix in ("", INCOMING):
-                with contextlib.suppress(OSError, BadImage, RecursionError):
-                    link = read_manifest(self._path(link, prefix))[0].get("origin") or None
-                    break
-            else:
-                if link == origin:
-                    raise ApiError(422, "OriginDoesNotExist",
-                                   f'origin image "{origin}" does not exist on this server: '
-                                   f"`imgserver.py mirror URL {origin}` brings it")
-                break
-            link = link if isinstance(link, str) else None
+            manifest = self._read(link) or self._read(INCOMING + link) or {}
+            if link == origin and not manifest:
+                raise ApiError(422, "OriginDoesNotExist",
+                               f'origin image "{origin}" does not exist on this server: '
+                               f"`imgserver.py mirror URL {origin}` brings it")
+            link = manifest.get("origin")
         if uuid in seen:
             raise ApiError(422, "OriginDoesNotExist",
                            f'origin image "{origin}" builds on image "{uuid}" itself')
 
-    def _make_directory(self, uuid) -> LockedImage:
-        """A new staging directory, locked; a leftover is removed.  Raises ApiError and OSError."""
-        path = self._path(uuid, INCOMING)
+    def _make_directory(self, uuid, path, is_kept) -> int:
+        """The fd of a new staging directory, locked; a leftover is removed.
+
+        Raises ApiError and OSError.
+        """
         for _ in range(MKDIR_TRIES):
+            is_new = True
             try:
                 os.mkdir(path, 0o755)
             except FileExistsError:
-                try:
-                    fd = lock_directory(path)
-                except BlockingIOError:
-                    raise busy(uuid)
-                if fd is not None and self._is_kept(path):
-                    return LockedImage(uuid, path, fd)
-                try:                      # without fd it is gone, or no directory
-                    if fd is not None or not os.path.isdir(path):
-                        aside = self._set_aside(path, uuid, fd)
-                        with contextlib.suppress(OSError):
-                            remove_tree(aside)
-                except FileNotFoundError:
-                    pass              # the other one has cleared it: the name is free now
-                finally:
-                    if fd is not None:
-                        os.close(fd)
-                continue
-            fd = None
+                is_new = False
             try:
-                fd = lock_directory(path)
-                if fd is not None:        # None: another import took it for a leftover
-                    os.fchmod(fd, 0o755)
-                    give(fd, self._owner())
-                    return LockedImage(uuid, path, fd)
+                with contextlib.ExitStack() as stack:
+                    fd = lock_directory(path)
+                    if fd is not None:    # None: gone, taken for a leftover, or no directory
+                        stack.callback(os.close, fd)
+                    if fd is not None and (is_new or is_kept(path)):
+                        os.fchmod(fd, 0o755)
+                        give(fd, owner_of_new(self.serve_dir))
+                        stack.pop_all()
+                        return fd
+                    if not is_new and (fd is not None or not os.path.isdir(path)):
+                        with contextlib.suppress(FileNotFoundError):      # others clear it, too
+                            aside = set_aside(path, fd)
+                            with contextlib.suppress(OSError):
+                                remove_tree(aside)
             except BlockingIOError:
                 raise busy(uuid)
             except OSError:
                 with contextlib.suppress(OSError):
                     os.rmdir(path)
-                if fd is not None:
-                    os.close(fd)
                 raise
         raise busy(uuid)
 
-    def _set_aside(self, path, uuid, fd=None) -> str:
-        """Rename an image's directory out of sight; returns the new path.
-
-        fd: the directory that is meant; another one that has come in its place is put back.
-        Raises OSError, ApiError.
-        """
-        aside = self._path(f"{uuid}.{os.urandom(8).hex()}", DISCARDED)
-        os.rename(path, aside)
-        if fd is not None and not is_still(aside, fd):
-            os.rename(aside, path)
-            raise busy(uuid)
-        return aside
-
-    def _remove(self, aside, uuid):
-        """Remove the files of an image that was set aside."""
+    def _remove(self, uuid, path, fd=None):
+        """Remove an image, of which the directory is open as fd, or any that is there."""
+        with storing(f"image {uuid} cannot be removed"):
+            try:
+                aside = set_aside(path, fd)
+            except FileNotFoundError:
+                raise none_waits(uuid) if fd is None else none_here(uuid)
         self._sync(f"image {uuid} is removed, but not surely on disk")
         with storing(f"image {uuid} is removed, but not all of its files"):
             remove_tree(aside)
 
     def _sync(self, action):
         """fsync serve_dir.  Raises ApiError."""
-        with storing(action):
-            fd = os.open(self.serve_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            sync(fd, action)
-        finally:
-            os.close(fd)
+        with storing(action), open_directory(self.serve_dir) as fd:
+            sync(fd, action, self.serve_dir)
 
     def _show(self, image):
         """Activate a locked image.  Raises ApiError."""
         uuid, path = image.uuid, self._path(image.uuid)
-        with storing(f"image {uuid} cannot be activated"):
+        refusal = f"image {uuid} cannot be activated"
+        with storing(refusal):
             found = self._reader.read(uuid, self._path("", INCOMING), (IMGAPI,))
         if found is None or found.problem:
-            raise ApiError(422, "NoActivationNoFile", f"image {uuid} cannot be activated: "
+            raise ApiError(422, "NoActivationNoFile", f"{refusal}: "
                            + (found.problem if found else f"there is no {MANIFEST}"))
         manifest = image.manifest()
         if not manifest.get("published_at"):
-            self._write_manifest(image, {**manifest, "published_at": stamp(time.time())})
-        with storing(f"image {uuid} cannot be activated"):
+            image.write_manifest({**manifest, "published_at": stamp(time.time())})
+        with storing(refusal):
             try:
                 os.rename(image.path, path)
             except OSError:
@@ -3241,74 +3276,75 @@ class Publisher:
                 try:
                     os.rename(path, image.path)
                 except OSError:                       # and a third one in the place of that
-                    self._set_aside(path, uuid)
+                    set_aside(path)
                 raise busy(uuid)
         self._sync(f"image {uuid} is on show, but not surely on disk")
 
-    # manifests
-
-    def _write_manifest(self, image, manifest):
-        """Store the manifest of a locked image in its own directory.  Raises ApiError."""
-        with storing("the image cannot be stored"):
-            replace_at(image.fd, MANIFEST, manifest_bytes(manifest), self._owner())
-        sync(image.fd, "the image is stored, but not surely on disk")
-
-    def _change(self, uuid, change) -> dict:
-        """Store change(manifest) as the manifest of an image in any state, and return it.
-
-        The mtime stays: an image without published_at shows it.
-        """
-        with self._locked(uuid, ("", INCOMING), LOCK_PATIENCE) as image:
-            before = image.manifest()
-            manifest = change(before)
-            if manifest != before:
-                replace_file(os.path.join(image.path, MANIFEST), manifest_bytes(manifest),
-                             keep_time=True)
-            return manifest
-
-    def _without_state(self, manifest):
-        """A manifest without its unactivated state.  Raises ApiError where it has none."""
-        if manifest.get("state") not in ("unactivated", "nuked", "pending"):
-            raise already_active(manifest.get("uuid"))
-        return {key: value for key, value in manifest.items() if key != "state"}
-
-    @staticmethod
-    def _remove_icons(image, but=None) -> int:
-        """Remove all icons but one; returns how many."""
-        names = [name for name in os.listdir(image.fd) if name in ICONS and name != but]
-        for name in names:
-            os.unlink(name, dir_fd=image.fd)
-        return len(names)
-
     # files
 
-    def _store_file(self, image, read, expected, check_stream, turn) -> dict:
+    def _store_file(self, image, read, expected, check_stream) -> dict:
         """add_file for a locked image."""
         aside = temporary_name("file")
         try:
-            with storing("the image cannot be stored"):
-                found = self._receive(image, aside, read, turn or contextlib.nullcontext())
+            with storing("the image cannot be stored", image.path):
+                found = self._receive(image, aside, read)
             return self._accept(image, aside, found, expected, check_stream)
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(OSError):
                 os.unlink(aside, dir_fd=image.fd)
+            if isinstance(error, BadImage):
+                raise ApiError(400, "Upload", f"image refused: {error}")
             raise
 
+    def _receive(self, image, name, read) -> FileScan:
+        """Write and examine a new file.  Raises ApiError, BadImage, OSError, and as `read`."""
+        with new_file(name, image.fd) as file, self._scan() as found:
+            give(file.fileno(), owner_of_new(self.serve_dir))
+            while True:
+                try:
+                    chunk = read(CHUNK)
+                except OSError as error:
+                    raise ApiError(400, "Upload", "the image cannot be read: "
+                                   f"{error.strerror or error}") from error
+                if not chunk:
+                    break
+                with self._turn:
+                    found.feed(chunk)
+                file.write(chunk)
+            found.finish()
+            file.flush()
+            if os.fstat(file.fileno()).st_size != found.size:
+                raise OSError(errno.EIO, "the disk has not kept all of it")
+            return found
+
+    @contextlib.contextmanager
+    def _scan(self):
+        """A FileScan.  Raises ApiError (503) where too many xz files are being unpacked."""
+        with contextlib.ExitStack() as stack:
+            def begin(compression):
+                if compression == "xz":
+                    if not self._xz.acquire(blocking=False):
+                        raise ApiError(503, "ServiceUnavailableError",
+                                       f"{XZ_AT_ONCE} xz files are on their way",
+                                       fields=b"Retry-After: 10\r\n")
+                    stack.callback(self._xz.release)
+            yield FileScan(begin)
+
     def _accept(self, image, aside, found, expected, check_stream) -> dict:
-        """Make the received file `aside` that of a locked image."""
+        """Make the received file `aside` that of a locked image.  Raises ApiError, BadImage."""
         manifest = image.manifest()
         expected = {key: value for key, value in expected.items() if value not in (None, "")}
         file = self._describe(manifest, found, expected, check_stream)
         if not is_still(image.path, image.fd):
             raise not_found(f"image {image.uuid} was discarded while it was imported")
-        with storing("the image cannot be stored"):
+        with storing("the image cannot be stored", image.path):
             # The manifest decides which file counts: another one may still be in use.
             if file["path"] in os.listdir(image.fd):
                 name = file_name(manifest, found.compression)
                 file["path"] = f"{file['sha1'][:8]}-{name}"
             os.rename(aside, file["path"], src_dir_fd=image.fd, dst_dir_fd=image.fd)
         try:
-            self._write_manifest(image, {**manifest, "files": [file]})
+            image.write_manifest({**manifest, "files": [file]})
         finally:
             self._tidy(image)
         return file
@@ -3319,73 +3355,41 @@ class Publisher:
         with contextlib.suppress(ApiError, OSError, LookupError, TypeError):
             name = image.manifest()["files"][0]["path"]
             for each in os.listdir(image.fd):
-                if each not in (name, MANIFEST, UPSTREAM) and each not in ICONS:
+                if each not in (name, MANIFEST, UPSTREAM, *ICONS):
                     with contextlib.suppress(OSError):
                         os.unlink(each, dir_fd=image.fd)
 
-    def _receive(self, image, name, read, turn) -> FileScan:
-        """Write and examine a new file.  Raises ApiError, OSError, and as `read` does."""
-        found = FileScan()
-        try:
-            with new_file(name, image.fd) as file:
-                give(file.fileno(), self._owner())
-                while True:
-                    try:
-                        chunk = read(CHUNK)
-                    except OSError as error:
-                        raise ApiError(400, "Upload", "the image cannot be read: "
-                                       f"{error.strerror or error}") from error
-                    if not chunk:
-                        break
-                    with turn:
-                        found.feed(chunk)
-                    file.write(chunk)
-                found.finish()
-                file.flush()
-                if os.fstat(file.fileno()).st_size != found.size:
-                    raise OSError(errno.EIO, "the disk has not kept all of it")
-        except BadImage as error:
-            raise refused_file(error)
-        return found
-
     def _describe(self, manifest, found, expected, check_stream) -> dict:
-        """files[0] of a received file.  Raises ApiError where it contradicts the known facts."""
+        """files[0] of a received file.  Raises BadImage where it contradicts the known facts."""
         if found.size == 0:
-            raise refused_file("there is no data")
-        hashes = found.hashes()
+            raise BadImage("there is no data")
+        hashes, stream = found.hashes(), found.stream
         truth = {"size": found.size, "sha1": hashes["sha1"], "compression": found.compression}
-        if found.stream.guid:
-            truth["dataset_guid"] = str(found.stream.guid)
+        if stream.guid:
+            truth["dataset_guid"] = str(stream.guid)
         for key, value in truth.items():
             promised = expected.get(key)
             if promised not in (None, value) and str(promised).lower() != str(value):
-                raise refused_file(f"its {key} is {value}, not {promised}")
+                raise BadImage(f"its {key} is {value}, not {promised}")
         if check_stream:
-            try:
-                self._check_stream(manifest, found.stream)
-            except BadImage as error:
-                raise refused_file(error)
+            origin = manifest.get("origin")
+            problem = stream_problem(manifest["type"], stream, ZFS_TYPES)
+            if problem is None and stream.type and origin and not stream.from_guid:
+                problem = "the stream is not incremental, but an origin is given"
+            if problem is not None:
+                raise BadImage(problem)
+            self.check_origin(origin, stream)
         file = {"path": file_name(manifest, found.compression), **expected, **truth, **hashes,
                 "md5_of": hashes["sha1"]}
         if not is_file_name(file["path"]):
-            raise refused_file("files[0].path of the manifest is no plain file name")
+            raise BadImage("files[0].path of the manifest is no plain file name")
         return file
-
-    def _check_stream(self, manifest, stream):
-        """Compare the ZFS stream with type and origin.  Raises BadImage."""
-        origin = manifest.get("origin")
-        problem = stream_problem(manifest["type"], stream, ZFS_TYPES)
-        if problem:
-            raise BadImage(problem)
-        if stream.type and origin and not stream.from_guid:
-            raise BadImage("the stream is not incremental, but an origin is given")
-        self.check_origin(origin, stream)
 
     def check_origin(self, origin, stream):
         """Raise BadImage where an incremental stream does not build on the origin's."""
         if stream.from_guid and not origin:
-            raise BadImage("the stream is incremental, but no origin is given (--origin): "
-                           "the image that it builds on")
+            raise BadImage("the stream is incremental, but no origin is given: the uuid of the "
+                           "image that it builds on")
         if stream.from_guid and self._guid_of(origin) != str(stream.from_guid):
             raise BadImage(f"the stream does not build on image {origin}")
 
@@ -3394,12 +3398,16 @@ class Publisher:
         for prefix in ("", INCOMING):
             with storing(f"image {uuid} cannot be read"):
                 image = self._reader.read(uuid, self._path("", prefix), (IMGAPI,))
-                if image is not None and not image.problem:
-                    file = image.fields()["files"][0]
-                    return file.get("dataset_guid") or str(read_stream(
-                        os.path.join(image.directory, image.file), file["compression"]).guid)
-                if image is not None:
+                if image is None:
+                    continue
+                if image.problem:
                     raise BadImage(f"its origin, image {uuid}, is not sound: {image.problem}")
+                file = image.fields()["files"][0]
+                if file.get("dataset_guid"):
+                    return file["dataset_guid"]
+                with self._turn:          # xz needs memory
+                    return str(read_stream(os.path.join(image.directory, image.file),
+                                           file["compression"]).guid)
         raise BadImage(f"imgadm cannot import it until image {uuid} is on this server, too")
 
 
@@ -3478,9 +3486,7 @@ def write_users(path, users, serve_dir):
     """Replace the file of users; a new one is its owner's alone.  Raises ApiError."""
     text = "".join(f"{user.name} {user.rights} scrypt$16384$8$1${user.salt.hex()}"
                    f"${user.hash.hex()}\n" for user in users.values())
-    status = os.stat(serve_dir)
-    owner = (status.st_uid, status.st_gid) if os.geteuid() == 0 else None
-    replace_file(path, text.encode(), owner=owner, mode=0o600)
+    replace_file(path, text.encode(), serve_dir=serve_dir, mode=0o600)
 
 
 class Users:
@@ -4141,11 +4147,8 @@ class MirrorPublisher(Publisher):
     """A Publisher that resumes partial files, and follows the manifests it has brought."""
 
     @staticmethod
-    def _checked(manifest):
-        return manifest                   # localise has done it, and imgadm is no stricter
-
-    @staticmethod
-    def _is_kept(path):
+    def _is_kept(path) -> bool:
+        """Whether there is a part of a file that a mirror may complete."""
         with contextlib.suppress(OSError):
             names = os.listdir(path)
             return UPSTREAM in names and any(
@@ -4162,7 +4165,7 @@ class MirrorPublisher(Publisher):
         """
         expected = {key: value for key, value in manifest["files"][0].items()
                     if key in FILE_FIELDS}
-        with self._created(manifest) as image:
+        with self._created(manifest, self._is_kept) as image:
             self._record(image, source, given)
             with storing("the image cannot be stored"):
                 for name in os.listdir(image.fd):     # all of a file, from before a crash
@@ -4174,7 +4177,7 @@ class MirrorPublisher(Publisher):
             self._accept(image, PARTIAL, found, expected, check_stream)
             icon = source.icon(given)
             if icon is not None:
-                self._store_icon(image, self._icon_name(*icon), icon[1])
+                self._store_icon(image, *icon)
             self._show(image)
 
     def _download(self, image, file, expected, count) -> FileScan:
@@ -4185,7 +4188,7 @@ class MirrorPublisher(Publisher):
         starts = 0
         with storing("the image cannot be stored"), \
                 new_file(PARTIAL, image.fd, or_old=0) as partial:
-            give(partial.fileno(), self._owner())
+            give(partial.fileno(), owner_of_new(self.serve_dir))
             while True:
                 try:
                     return self._fill(partial, file, expected, count)
@@ -4219,10 +4222,8 @@ class MirrorPublisher(Publisher):
 
     def _record(self, image, source, given):
         """Keep the manifest that the other side gave.  Raises ApiError."""
-        with storing("the image cannot be stored"):
-            replace_at(image.fd, UPSTREAM, (render_json(
-                {"url": source.url, "manifest": given}) + "\n").encode(), self._owner())
-        sync(image.fd, "the image is stored, but not surely on disk")
+        image.write(UPSTREAM, (render_json(
+            {"url": source.url, "manifest": given}) + "\n").encode())
 
     def upstream(self, uuid) -> dict:
         """{"url", "manifest"} of an image that was brought; {} of all others."""
@@ -4234,7 +4235,7 @@ class MirrorPublisher(Publisher):
         """Change the fields that the other side has changed since an image was brought, or
         followed; their names.  All others stay as they are here.  Raises ApiError, BadImage.
         """
-        with self._locked(uuid, ("",), LOCK_PATIENCE) as image:
+        with self._locked(uuid, ("",)) as image:
             last = self.upstream(uuid).get("manifest")
             if last == given or not isinstance(last, dict):
                 return []
@@ -5280,9 +5281,8 @@ class ImgapiPublishing:
 
     def __init__(self, config, store, imgapi, rights):
         self.config, self.store, self.imgapi, self.rights = config, store, imgapi, rights
-        self.publisher = Publisher(config)
+        self.publisher = Publisher(config, threading.Semaphore(max(1, (os.cpu_count() or 1) - 1)))
         self._uploads = threading.BoundedSemaphore(UPLOADS)
-        self._turn = threading.Semaphore(max(1, (os.cpu_count() or 1) - 1))
 
     def routes(self):
         return [
@@ -5511,7 +5511,7 @@ class ImgapiPublishing:
                     "sha1": single_value(query, "sha1"),
                     "dataset_guid": single_value(query, "dataset_guid")}
         with self._upload(request) as read:
-            self.publisher.add_file(uuid, read, expected, self.config.check_streams, self._turn)
+            self.publisher.add_file(uuid, read, expected, self.config.check_streams)
         return self._answer(request, uuid)
 
     @staticmethod
@@ -5589,8 +5589,7 @@ class ImgapiPublishing:
         manifest["files"] = [{"compression": self._compression(query), "size": request.length,
                               "sha1": single_value(query, "sha1")}]
         with self._upload(request) as read:
-            self.publisher.import_image(manifest, read, True, self.config.check_streams,
-                                        self._turn)
+            self.publisher.import_image(manifest, read, True, self.config.check_streams)
         return self._answer(request, uuid)
 
     def put_icon(self, request, uuid):
@@ -5632,7 +5631,7 @@ class ImgapiPublishing:
         others = [name for name in image.channels if name != channel
                   and name in self.imgapi.channels]
         if self._waits(image):
-            self.publisher.refuse_dependents(uuid, self.publisher.dependents(uuid))
+            self.publisher.refuse_dependents(uuid)
             self.publisher.discard(uuid)
         elif others and force != "true":
             self.publisher.update(uuid, {"channels": others})
@@ -8525,13 +8524,14 @@ def run_delete(config, options):
     publisher = Publisher(config)
     uuids = list(dict.fromkeys(map(checked_uuid, options.uuid)))
     origins = {}
-    others = {} if options.force else publisher.all_dependents()
+    others = {} if options.force else publisher.dependents()
     for uuid in uuids:
         if not any(os.path.isdir(os.path.join(config.serve_dir, prefix + uuid))
                    for prefix in ("", INCOMING)):
             raise not_found(f"image {uuid} not found")
         publisher.refuse_dependents(uuid, [other for other in others.get(uuid, ())
-                                          if other not in uuids])
+                                          if other not in uuids],
+                                    ": --force deletes it all the same")
         origins.update(dict.fromkeys(others.get(uuid, ()), uuid))
 
     def depth(uuid):                      # of a chain of origins; a cycle is cut at its length
@@ -8557,7 +8557,7 @@ def run_prune(config, options):
             if len(group) < options.keep:             # so that N that can be imported stay
                 kept.add(image.uuid)
                 group += [image] if image.state == "active" else []
-    others = publisher.all_dependents()
+    others = publisher.dependents()
     doomed = [image.uuid for image in images
               if image.uuid not in kept and image.uuid not in others]
     return change_images(config, options, doomed,

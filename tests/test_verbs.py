@@ -174,8 +174,9 @@ class TestSteps(VerbCase):
 
             def __exit__(self, *_):
                 turns.append("out")
-        self.publisher.create(self.manifest_of())
-        self.publisher.add_file(U, reader(IMAGE, 50), turn=Turn())
+        publisher = imgserver.Publisher(self.config, Turn())
+        publisher.create(self.manifest_of())
+        publisher.add_file(U, reader(IMAGE, 50))
         self.assertEqual(turns, ["in", "out"] * -(-len(IMAGE) // 50))
 
     def test_modes_and_owner_from_the_first_moment(self):
