@@ -154,11 +154,6 @@ def not_found(message) -> ApiError:
     return ApiError(404, "ResourceNotFound", message)
 
 
-def operator_only() -> ApiError:
-    """The answer to a client that lacks a right (IMGAPI)."""
-    return ApiError(403, "OperatorOnly", "this endpoint may only be called by an operator")
-
-
 def invalid(field, message, code="Invalid") -> ApiError:
     """The answer to a query parameter that is not understood (IMGAPI, InvalidParameter)."""
     return ApiError(422, "InvalidParameter", message, [{"field": field, "code": code}])
@@ -2816,22 +2811,6 @@ def lock_directory(path, patience=0.0):
         os.close(fd)                      # it was renamed before it was locked
 
 
-def set_aside(path, fd=None) -> str:
-    """Rename an image's directory out of sight; returns the new path.
-
-    fd: the directory that is meant; another one that has come in its place is put back.
-    Raises OSError, ApiError.
-    """
-    serve_dir, name = os.path.split(path)
-    uuid = name.removeprefix(INCOMING)
-    aside = os.path.join(serve_dir, f"{DISCARDED}{uuid}.{os.urandom(8).hex()}")
-    os.rename(path, aside)
-    if fd is not None and not is_still(aside, fd):
-        os.rename(aside, path)
-        raise busy(uuid)
-    return aside
-
-
 def new_manifest(config, uuid, fields) -> dict:
     """A v1 manifest, as the original import-image wrote it, of the fields that were given.
 
@@ -2895,25 +2874,17 @@ def busy(uuid) -> ApiError:
                     f"image {uuid} is being imported or changed by somebody else")
 
 
-def none_here(uuid) -> ApiError:
-    return not_found(f"image {uuid} not found")
-
-
-def none_waits(uuid) -> ApiError:
-    return not_found(f"no image {uuid} waits to be activated")
-
-
 def already_active(uuid) -> ApiError:
     return ApiError(422, "ImageAlreadyActivated", f'image "{uuid}" is already activated')
 
 
-class LockedImage:
-    """The directory of one image, open as fd and locked until the block ends.
+class ImageDirectory:
+    """The directory of one image at `path`; open as fd, and locked, until a block ends.
 
-    path: where it was found.  All methods raise ApiError.
+    fd None: what is there by now, directory or not.  All methods raise ApiError.
     """
 
-    def __init__(self, uuid, path, fd):
+    def __init__(self, uuid, path, fd=None):
         self.uuid, self.path, self.fd = uuid, path, fd
 
     def __enter__(self):
@@ -2928,7 +2899,7 @@ class LockedImage:
             try:
                 return read_manifest(self.path)[0]
             except FileNotFoundError:     # discard does not wait for the lock
-                raise none_here(self.uuid)
+                raise not_found(f"image {self.uuid} not found")
             except BadImage as error:
                 raise ApiError(422, "ValidationFailed", f"image {self.uuid}: {error}")
 
@@ -2940,6 +2911,18 @@ class LockedImage:
         """Replace its manifest while it is not on show."""
         self.write(MANIFEST, manifest_bytes(manifest))
 
+    def write_icon(self, content_type, data):
+        """Give it an icon, in place of the one before."""
+        name = {kind: name for name, kind in ICONS.items()}.get(content_type)
+        if name is None:
+            raise ApiError(400, "Upload", f"invalid content-type, {content_type}, must be one of "
+                           + ", ".join(sorted(ICONS.values())))
+        if len(data) > ICON_LIMIT:
+            raise ApiError(400, "Upload", f"icon size {len(data)} exceeds the maximum allowed "
+                           f"size, {ICON_LIMIT >> 10} KiB")
+        self.write(name, data)
+        self.remove_icons(but=name)
+
     def remove_icons(self, but=None) -> int:
         """Remove all icons but one; returns how many."""
         with storing("the icon cannot be changed", self.path):
@@ -2948,6 +2931,26 @@ class LockedImage:
                 os.unlink(name, dir_fd=self.fd)
         sync(self.fd, "the icon is changed, but not surely on disk", self.path)
         return len(names)
+
+    def move(self, path):
+        """Rename it; another directory that has come in its place is put back.
+
+        Raises OSError, too.
+        """
+        os.rename(self.path, path)
+        if self.fd is not None and not is_still(path, self.fd):
+            try:
+                os.rename(path, self.path)
+            except OSError:               # a third one has come in the place of that
+                ImageDirectory(self.uuid, path).set_aside()
+            raise busy(self.uuid)
+
+    def set_aside(self) -> str:
+        """Rename it out of sight, as move does; returns the new path."""
+        name = f"{DISCARDED}{self.uuid}.{os.urandom(8).hex()}"
+        aside = os.path.join(os.path.dirname(self.path), name)
+        self.move(aside)
+        return aside
 
 
 class Publisher:
@@ -2967,13 +2970,10 @@ class Publisher:
 
     # the verbs
 
-    def create(self, manifest) -> dict:
-        """Make an unactivated image without a file; returns its manifest as stored.
-
-        An unactivated one that is not being written is replaced.
-        """
-        with self._created(validate(manifest, IMPORT)) as image:
-            return image.manifest()
+    def create(self, manifest):
+        """Make an unactivated image without a file; one that nobody writes is replaced."""
+        with self._created(validate(manifest, IMPORT)):
+            pass
 
     def add_file(self, uuid, read, expected=None, check_stream=True) -> dict:
         """Store the file of an unactivated image; returns files[0] of its manifest.
@@ -3070,20 +3070,7 @@ class Publisher:
     def add_icon(self, uuid, content_type, data):
         """Give an image in any state its icon, in place of the one before."""
         with self._locked(uuid) as image:
-            self._store_icon(image, content_type, data)
-
-    @staticmethod
-    def _store_icon(image, content_type, data):
-        """add_icon for a locked image."""
-        name = {kind: name for name, kind in ICONS.items()}.get(content_type)
-        if name is None:
-            raise ApiError(400, "Upload", f"invalid content-type, {content_type}, must be one of "
-                           + ", ".join(sorted(ICONS.values())))
-        if len(data) > ICON_LIMIT:
-            raise ApiError(400, "Upload", f"icon size {len(data)} exceeds the maximum allowed "
-                           f"size, {ICON_LIMIT >> 10} KiB")
-        image.write(name, data)
-        image.remove_icons(but=name)
+            image.write_icon(content_type, data)
 
     def remove_icon(self, uuid):
         """Remove the icon of an image in any state.  Raises ApiError: 404 where it has none."""
@@ -3096,11 +3083,11 @@ class Publisher:
         with self._locked(uuid) as image:
             if not force:
                 self.refuse_dependents(uuid)
-            self._remove(uuid, image.path, image.fd)
+            self._remove(image)
 
     def discard(self, uuid):
         """Remove an image that is not active, even while it is being written."""
-        self._remove(uuid, self._path(uuid, INCOMING))
+        self._remove(ImageDirectory(uuid, self._path(uuid, INCOMING)))
 
     def refuse_existing(self, uuid):
         """Raise ApiError (409) where an image of this uuid is on show."""
@@ -3148,7 +3135,7 @@ class Publisher:
         return os.path.join(self.serve_dir, prefix + uuid)
 
     def _locked(self, uuid, prefixes=("", INCOMING), patience=LOCK_PATIENCE,
-                refusal=None) -> LockedImage:
+                refusal=None) -> ImageDirectory:
         """The image, in the first place where it is.  Raises ApiError: refusal, or 409, where
         somebody else keeps it locked.
         """
@@ -3160,8 +3147,9 @@ class Publisher:
                 except BlockingIOError:
                     raise refusal or busy(uuid)
             if fd is not None:
-                return LockedImage(uuid, path, fd)
-        raise none_waits(uuid) if prefixes == (INCOMING,) else none_here(uuid)
+                return ImageDirectory(uuid, path, fd)
+        raise not_found(f"image {uuid} not found" if "" in prefixes else
+                        f"no image {uuid} waits to be activated")
 
     @contextlib.contextmanager
     def _created(self, manifest, is_kept=lambda path: False):
@@ -3169,21 +3157,21 @@ class Publisher:
 
         is_kept(path): whether an unfinished one at `path` stays, to be completed.
         """
-        uuid, path = manifest["uuid"], self._path(manifest["uuid"], INCOMING)
+        uuid = manifest["uuid"]
         self.refuse_existing(uuid)
         if manifest.get("origin"):
             self._check_chain(uuid, manifest["origin"])
-        with storing("the image cannot be stored", path):
-            fd = self._make_directory(uuid, path, is_kept)
-        with LockedImage(uuid, path, fd) as image:
+        with storing("the image cannot be stored"):
+            image = self._make_directory(uuid, is_kept)
+        with image:
             try:
                 image.write_manifest({key: value for key, value in manifest.items()
                                       if key not in ("files", "state", "icon")})
                 yield image
             except BaseException:
-                if is_still(path, fd) and not is_kept(path):
+                if is_still(image.path, image.fd) and not is_kept(image.path):
                     with contextlib.suppress(OSError, ApiError):
-                        remove_tree(set_aside(path, fd))
+                        remove_tree(image.set_aside())
                 raise
 
     def _check_chain(self, uuid, origin):
@@ -3203,17 +3191,14 @@ class Publisher:
             raise ApiError(422, "OriginDoesNotExist",
                            f'origin image "{origin}" builds on image "{uuid}" itself')
 
-    def _make_directory(self, uuid, path, is_kept) -> int:
-        """The fd of a new staging directory, locked; a leftover is removed.
-
-        Raises ApiError and OSError.
-        """
+    def _make_directory(self, uuid, is_kept) -> ImageDirectory:
+        """A new staging directory, locked; a leftover is removed.  Raises ApiError and OSError."""
+        path = self._path(uuid, INCOMING)
         for _ in range(MKDIR_TRIES):
-            is_new = True
-            try:
+            is_new = False
+            with contextlib.suppress(FileExistsError):
                 os.mkdir(path, 0o755)
-            except FileExistsError:
-                is_new = False
+                is_new = True
             try:
                 with contextlib.ExitStack() as stack:
                     fd = lock_directory(path)
@@ -3223,10 +3208,10 @@ class Publisher:
                         os.fchmod(fd, 0o755)
                         give(fd, owner_of_new(self.serve_dir))
                         stack.pop_all()
-                        return fd
+                        return ImageDirectory(uuid, path, fd)
                     if not is_new and (fd is not None or not os.path.isdir(path)):
                         with contextlib.suppress(FileNotFoundError):      # others clear it, too
-                            aside = set_aside(path, fd)
+                            aside = ImageDirectory(uuid, path, fd).set_aside()
                             with contextlib.suppress(OSError):
                                 remove_tree(aside)
             except BlockingIOError:
@@ -3237,15 +3222,15 @@ class Publisher:
                 raise
         raise busy(uuid)
 
-    def _remove(self, uuid, path, fd=None):
-        """Remove an image, of which the directory is open as fd, or any that is there."""
-        with storing(f"image {uuid} cannot be removed"):
+    def _remove(self, image):
+        """Remove an image with its directory.  Raises ApiError."""
+        with storing(f"image {image.uuid} cannot be removed"):
             try:
-                aside = set_aside(path, fd)
+                aside = image.set_aside()
             except FileNotFoundError:
-                raise none_waits(uuid) if fd is None else none_here(uuid)
-        self._sync(f"image {uuid} is removed, but not surely on disk")
-        with storing(f"image {uuid} is removed, but not all of its files"):
+                raise not_found(f"image {image.uuid} not found: it is active, or not here")
+        self._sync(f"image {image.uuid} is removed, but not surely on disk")
+        with storing(f"image {image.uuid} is removed, but not all of its files"):
             remove_tree(aside)
 
     def _sync(self, action):
@@ -3267,17 +3252,11 @@ class Publisher:
             image.write_manifest({**manifest, "published_at": stamp(time.time())})
         with storing(refusal):
             try:
-                os.rename(image.path, path)
+                image.move(path)
             except OSError:
                 if os.path.lexists(path):
                     raise already_active(uuid)
                 raise
-            if not is_still(path, image.fd):          # another one has come in its place
-                try:
-                    os.rename(path, image.path)
-                except OSError:                       # and a third one in the place of that
-                    set_aside(path)
-                raise busy(uuid)
         self._sync(f"image {uuid} is on show, but not surely on disk")
 
     # files
@@ -3467,7 +3446,8 @@ def read_users(path) -> dict:
         with open(fd, "rb") as file:
             lines = file.read(USERS_LIMIT).decode("ascii", "replace").split("\n")
     except OSError as error:
-        raise UserError(f"cannot read the users in {path}: {error.strerror}", EXIT_CONFIG)
+        hint = ": `imgserver.py user NAME` makes it" if error.errno == errno.ENOENT else ""
+        raise UserError(f"cannot read the users in {path}: {error.strerror}{hint}", EXIT_CONFIG)
     if status.st_mode & (stat.S_IROTH | stat.S_IWOTH):
         raise UserError(f"others may read or write {path}, which has passwords: chmod 600 it",
                         EXIT_CONFIG)
@@ -3499,13 +3479,14 @@ class Users:
 
     def __init__(self, path, log):
         """Raises UserError where the file cannot be used."""
+        from concurrent.futures import ThreadPoolExecutor
         self.path, self.log = path, log
         self.failed = 0                   # wrong passwords so far
         self._key = os.urandom(32)        # of the hashes in memory
         self._lock = threading.Lock()     # for _waiting, and for reading the file
         self._waiting = []                # addresses of clients whose passwords wait
-        self._checking = threading.Lock()
-        self._jobs = None                 # for _hash
+        # One thread: malloc may keep the 16 MiB of scrypt for each that has called it.
+        self._checker = ThreadPoolExecutor(1)
         key = stat_key_at(path)
         # stat_key of the file, its users, {hash of a header: (until (monotonic), User or None)}
         self._state = key, read_users(path), {}
@@ -3519,12 +3500,12 @@ class Users:
         header = request.headers["authorization"]
         users, checked = self._current(request.may_block)
         digest = hashlib.blake2b(header.encode("latin-1"), key=self._key).digest()
-        until, user = checked.get(digest, (-math.inf, None))
-        if user is None or until <= time.monotonic():
+        is_known, user = self._known(checked, digest)
+        if user is None:
             name, password = parse_basic(header)
             if name is None:
                 return None
-            if password is not None and until <= time.monotonic():
+            if password is not None and not is_known:
                 user = self._check(request, users.get(name), password, digest, checked)
             if user is None:              # a name that is unknown may be a password
                 self.failed += 1
@@ -3548,8 +3529,14 @@ class Users:
                     self._state = key, users, {}
         return self._state[1:]
 
+    @staticmethod
+    def _known(checked, digest):
+        """(whether a header was checked lately, its User or None)."""
+        until, user = checked.get(digest, (-math.inf, None))
+        return (True, user) if until > time.monotonic() else (False, None)
+
     def _check(self, request, user, password, digest, checked):
-        """`user`, if that is the password, else None; checked once.  Raises as user_of."""
+        """`user`, if that is the password, else None.  Raises as user_of."""
         with self._lock:
             if len(self._waiting) >= CHECKS_WAITING or request.peer and \
                     self._waiting.count(request.peer) >= CHECKS_OF_ONE:
@@ -3560,54 +3547,32 @@ class Users:
                 raise NeedsThread
             self._waiting.append(request.peer)
         try:
-            with self._checking:
-                now = time.monotonic()
-                until, known = checked.get(digest, (-math.inf, None))
-                if until > now:           # another request with the same was faster
-                    return known
-                found = self._hash(password, user.salt if user else bytes(SALT_SIZE))
-                if user is None or not hmac.compare_digest(found, user.hash):
-                    user = None
-                for old in [old for old, (until, _) in checked.items() if until <= now]:
-                    del checked[old]
-                checked[digest] = time.monotonic() + (FITTED if user else WRONG), user
-                return user
+            return self._checker.submit(self._hash, user, password, digest, checked).result()
         finally:
             with self._lock:
                 self._waiting.remove(request.peer)
 
-    def _hash(self, password, salt) -> bytes:
-        """hash_password, in one thread for all: malloc may keep its 16 MiB for each thread.
-
-        Raises RuntimeError and MemoryError; _checking is held.
-        """
-        if self._jobs is None:
-            jobs = queue.SimpleQueue()
-            start_new_thread(self._run, (jobs,))
-            self._jobs = jobs
-        reply = queue.SimpleQueue()
-        self._jobs.put((password, salt, reply))
-        found = reply.get()
-        if found is None:
-            raise MemoryError("a password cannot be checked")
-        return found
-
-    @staticmethod
-    def _run(jobs):
-        while True:
-            password, salt, reply = jobs.get()
-            try:
-                reply.put(hash_password(password, salt))
-            except Exception:
-                reply.put(None)
+    def _hash(self, user, password, digest, checked):
+        """_check in the one thread, once for requests with the same header."""
+        is_known, known = self._known(checked, digest)
+        if is_known:
+            return known
+        found = hash_password(password, user.salt if user else bytes(SALT_SIZE))
+        if user is None or not hmac.compare_digest(found, user.hash):
+            user = None
+        now = time.monotonic()
+        for old in [old for old, (until, _) in checked.items() if until <= now]:
+            del checked[old]
+        checked[digest] = now + (FITTED if user else WRONG), user
+        return user
 
 
 class Rights:
     """The rights of clients, as configured.
 
-    hides     whether some images are hidden from strangers
-    least     the right of strangers
-    matter    whether a request that changes nothing may be refused, or has a user
+    hides               whether some images are hidden from strangers
+    least               the right of strangers
+    identifies_readers  whether the client of a request that changes nothing is identified, too
     """
 
     def __init__(self, config, log):
@@ -3615,7 +3580,7 @@ class Rights:
         self.users = Users(config.users, log) if config.users else None
         self.hides = config.read != "anyone"
         self.least = ANYONE if self.hides else READ
-        self.matter = self.hides or self.users is not None
+        self.identifies_readers = self.hides or self.users is not None
         self.of_address = functools.lru_cache(PEERS_KEPT)(self._of_address)
 
     @property
@@ -3644,17 +3609,23 @@ class Rights:
 
     def need(self, request, right):
         """Raise ApiError where the client lacks a right: 401 where a user may have it."""
-        if self.of(request) < right:
-            if self.users is None or request.user:
-                raise operator_only()
-            raise ApiError(401, "UnauthorizedError", "a user and a password are needed",
-                           fields=b'WWW-Authenticate: Basic realm="imgserver"\r\n')
+        if self.of(request) >= right:
+            return
+        if self.users is None or request.user:
+            who = (f"user {request.user}" if request.user else
+                   f"address {request.peer}" if request.peer else "the Unix socket")
+            raise ApiError(403, "OperatorOnly",
+                           f"{who} lacks the right to {list(RIGHTS)[right - 1]}")
+        is_given = parse_basic(request.headers.get("authorization", ""))[0] is not None
+        raise ApiError(401, "UnauthorizedError", "the user or the password is wrong" if is_given
+                       else "a user and a password are needed",
+                       fields=b'WWW-Authenticate: Basic realm="imgserver"\r\n')
 
     def admit(self, request):
-        """Identify the user of a request before it is answered.
+        """Find out the right of a client before any answer, also one that needs none.
 
-        Raises ApiError (401) where all reading needs a user, and as Users.user_of: but public
-        answers do not depend on a password.
+        Raises ApiError (401) where all reading needs a user, and as Users.user_of, but not for
+        an answer that strangers get as well.
         """
         if self.config.read == "users":
             request.audience = CLIENT
@@ -3675,7 +3646,7 @@ class Rights:
         return image
 
     def lists_all(self, request) -> bool:
-        """Whether a list has the private images, too."""
+        """Whether a list has the private images, too; sets who may share the answer."""
         if not self.hides:
             return True
         all_of_them = self.of(request) >= READ
@@ -4177,7 +4148,7 @@ class MirrorPublisher(Publisher):
             self._accept(image, PARTIAL, found, expected, check_stream)
             icon = source.icon(given)
             if icon is not None:
-                self._store_icon(image, *icon)
+                image.write_icon(*icon)
             self._show(image)
 
     def _download(self, image, file, expected, count) -> FileScan:
@@ -5408,7 +5379,8 @@ class ImgapiPublishing:
     def import_image(self, request, uuid, query):
         """AdminImportImage: an image that keeps its uuid; icon and state are left out."""
         if "account" in query:
-            raise operator_only()
+            raise ApiError(403, "OperatorOnly",
+                           "this endpoint may only be called by an operator")
         if "source" in query:
             raise ApiError(501, "NotAvailable", "images of other servers come by `imgserver.py "
                            "mirror`")
@@ -6168,7 +6140,7 @@ class Site:
         Raises NeedsThread in the event loop; then it is called again in a thread.
         """
         try:
-            if self.rights.matter and request.method != "OPTIONS":
+            if self.rights.identifies_readers and request.method != "OPTIONS":
                 self.rights.admit(request)
             route = request.route or self._find(request)
             if route.flags and not request.may_block:

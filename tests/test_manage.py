@@ -306,6 +306,21 @@ class TestChanges(ManageCase):
         write_v2(self.serve_dir, W, origin=U)
         self.refused(f"dependent.*{W}", "delete", V, U)
 
+    def test_what_cannot_be_written_is_named_with_its_directory(self):
+        for call in ("new_file", "os.rename"):
+            for verb, *words in (("disable",), ("enable",), ("update", "description=x")):
+                write_image(self.serve_dir, U, disabled=verb == "enable")
+                result = subprocess.run(command(
+                    "--dir", self.serve_dir, verb, U, *words, prelude=f"""
+def refuse(name, *words, **places):
+    raise PermissionError(13, "Permission denied", name)
+imgserver.{call} = refuse
+"""), capture_output=True, encoding="utf-8", timeout=PATIENCE)
+                with self.subTest(verb, call=call):
+                    self.assertEqual((result.returncode, result.stderr), (
+                        1, "imgserver: cannot write manifest.json: Permission denied "
+                           f"({self.serve_dir}/{U}/manifest.json)\n"))
+
     def test_update(self):
         write_image(self.serve_dir, U, homepage="http://example.com/")
         site = self.site()
@@ -346,7 +361,7 @@ class TestChanges(ManageCase):
             write_v2(self.serve_dir, uuid, origin=origin)
         site = self.site()
         self.assertEqual(len(self.shown(site)), 4)
-        self.refused(f'"{U}" has 1 dependent.*{V}', "delete", U)
+        self.refused(f'"{U}" has 1 dependent.*{V}: --force deletes it', "delete", U)
         self.refused(f'"{V}" has 1 dependent.*{W}', "delete", U, V)
         self.assertEqual(self.manage("delete", U, V, W), (0, [
             f"Deleted image {uuid} test 2.0.0" for uuid in (W, V, U)]))

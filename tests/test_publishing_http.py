@@ -256,7 +256,7 @@ class Refusals(PublishingCase):
                 ("half a stream", "gzip", streams.pack(streams.stream()[:-312]), "refused"),
                 ("no stream", "none", b"x" * 5000, "no ZFS send stream"),
                 ("incremental", "gzip", streams.pack(streams.stream(from_guid=5)),
-                 "no origin is given"),
+                 "no origin is given: the uuid of the image that it builds on"),
                 ("several", "gzip", streams.pack(streams.package(
                     streams.stream(), streams.stream(from_guid=streams.GUID, guid=7))),
                  "snapshots")):
@@ -374,7 +374,9 @@ class Refusals(PublishingCase):
                 ("built on, not active", W, "ImageHasDependentImages", uuid_of(8)),
                 ("owner", f"{V}?account={ACCOUNT}", "NotImageOwner", ACCOUNT),
                 ("force", f"{V}?force_all_channels=1", "InvalidParameter", "force_all")):
-            self.expect(case, self.put("DELETE", "/images/" + target), 422, code, message)
+            answer = self.put("DELETE", "/images/" + target)
+            self.expect(case, answer, 422, code, message)
+            self.assertNotIn(b"--force", answer.body)         # an option of the command line
         self.expect("unknown", self.put("DELETE", "/images/" + uuid_of(5)), 404)
         self.expect("another version", self.put("DELETE", f"/images/{V}", If_Match='"x"'), 412)
 
@@ -472,6 +474,15 @@ class Right(PublishingCase):
                 with self.subTest(peer=peer, networks=networks):
                     answer = self.put("POST", f"/images/{U}", who=peer, site=site)
                     self.assertEqual(answer.status, 422 if peer in peers else 403)
+
+    def test_the_refusal_names_the_right_and_who_lacks_it(self):
+        for target, who, name, right in (
+                ("/images", STRANGER, f"address {STRANGER}", "publish"),
+                (f"/images/{U}?action=update", PUBLISHER, f"address {PUBLISHER}", "manage"),
+                (f"/images/{U}?action=update", "", "the Unix socket", "publish")):
+            answer = self.put("POST", target, {}, who)
+            self.assertEqual(self.assertError(answer, 403, "OperatorOnly")["message"],
+                             f"{name} lacks the right to {right}")
 
     def test_off(self):
         site = self.site()
@@ -1113,6 +1124,41 @@ class Uploads(ServerCase):
     def is_partial(self, uuid):
         return any(name.startswith(".file") for name in os.listdir(
             os.path.join(self.serve_dir, ".incoming-" + uuid)))
+
+    def test_imgadm_says_which_right_is_missing(self):
+        server = self.serve(config={"manage_from": ["192.0.2.1"]})
+        with self.assertRaisesRegex(
+                Rejected, "^OperatorOnly: address 127.0.0.1 lacks the right to publish$"):
+            ImgadmPublish(server.connect).publish(manifest_of(GONE), DATA)
+
+    def test_no_more_xz_than_memory(self):
+        server = self.serve(config=HERE, prelude="imgserver.XZ_AT_ONCE = 2")
+        data = streams.pack(streams.stream(), "xz")
+
+        def put(uuid, kind, sent):
+            connection = server.connect()
+            self.addCleanup(connection.close)
+            connection.send(head("PUT", f"/images/{uuid}/file?compression={kind}", len(sent))
+                            + sent[:100])
+            return connection
+        for number in range(1, 6):
+            ImgadmPublish(server.connect).publish(manifest_of(uuid_of(number)), DATA, "import")
+        first, second = (put(uuid_of(number), "xz", data) for number in (1, 2))
+        wait_for(lambda: self.is_partial(uuid_of(1)) and self.is_partial(uuid_of(2)))
+        answer = put(uuid_of(3), "gzip", data).answer()       # whatever the query says
+        self.assertError(answer, 503, "ServiceUnavailableError")
+        self.assertEqual(answer.headers["retry-after"], "10")
+        other = put(uuid_of(4), "gzip", DATA)
+        other.send(DATA[100:])
+        self.assertEqual(other.answer().status, 200)
+        first.send(data[100:])
+        self.assertEqual(first.answer().status, 200)
+        second.close()
+        wait_for(lambda: not self.is_partial(uuid_of(2)), "its end")
+        for number in (3, 5):
+            connection = put(uuid_of(number), "xz", data)
+            connection.send(data[100:])
+            self.assertEqual(connection.answer().status, 200)
 
     def test_no_more_than_so_many(self):
         server = self.serve(config=HERE, prelude="imgserver.UPLOADS = 3")

@@ -199,7 +199,8 @@ class Start(ServerCase):
 
     def test_files_that_are_refused(self):
         path = user_file(self.directory)
-        self.refused("No such file", users=os.path.join(self.directory, "none"))
+        self.refused("No such file or directory: `imgserver.py user NAME` makes it",
+                     users=os.path.join(self.directory, "none"))
         self.refused("regular", users=self.serve_dir)
         for mode in (0o604, 0o602, 0o666):
             os.chmod(path, mode)
@@ -274,13 +275,18 @@ class Credentials(SiteCase):
         for headers in cases:
             with self.subTest(headers):
                 answer = self.post(**headers)
-                self.assertError(answer, 401, "UnauthorizedError")
+                is_given = headers.get("Authorization", "").startswith("Basic")
+                self.assertEqual(
+                    self.assertError(answer, 401, "UnauthorizedError")["message"],
+                    "the user or the password is wrong" if is_given else
+                    "a user and a password are needed")
                 self.assertEqual(answer.headers["www-authenticate"], 'Basic realm="imgserver"')
         self.assertNotIn("Authorization", log_of(self.open))
 
     def test_a_user_without_the_right_is_403(self):
-        for name in ("rita", "paul"):
-            self.assertError(self.post(**basic(name)), 403, "OperatorOnly")
+        for name, right in (("rita", "publish"), ("paul", "manage")):
+            error = self.assertError(self.post(**basic(name)), 403, "OperatorOnly")
+            self.assertEqual(error["message"], f"user {name} lacks the right to {right}")
         self.assertEqual(self.post(**basic("mona")).status, 200)
 
     def test_lists_by_state_are_for_who_may_publish(self):
@@ -596,7 +602,8 @@ class UsersOnly(SiteCase):
 
     def test_with_addresses_alone(self):
         site = self.site(read="users", publish_from=["10.0.0.1"])
-        self.assertError(ask(site, "/ping"), 403, "OperatorOnly")
+        error = self.assertError(ask(site, "/ping"), 403, "OperatorOnly")
+        self.assertEqual(error["message"], "address 127.0.0.1 lacks the right to read")
         site = self.site(read="users", publish_from=["127.0.0.1"])
         self.assertEqual(ask(site, "/ping").status, 200)
 

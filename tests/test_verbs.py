@@ -640,6 +640,36 @@ class TestTwo(VerbCase):
             self.publisher.activate(U)
         self.assertIsNone(self.problem())
 
+    def test_as_many_xz_files_are_unpacked_as_memory_is_for(self):
+        made, real = [], imgserver.Decompressor._xz
+
+        def counted(decompressor):
+            made.append(decompressor)
+            return real(decompressor)
+        with mock.patch.object(imgserver, "XZ_AT_ONCE", 2), \
+                mock.patch.object(imgserver.Decompressor, "_xz", counted):
+            publisher = imgserver.Publisher(self.config)
+            runs = []
+            for uuid in (U, V):
+                read, begun, on = self.stalled(OTHER)
+                runs.append((on, *self.in_thread(
+                    lambda uuid=uuid, read=read: publisher.import_image(
+                        self.manifest_of(uuid), read))))
+                self.assertTrue(begun.wait(PATIENCE))
+            for _ in range(2):
+                with self.refused(503, "ServiceUnavailableError", "2 xz files"):
+                    publisher.import_image(self.manifest_of(uuid_of(3)), reader(OTHER))
+            publisher.import_image(self.manifest_of(uuid_of(4)), reader(IMAGE))
+            self.assertEqual(len(made), 2)
+            for on, thread, result in runs:
+                on.set()
+                thread.join()
+                self.assertEqual(result, [None])
+            for data in (OTHER[:-9], OTHER[:-9], OTHER[:-9], OTHER):      # a failure ends, too
+                with contextlib.suppress(imgserver.ApiError):
+                    publisher.import_image(self.manifest_of(uuid_of(3)), reader(data))
+        self.assertEqual(self.names(), [U, V, uuid_of(3), uuid_of(4)])
+
     def test_many_threads_change_one_image(self):
         write_v2(self.serve_dir, U)
         calls = [lambda n=n: self.publisher.update(U, {"tags": {"n": n}}) for n in range(8)]
