@@ -2644,9 +2644,17 @@ UPSTREAM = ".upstream.json"   # the same: the manifest of the server that a mirr
 _TEMPORARY = re.compile(r"\.(manifest\.json|file|icon\.(png|jpg|gif))\.[0-9a-f]+")
 
 
-def temporary_name(name) -> str:
-    """A name beside `name`, unique on all machines; _TEMPORARY matches it."""
-    return f".{name}.{os.urandom(8).hex()}"
+@contextlib.contextmanager
+def temporary_name(name, directory):
+    """A name beside `name`, unique on all machines, for a file in an open directory; removed
+    unless the block has renamed it.  _TEMPORARY matches it.
+    """
+    aside = f".{name}.{os.urandom(8).hex()}"
+    try:
+        yield aside
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(aside, dir_fd=directory)
 
 
 @contextlib.contextmanager
@@ -2731,31 +2739,25 @@ def replace_file(path, data, directory=None, serve_dir=None, keep_time=False, mo
         with storing(f"cannot write {os.path.basename(path)}", path), \
                 open_directory(os.path.dirname(path)) as directory:
             return replace_file(path, data, directory, serve_dir, keep_time, mode)
-    name = os.path.basename(path)
-    aside, before = temporary_name(name), None
-    with storing(f"cannot write {name}", path):
+    name, before = os.path.basename(path), None
+    with storing(f"cannot write {name}", path), temporary_name(name, directory) as aside:
         owner = owner_of_new(serve_dir) if serve_dir else None
         with contextlib.suppress(FileNotFoundError):
             status = os.stat(name, dir_fd=directory, follow_symlinks=False)
             if stat.S_ISREG(status.st_mode):      # never a set-uid bit: the bytes are others'
                 before = status
                 mode, owner = status.st_mode & 0o777, (status.st_uid, status.st_gid)
-        try:
-            with new_file(aside, directory, mode) as file:
-                file.write(data)
-                file.flush()
-                try:
-                    give(file.fileno(), owner)
-                except PermissionError:
-                    if before is None or not before.st_mode & stat.S_IROTH:
-                        raise             # its readers may have lost access
-                if before is not None and keep_time:
-                    os.utime(file.fileno(), ns=(before.st_atime_ns, before.st_mtime_ns))
-            os.rename(aside, name, src_dir_fd=directory, dst_dir_fd=directory)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(aside, dir_fd=directory)
-            raise
+        with new_file(aside, directory, mode) as file:
+            file.write(data)
+            file.flush()
+            try:
+                give(file.fileno(), owner)
+            except PermissionError:
+                if before is None or not before.st_mode & stat.S_IROTH:
+                    raise                 # its readers may have lost access
+            if before is not None and keep_time:
+                os.utime(file.fileno(), ns=(before.st_atime_ns, before.st_mtime_ns))
+        os.rename(aside, name, src_dir_fd=directory, dst_dir_fd=directory)
     sync(directory, f"{name} is written, but not surely on disk", path)
 
 
@@ -2891,7 +2893,8 @@ class ImageDirectory:
         return self
 
     def __exit__(self, *_):
-        os.close(self.fd)
+        if self.fd is not None:
+            os.close(self.fd)
 
     def manifest(self) -> dict:
         """Its manifest as stored."""
@@ -3162,7 +3165,12 @@ class Publisher:
         if manifest.get("origin"):
             self._check_chain(uuid, manifest["origin"])
         with storing("the image cannot be stored"):
-            image = self._make_directory(uuid, is_kept)
+            try:
+                image = self._make_directory(uuid, is_kept)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.rmdir(self._path(uuid, INCOMING))
+                raise
         with image:
             try:
                 image.write_manifest({key: value for key, value in manifest.items()
@@ -3200,26 +3208,22 @@ class Publisher:
                 os.mkdir(path, 0o755)
                 is_new = True
             try:
-                with contextlib.ExitStack() as stack:
-                    fd = lock_directory(path)
-                    if fd is not None:    # None: gone, taken for a leftover, or no directory
-                        stack.callback(os.close, fd)
-                    if fd is not None and (is_new or is_kept(path)):
-                        os.fchmod(fd, 0o755)
-                        give(fd, owner_of_new(self.serve_dir))
-                        stack.pop_all()
-                        return ImageDirectory(uuid, path, fd)
-                    if not is_new and (fd is not None or not os.path.isdir(path)):
-                        with contextlib.suppress(FileNotFoundError):      # others clear it, too
-                            aside = ImageDirectory(uuid, path, fd).set_aside()
-                            with contextlib.suppress(OSError):
-                                remove_tree(aside)
+                image = ImageDirectory(uuid, path, lock_directory(path))
             except BlockingIOError:
                 raise busy(uuid)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    os.rmdir(path)
-                raise
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(image)
+                if image.fd is not None and (is_new or is_kept(path)):
+                    os.fchmod(image.fd, 0o755)
+                    give(image.fd, owner_of_new(self.serve_dir))
+                    stack.pop_all()
+                    return image
+                # Without fd it is gone, or taken for a leftover by others, or no directory.
+                if not is_new and (image.fd is not None or not os.path.isdir(path)):
+                    with contextlib.suppress(FileNotFoundError):      # others clear it, too
+                        aside = image.set_aside()
+                        with contextlib.suppress(OSError):
+                            remove_tree(aside)
         raise busy(uuid)
 
     def _remove(self, image):
@@ -3263,17 +3267,13 @@ class Publisher:
 
     def _store_file(self, image, read, expected, check_stream) -> dict:
         """add_file for a locked image."""
-        aside = temporary_name("file")
         try:
-            with storing("the image cannot be stored", image.path):
-                found = self._receive(image, aside, read)
-            return self._accept(image, aside, found, expected, check_stream)
-        except BaseException as error:
-            with contextlib.suppress(OSError):
-                os.unlink(aside, dir_fd=image.fd)
-            if isinstance(error, BadImage):
-                raise ApiError(400, "Upload", f"image refused: {error}")
-            raise
+            with temporary_name("file", image.fd) as aside:
+                with storing("the image cannot be stored", image.path):
+                    found = self._receive(image, aside, read)
+                return self._accept(image, aside, found, expected, check_stream)
+        except BadImage as error:
+            raise ApiError(400, "Upload", f"image refused: {error}")
 
     def _receive(self, image, name, read) -> FileScan:
         """Write and examine a new file.  Raises ApiError, BadImage, OSError, and as `read`."""
@@ -3312,7 +3312,6 @@ class Publisher:
     def _accept(self, image, aside, found, expected, check_stream) -> dict:
         """Make the received file `aside` that of a locked image.  Raises ApiError, BadImage."""
         manifest = image.manifest()
-        expected = {key: value for key, value in expected.items() if value not in (None, "")}
         file = self._describe(manifest, found, expected, check_stream)
         if not is_still(image.path, image.fd):
             raise not_found(f"image {image.uuid} was discarded while it was imported")
@@ -3342,13 +3341,14 @@ class Publisher:
         """files[0] of a received file.  Raises BadImage where it contradicts the known facts."""
         if found.size == 0:
             raise BadImage("there is no data")
+        expected = {key: value for key, value in expected.items() if value not in (None, "")}
         hashes, stream = found.hashes(), found.stream
         truth = {"size": found.size, "sha1": hashes["sha1"], "compression": found.compression}
         if stream.guid:
             truth["dataset_guid"] = str(stream.guid)
         for key, value in truth.items():
-            promised = expected.get(key)
-            if promised not in (None, value) and str(promised).lower() != str(value):
+            promised = expected.get(key, value)
+            if str(promised).lower() != str(value):
                 raise BadImage(f"its {key} is {value}, not {promised}")
         if check_stream:
             origin = manifest.get("origin")
