@@ -2786,11 +2786,11 @@ def is_still(path, fd) -> bool:
         return False
 
 
-def lock_directory(path, patience=0.0):
+def lock_directory(path, refusal, patience=0.0):
     """Open a directory and lock it: its fd, or None where there is no such directory.
 
-    Raises BlockingIOError where it stays locked for `patience` seconds, and OSError.  On a
-    file system without locks (NFS may refuse them) it is opened alone.
+    Raises OSError, and `refusal` where somebody else keeps it locked for `patience` seconds.
+    On a file system without locks (NFS may refuse them) it is opened alone.
     """
     end = time.monotonic() + patience
     while True:
@@ -2803,7 +2803,7 @@ def lock_directory(path, patience=0.0):
         except BlockingIOError:
             os.close(fd)
             if time.monotonic() >= end:
-                raise
+                raise refusal
             time.sleep(LOCK_RETRY)
             continue
         except OSError:
@@ -3145,10 +3145,7 @@ class Publisher:
         for prefix in prefixes:
             path = self._path(uuid, prefix)
             with storing(f"image {uuid} cannot be read"):
-                try:
-                    fd = lock_directory(path, patience)
-                except BlockingIOError:
-                    raise refusal or busy(uuid)
+                fd = lock_directory(path, refusal or busy(uuid), patience)
             if fd is not None:
                 return ImageDirectory(uuid, path, fd)
         raise not_found(f"image {uuid} not found" if "" in prefixes else
@@ -3207,10 +3204,7 @@ class Publisher:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(path, 0o755)
                 is_new = True
-            try:
-                image = ImageDirectory(uuid, path, lock_directory(path))
-            except BlockingIOError:
-                raise busy(uuid)
+            image = ImageDirectory(uuid, path, lock_directory(path, busy(uuid)))
             with contextlib.ExitStack() as stack:
                 stack.enter_context(image)
                 if image.fd is not None and (is_new or is_kept(path)):
@@ -8619,7 +8613,8 @@ def run_user(config, options):
     if not options.delete and not (options.rights and name in users):
         password = ask_password(name, options.signals)
     # Another command may change the file while a password is typed.
-    lock = lock_directory(os.path.dirname(os.path.realpath(path)), LOCK_PATIENCE)
+    lock = lock_directory(os.path.dirname(os.path.realpath(path)),
+                          UserError(f"somebody else changes {path}"), LOCK_PATIENCE)
     try:
         users = read_users(path) if os.path.lexists(path) else {}
         user = users.pop(name, User(name, "read", b"", b""))

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import fcntl
 import gzip
 import io
 import json
@@ -132,6 +133,13 @@ class Command(CommandCase):
         self.user("joe", data=b"x\n")
         os.chmod(self.path, 0o604)
         self.assertIn("chmod 600", self.user("joe", data=b"y\n", status=96))
+
+    def test_two_commands_at_once(self):
+        fd = os.open(self.directory, os.O_RDONLY)
+        self.addCleanup(os.close, fd)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        self.assertEqual(self.user("joe", data=b"x\n", status=1),
+                         f"imgserver: somebody else changes {self.path}\n")
 
     def test_mode_and_owner_stay(self):
         self.user("joe", data=b"x\n")
