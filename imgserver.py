@@ -2646,8 +2646,9 @@ _TEMPORARY = re.compile(r"\.(manifest\.json|file|icon\.(png|jpg|gif))\.[0-9a-f]+
 
 @contextlib.contextmanager
 def temporary_name(name, directory):
-    """A name beside `name`, unique on all machines, for a file in an open directory; removed
-    unless the block has renamed it.  _TEMPORARY matches it.
+    """A name beside `name`, unique on all machines; _TEMPORARY matches it.
+
+    What has that name in the open directory when the block ends is removed.
     """
     aside = f".{name}.{os.urandom(8).hex()}"
     try:
@@ -2690,31 +2691,23 @@ def open_directory(path):
         os.close(fd)
 
 
-def owner_of_new(serve_dir):
-    """(uid, gid) of serve_dir where root writes: the service must be able to change it.
+def give(fd, serve_dir, like=None):
+    """Give an open file the owner and group of `like`, a stat.  Raises OSError.
 
-    None for all others.  Raises OSError.
+    Without it, where root writes, those of serve_dir: the service must be able to change it.
     """
-    if os.geteuid() != 0:
-        return None
-    status = os.stat(serve_dir)
-    return status.st_uid, status.st_gid
-
-
-def give(fd, owner):
-    """Change the owner and group of an open file; owner None leaves them.  Raises OSError."""
-    if owner is not None:
-        status = os.fstat(fd)
-        if (status.st_uid, status.st_gid) != owner:
-            os.fchown(fd, *owner)
+    if like is None and serve_dir and os.geteuid() == 0:
+        like = os.stat(serve_dir)
+    status = os.fstat(fd)
+    if like and (like.st_uid, like.st_gid) != (status.st_uid, status.st_gid):
+        os.fchown(fd, like.st_uid, like.st_gid)
 
 
 @contextlib.contextmanager
 def new_file(name, directory=None, mode=0o644, or_old=os.O_EXCL):
     """A new binary file in an open directory; on disk when the block has ended.
 
-    It never has a wider mode than this one.  or_old 0: an old one will do.  Raises
-    OSError.
+    It never has a wider mode than this one.  or_old 0: an old one will do.  Raises OSError.
     """
     fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | or_old, mode,
                  dir_fd=directory)
@@ -2741,17 +2734,15 @@ def replace_file(path, data, directory=None, serve_dir=None, keep_time=False, mo
             return replace_file(path, data, directory, serve_dir, keep_time, mode)
     name, before = os.path.basename(path), None
     with storing(f"cannot write {name}", path), temporary_name(name, directory) as aside:
-        owner = owner_of_new(serve_dir) if serve_dir else None
         with contextlib.suppress(FileNotFoundError):
             status = os.stat(name, dir_fd=directory, follow_symlinks=False)
             if stat.S_ISREG(status.st_mode):      # never a set-uid bit: the bytes are others'
-                before = status
-                mode, owner = status.st_mode & 0o777, (status.st_uid, status.st_gid)
+                before, mode = status, status.st_mode & 0o777
         with new_file(aside, directory, mode) as file:
             file.write(data)
             file.flush()
             try:
-                give(file.fileno(), owner)
+                give(file.fileno(), serve_dir, before)
             except PermissionError:
                 if before is None or not before.st_mode & stat.S_IROTH:
                     raise                 # its readers may have lost access
@@ -3209,7 +3200,7 @@ class Publisher:
                 stack.enter_context(image)
                 if image.fd is not None and (is_new or is_kept(path)):
                     os.fchmod(image.fd, 0o755)
-                    give(image.fd, owner_of_new(self.serve_dir))
+                    give(image.fd, self.serve_dir)
                     stack.pop_all()
                     return image
                 # Without fd it is gone, or taken for a leftover by others, or no directory.
@@ -3272,7 +3263,7 @@ class Publisher:
     def _receive(self, image, name, read) -> FileScan:
         """Write and examine a new file.  Raises ApiError, BadImage, OSError, and as `read`."""
         with new_file(name, image.fd) as file, self._scan() as found:
-            give(file.fileno(), owner_of_new(self.serve_dir))
+            give(file.fileno(), self.serve_dir)
             while True:
                 try:
                     chunk = read(CHUNK)
@@ -4153,7 +4144,7 @@ class MirrorPublisher(Publisher):
         starts = 0
         with storing("the image cannot be stored"), \
                 new_file(PARTIAL, image.fd, or_old=0) as partial:
-            give(partial.fileno(), owner_of_new(self.serve_dir))
+            give(partial.fileno(), self.serve_dir)
             while True:
                 try:
                     return self._fill(partial, file, expected, count)
