@@ -2672,7 +2672,7 @@ def storing(action, path=None):
 
 
 def sync(fd, action, path):
-    """fsync the directory `path`, ignored where unsupported.  Raises ApiError, as storing."""
+    """fsync an open directory, ignored where unsupported.  Raises ApiError, as storing does."""
     with storing(action, path):
         try:
             os.fsync(fd)
@@ -3217,7 +3217,8 @@ class Publisher:
             try:
                 aside = image.set_aside()
             except FileNotFoundError:
-                raise not_found(f"image {image.uuid} not found: it is active, or not here")
+                raise not_found(f"no image {image.uuid} waits to be activated"
+                                if image.fd is None else f"image {image.uuid} not found")
         self._sync(f"image {image.uuid} is removed, but not surely on disk")
         with storing(f"image {image.uuid} is removed, but not all of its files"):
             remove_tree(aside)
