@@ -2580,7 +2580,7 @@ def read_stream(path, compression) -> SendStream:
 class FileScan:
     """One pass over an image file: size, hashes, compression, and the stream inside.
 
-    begin(compression) is called before the first byte is unpacked; what it raises is passed on.
+    begin(compression) is called before the first byte is unpacked; its errors are passed on.
     """
 
     def __init__(self, begin=lambda compression: None):
@@ -2648,7 +2648,7 @@ _TEMPORARY = re.compile(r"\.(manifest\.json|file|icon\.(png|jpg|gif))\.[0-9a-f]+
 def temporary_name(name, directory):
     """A name beside `name`, unique on all machines; _TEMPORARY matches it.
 
-    What has that name in the open directory when the block ends is removed.
+    A file of that name in the open directory is removed when the block ends.
     """
     aside = f".{name}.{os.urandom(8).hex()}"
     try:
@@ -2721,10 +2721,10 @@ def new_file(name, directory=None, mode=0o644, or_old=os.O_EXCL):
 def replace_file(path, data, directory=None, serve_dir=None, keep_time=False, mode=0o644):
     """Replace a file, atomically and durably.  Raises ApiError.
 
-    directory   that of the file, open: whatever has its path by now.  Without it symlinks are
-                followed, and the file behind them is replaced
-    serve_dir   decides the owner of a file that is new, as `mode` is for that, or for one in
-                place of a symlink.  Permissions and owner of an old one stay
+    directory   the open directory of the file, which may have lost its path to another one.
+                Without it symlinks are followed, and the file behind them is replaced
+    serve_dir   for the owner of a file that is new, or takes the place of a symlink, as `mode`
+                is for its permissions; those of an old one stay
     keep_time   the mtime stays, too
     """
     if directory is None:
@@ -2874,7 +2874,7 @@ def already_active(uuid) -> ApiError:
 class ImageDirectory:
     """The directory of one image at `path`; open as fd, and locked, until a block ends.
 
-    fd None: what is there by now, directory or not.  All methods raise ApiError.
+    fd None: it is not open, and perhaps no directory.  All methods raise ApiError.
     """
 
     def __init__(self, uuid, path, fd=None):
@@ -3608,10 +3608,10 @@ class Rights:
                        fields=b'WWW-Authenticate: Basic realm="imgserver"\r\n')
 
     def admit(self, request):
-        """Find out the right of a client before any answer, also one that needs none.
+        """Identify the client of a request before it is answered.
 
-        Raises ApiError (401) where all reading needs a user, and as Users.user_of, but not for
-        an answer that strangers get as well.
+        Raises ApiError (401) where all reading needs a user, and as Users.user_of where the
+        answer may depend on the user.
         """
         if self.config.read == "users":
             request.audience = CLIENT
