@@ -2343,6 +2343,8 @@ def list_etag(images, api, view) -> str:
 CHUNK = 256 << 10             # bytes of an image file fed at once; a bomb makes 256 MiB of them
 LZMA_MEMORY = 256 << 20       # bytes; xz -9 needs 65 MiB to decompress, a bomb asks for more
 MAGIC_LENGTH = 6              # bytes: the longest of MAGIC
+MAGIC_BYTES = {kind: magic[0] for magic, kind in MAGIC.items()}      # the first of a member
+HEAD_CHUNK = 16 << 10         # bytes of a file fed at once where its beginning is enough
 
 DRR_LENGTH = 312                  # bytes of a record, without payload (zfs_ioctl.h)
 DRR_BEGIN, DRR_END = 0, 5         # drr_type
@@ -2407,8 +2409,11 @@ class SendStream:
         self.type = STREAM_TYPES.get(kind)
         self._head = None                 # no later BEGIN counts
 
-    def head_problem(self):
-        """Why imgadm could not install the stream, by its BEGIN; None where it could."""
+    def problem(self, whole=True):
+        """Why imgadm could not install the stream; None where it could.
+
+        whole: all of it was fed; else only its BEGIN tells.
+        """
         if self.type is None:
             return "it is no ZFS send stream"
         if self._is_resumed:
@@ -2416,13 +2421,8 @@ class SendStream:
         if self.from_guid and not self._is_clone:
             return ("the ZFS stream is incremental, but not that of a clone: zfs receive finds "
                     "no data set for it; send a clone of the origin")
-        return None
-
-    def problem(self):
-        """The same by the whole stream, once all of it was fed."""
-        problem = self.head_problem()
-        if problem:
-            return problem
+        if not whole:
+            return None
         # An END names its snapshot by guid.  One more, of none, ends a package; libzfs writes
         # that even where it has failed before.
         at = self._last_end()
@@ -2452,6 +2452,23 @@ class SendStream:
         return at
 
 
+def member_decompressor(kind):
+    """(a function that makes the decompressor of one member, its errors) of a compression.
+
+    Modules are imported on use: a server that only serves does not need them.
+    """
+    if kind == "gzip":
+        import zlib
+        return lambda: zlib.decompressobj(wbits=31), zlib.error
+    if kind == "bzip2":
+        import bz2
+        return bz2.BZ2Decompressor, (OSError, ValueError)
+    if kind == "xz":
+        import lzma
+        return lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, LZMA_MEMORY), lzma.LZMAError
+    return lambda: None, ()
+
+
 class Decompressor:
     """The bytes inside a gzip, bzip2 or xz file (of one member or several), in small pieces.
 
@@ -2460,30 +2477,10 @@ class Decompressor:
 
     def __init__(self, kind):
         self.kind = kind
-        self._make = getattr(self, "_" + kind)
+        self._make, self._errors = member_decompressor(kind)
         self._member = self._make()
         self._head = b""
-        self._padding = 0                 # NULs since the last member
-
-    # Imported on use: a server that only serves does not need them.
-
-    def _none(self):
-        return None
-
-    def _gzip(self):
-        import zlib
-        self._errors = zlib.error
-        return zlib.decompressobj(wbits=31)
-
-    def _bzip2(self):
-        import bz2
-        self._errors = (OSError, ValueError)
-        return bz2.BZ2Decompressor()
-
-    def _xz(self):
-        import lzma
-        self._errors = lzma.LZMAError
-        return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=LZMA_MEMORY)
+        self._padding = 0                 # bytes of it since the last member
 
     def feed(self, data):
         """Yield the decompressed bytes of `data`, PIECE at most at a time.  Raises BadImage."""
@@ -2511,19 +2508,20 @@ class Decompressor:
             raise BadImage(f"the {self.kind} data is corrupt ({error})")
 
     def _skip_padding(self, data):
-        """`data` without the NULs it begins with; raises BadImage where no tool reads on.
+        """`data` without the padding it begins with; raises BadImage where no tool reads on.
 
-        xz takes NULs by fours.  gzip and bzip2 stop at the first, and leave out all that
-        follows.
+        xz takes NULs by fours.  Other bytes than a member's are ignored by bzip2, and passed on
+        as they are by gzip -f: zfs receive leaves padding behind a stream unread.
         """
-        rest = data.lstrip(b"\0")
+        is_xz = self.kind == "xz"
+        rest = data.lstrip(b"\0" if is_xz else PADDING)
         self._padding += len(data) - len(rest)
-        if rest and self._padding:
-            if self.kind != "xz":
-                raise BadImage(f"the {self.kind} data goes on behind padding: "
-                               f"{self.kind} would leave that out")
+        if rest and is_xz:
             self._check_padding()
             self._padding = 0
+        elif rest and (self._padding or MAGIC_BYTES[self.kind] != rest[0]):
+            raise BadImage(f"the {self.kind} data is followed by other bytes, which {self.kind} "
+                           "would not unpack")
         return rest
 
     def _check_padding(self):
@@ -2556,25 +2554,12 @@ def stream_problem(kind, stream, required, whole=True):
     """
     if stream.type is None and kind not in required:
         return None
-    problem = stream.problem() if whole else stream.head_problem()
+    problem = stream.problem(whole)
     if problem:
         return problem
     if kind in LAYER_TYPES or (stream.type == "zvol") != (kind == "zvol") and kind != "other":
         return f"the ZFS stream is that of a {stream.type}, but the type is {kind}"
     return None
-
-
-def read_stream(path, compression) -> SendStream:
-    """The stream in an image file, fed its beginning alone.  Raises BadImage, OSError."""
-    stream, inside = SendStream(), Decompressor(compression)
-    fd, _ = open_regular(path)
-    with open(fd, "rb", buffering=0) as file:
-        for _ in range(PROLOGUE // CHUNK):
-            for piece in inside.feed(file.read(CHUNK)):
-                stream.feed(piece)
-                if stream.type is not None:
-                    return stream
-    return stream
 
 
 class FileScan:
@@ -2600,28 +2585,39 @@ class FileScan:
         self.size += len(chunk)
         for each in self._hashes.values():
             each.update(chunk)
-        if self.compression is None:
-            chunk = self._head = self._head + chunk
-            if len(chunk) < MAGIC_LENGTH:
+        if self._decompressor is None:
+            self._head += chunk
+            if len(self._head) < MAGIC_LENGTH:
                 return
-            self._begin()
+            chunk = self._head
         self._feed_stream(chunk)
 
     def finish(self):
         """End of the file.  Raises BadImage for truncated compressed data."""
-        if self.compression is None:
-            self._begin()
+        if self._decompressor is None:
             self._feed_stream(self._head)
         self._decompressor.close()
 
-    def _begin(self):
-        self.compression = compression_of(self._head, "")
-        self._when_known(self.compression)
-        self._decompressor = Decompressor(self.compression)
-
     def _feed_stream(self, chunk):
+        if self._decompressor is None:
+            self.compression = compression_of(self._head, "")
+            self._when_known(self.compression)
+            self._decompressor = Decompressor(self.compression)
         for piece in self._decompressor.feed(chunk):
             self.stream.feed(piece)
+
+
+def scan_head(path) -> FileScan:
+    """A scan of the beginning alone, until it tells the stream.  Raises BadImage, OSError."""
+    found = FileScan()
+    with open(open_regular(path)[0], "rb", buffering=0) as file:
+        while found.size < PROLOGUE and found.stream.type is None:
+            chunk = file.read(HEAD_CHUNK)
+            if not chunk:
+                found.finish()
+                break
+            found.feed(chunk)
+    return found
 
 
 # -- publishing --------------------------------------------------------------------------
@@ -3371,8 +3367,7 @@ class Publisher:
                 if file.get("dataset_guid"):
                     return file["dataset_guid"]
                 with self._turn:          # xz needs memory
-                    return str(read_stream(os.path.join(image.directory, image.file),
-                                           file["compression"]).guid)
+                    return str(scan_head(os.path.join(image.directory, image.file)).stream.guid)
         raise BadImage(f"imgadm cannot import it until image {uuid} is on this server, too")
 
 
@@ -8152,12 +8147,9 @@ class Check:
 
     def _check_head(self, image):
         """The same by the first bytes of the file alone.  Raises BadImage."""
-        path = os.path.join(image.directory, image.file)
         with about(image.file):
-            with open(open_regular(path)[0], "rb", buffering=0) as file:
-                compression = compression_of(file.read(MAGIC_LENGTH), image.file)
-            stream = read_stream(path, compression)
-        self._check_facts([], compression, stream, image, whole=False)
+            found = scan_head(os.path.join(image.directory, image.file))
+        self._check_facts([], found.compression, found.stream, image, whole=False)
 
     def _check_facts(self, pairs, compression, stream, image, whole=True):
         """Compare pairs (name, found, promised), compression and stream.  Raises BadImage."""

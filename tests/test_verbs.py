@@ -346,9 +346,9 @@ class TestStreams(VerbCase):
                 ("xz behind padding of 5", lzma.compress(lone) + bytes(5) + lzma.compress(first),
                  {}, "multiple of 4"),
                 ("gzip behind NULs", streams.pack(lone) + b"\0" + streams.pack(first), {},
-                 "gzip would leave that out"),
+                 "gzip would not unpack"),
                 ("bzip2 behind NULs", bz2.compress(lone) + b"\0" + bz2.compress(first), {},
-                 "bzip2 would leave that out"),
+                 "bzip2 would not unpack"),
                 ("a layer", STREAM, {"type": "docker"}, "the type is docker"),
                 ("bytes behind the end", STREAM + b"\n\0x", {}, "end record is missing")):
             with self.subTest(name):
@@ -372,6 +372,8 @@ class TestStreams(VerbCase):
                 ("a clone in a package", streams.package(part), {"origin": V}),
                 ("xz padding of 8", one + bytes(8) + two + bytes(4), {}),
                 ("gzip and NULs", IMAGE + bytes(5), {}),
+                ("gzip and a newline", IMAGE + b"\n", {}),
+                ("bzip2, NULs and a newline", streams.pack(STREAM, "bzip2") + b"\0\0\n", {}),
                 ("two members", bz2.compress(STREAM[:400]) + bz2.compress(STREAM[400:]), {}),
                 ("a layer", b"a tarball", {"type": "docker"}),
                 ("other", b"", {"type": "other"})):
@@ -379,6 +381,17 @@ class TestStreams(VerbCase):
                 self.publish(data=data or b"anything", **fields)
                 self.assertIsNone(self.problem())
                 self.publisher.delete(U)
+
+    def test_padding_is_nothing_to_the_pipe_of_imgadm(self):
+        for kind in ("gzip", "bzip2"):
+            if not shutil.which(kind):
+                self.skipTest(f"{kind} is missing")
+            for padding in (b"\n", bytes(5) + b"\n"):
+                run = subprocess.run([kind, "-cdfq"], input=streams.pack(STREAM, kind) + padding,
+                                     stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                with self.subTest(kind, padding=padding):
+                    self.assertEqual((run.returncode, run.stderr), (0, b""))
+                    self.assertEqual(run.stdout.rstrip(b"\0\n"), STREAM.rstrip(b"\0\n"))
 
     def test_pieces_of_any_size(self):
         for data in (streams.package(STREAM) + bytes(9), IMAGE, OTHER):
