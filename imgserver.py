@@ -1426,13 +1426,14 @@ UNSETTLED = ()                # no file's key: an image with it is always stale
 def stat_key_at(path):
     """The stat_key of the file at path; None where stat fails."""
     try:
-        return stat_key(os.stat(path))
+        status = os.stat(path)
     except (OSError, ValueError):
         return None
+    return status.st_ctime_ns, status.st_size, status.st_ino      # inlined: requests come here
 
 
 def hash_file(fd, size):
-    """(sha1, md5) of the first `size` bytes of an open file, as hash objects.  Raises OSError."""
+    """(hex sha1, md5 as bytes) of the first `size` bytes of an open file.  Raises OSError."""
     sha1, md5, offset = hashlib.sha1(), hashlib.md5(), 0
     while offset < size:
         piece = os.pread(fd, min(PIECE, size - offset), offset)
@@ -1441,13 +1442,13 @@ def hash_file(fd, size):
         sha1.update(piece)
         md5.update(piece)
         offset += len(piece)
-    return sha1, md5
+    return sha1.hexdigest(), md5.digest()
 
 
 class Hasher:
-    """Hashes the files of manifests without a sha1, large ones one by one in a thread.
+    """Hashes files, as hash_file, and caches the results by stat_key.
 
-    Results are cached by stat_key.  Without `later` every file is hashed at once.
+    Those of manifests without a sha1 at once, or large ones `later`: one by one in a thread.
     """
 
     def __init__(self, later=False):
@@ -1458,7 +1459,7 @@ class Hasher:
         self._queue = collections.deque()     # a thread runs while there are any
 
     def hashes(self, path, key):
-        """(hex sha1, md5 as bytes) of a file in state `key`; None: later.  Raises OSError."""
+        """Those of a file in state `key`; None: later.  Raises OSError."""
         with self._lock:
             result = self._results.get((path, key))
             if result is None and self._later and key[1] > MD5_LIMIT:
@@ -1474,7 +1475,7 @@ class Hasher:
         return result
 
     def hashes_of(self, fd, path):
-        """The same of an open file, which was opened at `path`; at once.  Raises OSError.
+        """Those of an open file, which was opened at `path`; at once.  Raises OSError.
 
         The first caller computes, the others wait.
         """
@@ -1482,18 +1483,17 @@ class Hasher:
             key = stat_key(os.fstat(fd))
             result = self._results.get((path, key))
             if not isinstance(result, tuple):
-                sha1, md5 = hash_file(fd, key[1])
-                result = sha1.hexdigest(), md5.digest()
+                result = hash_file(fd, key[1])
                 if stat_key(os.fstat(fd)) == key:
                     self._keep(path, key, result)
         return result
 
     def _hash(self, path, key):
+        """Those of a file in state `key`, or the OSError that was met."""
         try:
             fd, _ = open_regular(path)
             with open(fd, "rb", buffering=0):
-                sha1, md5 = hash_file(fd, key[1])
-                result = sha1.hexdigest(), md5.digest()
+                result = hash_file(fd, key[1])
                 if stat_key(os.fstat(fd)) != key:
                     return OSError(errno.EAGAIN, "it changed while it was read")
         except OSError as error:
@@ -1510,16 +1510,17 @@ class Hasher:
                 del self._results[next(iter(self._results))]
 
     def _run(self):
-        is_last = False
-        while not is_last:
+        job = None
+        while True:
             with self._lock:
-                job = self._queue[0]      # it stays there until it is hashed
-            try:
-                self._hash(*job)
-            finally:
-                with self._lock:
+                if job is not None:
                     self._queue.popleft()
-                    is_last = not self._queue
+                if not self._queue:
+                    return
+                job = self._queue[0]      # it stays there until it is hashed
+            with contextlib.suppress(MemoryError):        # the next request queues it again
+                self._hash(*job)
+
 
 
 def raise_shortage(error):
@@ -1528,19 +1529,13 @@ def raise_shortage(error):
         raise error
 
 
-def changed_at(path):
-    """The ctime of a directory in ns: of its last new, removed or renamed name."""
-    key = stat_key_at(path)
-    return key and key[0]
-
-
 class Image:
     """One image directory as last read: its rendered manifest, or the problem that hides it.
 
     place       the path of its directory, up to its uuid
     problem     None, or one sentence for the log; then nothing of its manifest is set
     try_again   the problem may be one of the moment, such as an error of the disk
-    device      the file system that it is on; None where its files are on several
+    chain_checked   when its chain of origins was last seen to end (monotonic)
     md5         of its file, as bytes, where it is known for sure; claimed_md5 as its manifest
                 has it, or None
     notes       sentences for the log about fields that are not shown as stored
@@ -1552,16 +1547,16 @@ class Image:
     """
 
     __slots__ = ("uuid", "place", "manifest_key", "file_key", "directory_changed", "checked",
-                 "problem", "try_again", "device", "file", "path", "size", "sha1", "md5",
-                 "claimed_md5", "state",
-                 "order", "name", "version", "os", "type", "origin", "owner", "public", "acl",
-                 "billing_tags", "channels", "icon", "notes", "dsapi", "dsapi_v2", "imgapi")
+                 "chain_checked", "problem", "try_again", "file", "path", "size", "sha1", "md5",
+                 "claimed_md5", "state", "order", "name", "version", "os", "type", "origin",
+                 "owner", "public", "acl", "billing_tags", "channels", "icon", "notes",
+                 *RENDERINGS)
 
     def __init__(self, uuid, place):
         self.uuid, self.place = uuid, place
         self.manifest_key = self.file_key = self.directory_changed = None
-        self.checked, self.try_again = 0.0, False
-        self.problem = self.file = self.path = self.origin = self.icon = self.device = None
+        self.checked, self.chain_checked, self.try_again = 0.0, -math.inf, False
+        self.problem = self.file = self.path = self.origin = self.icon = None
         self.dsapi = self.dsapi_v2 = self.imgapi = None
         self.notes = ()
 
@@ -1582,22 +1577,15 @@ class Image:
         """
         if self.problem is None and getattr(self, api) is None:
             return False
-        try:                              # stat_key, inlined: each request comes here
-            status = os.stat(f"{self.place}{self.uuid}/{MANIFEST}")
-            if (status.st_ctime_ns, status.st_size, status.st_ino) != self.manifest_key:
-                return False
-            if self.file is not None:
-                status = os.stat(f"{self.place}{self.uuid}/{self.file}")
-                if (status.st_ctime_ns, status.st_size, status.st_ino) != self.file_key:
-                    return False
-        except OSError:                   # fresh only where it was left out for just that
-            if (self.manifest_key, self.file_key) != (
-                    stat_key_at(f"{self.directory}/{MANIFEST}"),
-                    self.file and stat_key_at(f"{self.directory}/{self.file}")):
-                return False
+        directory = self.place + self.uuid
+        if stat_key_at(f"{directory}/{MANIFEST}") != self.manifest_key or (
+                self.file is not None
+                and stat_key_at(f"{directory}/{self.file}") != self.file_key):
+            return False
         now = time.monotonic()
         if for_list or now - self.checked >= RECHECK / 2:
-            if self.try_again or changed_at(self.directory) != self.directory_changed:
+            key = stat_key_at(directory)
+            if self.try_again or (key and key[0]) != self.directory_changed:
                 return False
             self.checked = now
         return True
@@ -1641,15 +1629,12 @@ def sole_file(directory, names, size):
     return found[0]
 
 
-def passed_over(serve_dir, name):
-    """Why a name in serve_dir that might be meant for an image is none; else None."""
-    if not is_uuid(name):
-        return "its directory must have a UUID in lower case as name" \
-            if is_uuid(name.lower()) else None
+def misnamed_manifest(directory) -> str | None:
+    """The file that may be meant for the manifest of a directory without one."""
     with contextlib.suppress(OSError):
-        for file in sorted(os.listdir(os.path.join(serve_dir, name))):
-            if file == "manifest" or file.endswith(".imgmanifest"):
-                return f"its manifest must be named {MANIFEST}, not {file}"
+        for name in sorted(os.listdir(directory)):
+            if name == "manifest" or name.endswith(".imgmanifest"):
+                return name
     return None
 
 
@@ -1684,7 +1669,8 @@ class ImageReader:
         self.host_placeholder = "http-" + os.urandom(16).hex()
 
     def read(self, uuid, place, apis, needs_file=True) -> Image | None:
-        """The image in `place` + uuid, rendered for `apis`; None where there is no manifest.
+        """The image in `place` + uuid, rendered for `apis`; None where there is no manifest, and
+        nothing that may be meant for one.
 
         Raises OSError only where the system is short of something: that says nothing
         about the image.
@@ -1701,12 +1687,11 @@ class ImageReader:
         directory = place + uuid
         image.checked, began = time.monotonic(), time.time_ns()
         try:
-            status = trusted_stat(directory, self.serve_dir)
-            image.directory_changed, image.device = status.st_ctime_ns, status.st_dev
+            image.directory_changed = trusted_stat(directory, self.serve_dir).st_ctime_ns
+            if not is_uuid(uuid):
+                raise BadImage("its directory must have a UUID in lower case as name")
             manifest, status = read_manifest(directory, self.serve_dir)
             image.manifest_key = stat_key(status)
-            if status.st_dev != image.device:
-                image.device = None
             self._fill(image, manifest, status.st_mtime, apis, needs_file)
             if stat_key_at(f"{directory}/{MANIFEST}") != image.manifest_key:
                 image.try_again = True    # or the file may be that of another manifest
@@ -1715,10 +1700,14 @@ class ImageReader:
             image.problem = str(error)
         except OSError as error:
             raise_shortage(error)
-            if image.file is None and error.errno in (errno.ENOENT, errno.ENOTDIR):
-                return None
             image.problem = f"{image.file or MANIFEST}: {error.strerror}"
             image.try_again = True
+            if image.file is None and error.errno in (errno.ENOENT, errno.ENOTDIR):
+                name = misnamed_manifest(directory)
+                if name is None:
+                    return None
+                image.problem = f"its manifest must be named {MANIFEST}, not {name}"
+                image.try_again = False
         except RecursionError:
             image.problem = f"{MANIFEST}: nested too deep"
         except Exception as error:        # a bug: the other images can still be shown
@@ -1755,11 +1744,10 @@ class ImageReader:
         if image.place.endswith(INCOMING):
             v2["state"] = "unactivated"
         v2.pop("icon", None)
-        for name in names:
-            if name in ICONS and name != image.file and self._is_trusted(
-                    f"{image.directory}/{name}"):
+        for name in [name for name in ICONS if name in names and name != image.file]:
+            with contextlib.suppress(OSError):            # a link that is not to be followed
+                trusted_stat(f"{image.directory}/{name}", self.serve_dir)
                 image.icon, v2["icon"] = name, True
-                break
         self._keep(image, v2, file)
         shown_file = {**file, "path": image.path, "url": self.host_placeholder}
         if DSAPI in apis:
@@ -1772,13 +1760,6 @@ class ImageReader:
         if IMGAPI in apis:
             image.imgapi = self._render_v2(v2 if is_whole else {**v2, "files": []})
 
-    def _is_trusted(self, path) -> bool:
-        try:
-            trusted_stat(path, self.serve_dir)
-        except OSError:
-            return False
-        return True
-
     def _check_file(self, image, stored, names) -> dict:
         """files[0] for clients, compared with the file on disk.  Raises BadImage and OSError."""
         image.file = image.path = stored.get("path") or sole_file(
@@ -1786,8 +1767,6 @@ class ImageReader:
         path = f"{image.directory}/{image.file}"
         status = trusted_stat(path, self.serve_dir)
         image.file_key = stat_key(status)
-        if status.st_dev != image.device:
-            image.device = None
         if not stat.S_ISREG(status.st_mode):
             raise BadImage(f"{image.file}: not a regular file")
         if status.st_mode & 0o444 != 0o444 and not os.access(path, os.R_OK):
@@ -1798,8 +1777,7 @@ class ImageReader:
             raise BadImage(f"{image.file}: its size is not the {file['size']} bytes of {MANIFEST} "
                            "(still being copied?)")
         if "compression" not in file:
-            fd, _ = open_regular(path)
-            with open(fd, "rb", buffering=0) as data:
+            with open(open_regular(path)[0], "rb", buffering=0) as data:
                 file["compression"] = compression_of(data.read(8), image.file)
         image.md5 = recorded_md5(stored)
         image.claimed_md5 = bytes.fromhex(file["md5"]) if "md5" in file else None
@@ -1842,9 +1820,44 @@ class ImageReader:
         return before, channels.encode(), etag_of(before, channels.encode())
 
 
-def no_common_channel(origin) -> str:
-    return (f"its origin {origin} is in none of its channels: imgadm cannot import it from "
-            "there")
+def no_common_channel(channels, origin) -> str | None:
+    """Why imgadm could not import an image with these channels by a sound origin; else None."""
+    if channels and set(channels).isdisjoint(origin.channels):
+        return (f"its origin {origin.uuid} is in none of its channels: imgadm cannot import it "
+                "from there")
+    return None
+
+
+def origin_problem(image, find, with_channels) -> str | None:
+    """Why imgadm could not import a sound image by the one that it builds on; else None.
+
+    find(uuid): the image of that uuid, or None.
+    """
+    origin = image.origin and find(image.origin)
+    if image.origin and (origin is None or origin.problem):
+        return f"imgadm cannot import it until image {image.origin} is on this server, too"
+    if origin and origin.state == "unactivated" != image.state:
+        return f"imgadm cannot import it until image {origin.uuid} is activated"
+    return no_common_channel(image.channels, origin) if origin and with_channels else None
+
+
+def endless_text(uuid) -> str:
+    return f"image {uuid} is left out: its origins form a cycle"
+
+
+def endless(origins) -> set:
+    """The uuids whose chain of origins never ends, of {uuid: its origin}.
+
+    imgadm would follow it for ever.
+    """
+    verdicts = {}
+    for link in origins:
+        chain = set()
+        while link in origins and link not in verdicts and link not in chain:
+            chain.add(link)
+            link = origins[link]
+        verdicts.update(dict.fromkeys(chain, link in chain or verdicts.get(link, False)))
+    return {uuid for uuid, is_endless in verdicts.items() if is_endless}
 
 
 def etag_of(*parts) -> bytes:
@@ -1942,18 +1955,15 @@ class Listing:
         """Its gzip form, for a thread: some 30 ms for each MB."""
         import zlib
         packer = zlib.compressobj(6, wbits=31)
-        data = ZippedList()
+        data = Rendered()
         for number in range(len(self)):
             data += packer.compress(self.render(number))
-        return data + packer.flush()
+        data += packer.flush()
+        return data
 
 
-class ZippedList(bytearray):
-    """The gzip form of a list, cached or being sent; a reference to it can be weak."""
-
-    def __add__(self, data):
-        self += data
-        return self
+class Rendered(bytearray):
+    """Bytes that are cached or being sent; a reference to them can be weak."""
 
 
 class Snapshot:
@@ -1984,8 +1994,9 @@ class Store:
         self.place = os.path.join(config.serve_dir, "")
         self.log = log
         self._in_background = in_background
+        self._hides = config.read != "anyone"
         self._reader = ImageReader(config, Hasher(later=True))
-        self._told = set()            # warnings of names and of origins that were logged once
+        self._told = set()            # warnings of origins that were logged
         self._images = {}             # uuid: Image, sound or not; written under _lock
         self._lock = threading.Lock()
         self._recheck_lock = threading.Lock()     # taken before _lock
@@ -1995,15 +2006,16 @@ class Store:
         self._changed = True          # an image has been read since the snapshot was made
         self._names_key = None        # serve_dir as it was when its names were read
         self._checked = -math.inf     # when the last re-check of all images began (monotonic)
-        self._cyclic = {}             # uuid: whether its chain of origins never ends; a memo
-        self._cyclic_since = -math.inf
-        self._cycles_logged = set()
+        self._endless = frozenset()   # images left out of the snapshot since their origins cycle
+        self._names_at_start = ()     # until the first list: their images are no news for the log
+        with contextlib.suppress(OSError):            # the first request meets it, too
+            self._names_at_start = self._names()
         # One thread at a time computes lists: several would compete with the event loop for
         # the interpreter's lock, and be no faster.
         self.rendering = threading.Lock()
         self._lists_lock = threading.Lock()       # for listings of a snapshot, and gzip forms
         self._zipping = threading.Lock()
-        self._zipped = weakref.WeakValueDictionary()      # id: ZippedList that is in use
+        self._zipped = weakref.WeakValueDictionary()      # id: Rendered that is in use
 
     # single images
 
@@ -2013,21 +2025,26 @@ class Store:
         Raises ApiError (404) where there is none that is sound, NeedsThread where it must be
         read, OSError where serve_dir is missing.
         """
-        image = self._find(uuid, api, may_block)
+        image = self._images.get(uuid)
+        if image is None or not image.is_fresh(api):
+            image = self._find(uuid, api, may_block)
         if image is None or image.try_again:
             os.stat(f"{self.directory}/.")            # is it serve_dir that cannot be read?
-        if image is None or image.problem or image.origin and self._is_cyclic(
-                image, lambda origin: self._known(origin, api, may_block),
-                math.inf if may_block else LINKS_IN_LOOP):
+        if image is None or image.problem or image.origin and not self._ends(
+                image, api, may_block):
             raise not_found(f"image {uuid} not found")
         return image
 
     def _find(self, uuid, api, may_block) -> Image | None:
-        """An image, sound or not, as it is on disk now; None: not here.  Raises NeedsThread."""
-        image = self._images.get(uuid)
-        if image is not None and image.is_fresh(api):
-            return image
-        if image is None and not os.path.lexists(f"{self.directory}/{uuid}"):
+        """An image that memory has not, or not fresh, sound or not; None: not here.
+
+        Raises NeedsThread.
+        """
+        # Where strangers do not see all images, time must not tell a private one from none: new
+        # ones are read for any uuid that is not in memory.
+        if self._hides and (api not in self._apis or self._key_of_names() != self._names_key):
+            self.snapshot(api, may_block)
+        if uuid not in self._images and not os.path.lexists(f"{self.directory}/{uuid}"):
             return None
         if not may_block:
             raise NeedsThread
@@ -2037,12 +2054,33 @@ class Store:
                 image = self._load(uuid, api)
         return image
 
-    def _known(self, uuid, api, may_block) -> Image | None:
-        """A link in a chain of origins, re-checked once a second: chains may be long."""
-        image = self._images.get(uuid)
-        if image is None or time.monotonic() - image.checked >= RECHECK:
-            image = self._find(uuid, api, may_block)
-        return image
+    def _ends(self, image, api, may_block) -> bool:
+        """Whether its chain of origins ends: else imgadm would follow it for ever.
+
+        It is followed, and each link re-checked, once a second.  Raises NeedsThread for more
+        than LINKS_IN_LOOP links.
+        """
+        now = checked = time.monotonic()
+        chain, link = {}, image
+        while link is not None and not link.problem and link.origin:
+            if now - link.chain_checked < RECHECK:
+                checked = min(checked, link.chain_checked)
+                break
+            if link.uuid in chain:
+                self._warn_once(endless_text(image.uuid))
+                return False
+            if len(chain) >= LINKS_IN_LOOP and not may_block:
+                raise NeedsThread
+            chain[link.uuid] = link
+            origin = self._images.get(link.origin)
+            if origin is None or now - origin.checked >= RECHECK and not origin.is_fresh(api):
+                origin = self._find(link.origin, api, may_block)
+            link = origin
+        for link in chain.values():
+            link.chain_checked = checked
+        if chain:
+            self._warn_once(*self._origin_texts([image]))
+        return True
 
     def unactivated(self, uuid) -> Image:
         """The image in .incoming-<uuid>, with its file or without.  Raises ApiError (404)."""
@@ -2061,7 +2099,8 @@ class Store:
     def all_images(self) -> list:
         """All sound images, in any state, in order; for a thread.  Raises OSError."""
         self.snapshot(IMGAPI, True)
-        images = [image for image in list(self._images.values()) if not image.problem]
+        images = [image for uuid, image in list(self._images.items())
+                  if not image.problem and uuid not in self._endless]
         for name in os.listdir(self.directory):
             uuid = name[len(INCOMING):]
             if name.startswith(INCOMING) and is_uuid(uuid) and uuid not in self._images:
@@ -2073,14 +2112,10 @@ class Store:
     def count_states(self) -> dict:
         """Counts of images by state, and of those left out; for a thread.  Raises OSError."""
         counts = collections.Counter(active=0, disabled=0, unactivated=0, left_out=0)
-        counts["active"] = active = len(self.snapshot(IMGAPI, True).images)
-        for image in list(self._images.values()):
-            state = "left_out" if image.problem else image.state
-            if state == "active":
-                active -= 1
-            else:
-                counts[state] += 1
-        counts["left_out"] += max(0, -active)         # their origins form cycles
+        self.snapshot(IMGAPI, True)
+        for uuid, image in list(self._images.items()):
+            is_left_out = image.problem or uuid in self._endless
+            counts["left_out" if is_left_out else image.state] += 1
         counts["unactivated"] += len([name for name in os.listdir(self.directory)
                                       if is_uuid(name.partition(INCOMING)[2])])
         return counts
@@ -2095,51 +2130,43 @@ class Store:
                           or image is not None and not image.problem)
         if image is None:
             self._images.pop(uuid, None)
-            self._say_passed_over(uuid)
         else:
             self._images[uuid] = image
-        self._cyclic = {}
         self._log_change(uuid, image, before)
         return image
 
     def _log_change(self, uuid, image, before):
-        """Log that an image came, changed or went: once, and not all at the first list."""
+        """Log that an image came, changed or went: once, and not of those there at the start."""
         if image is None:
             if before is not None:
-                self.log.info(f"image {uuid} is gone: {before.title or before.problem}")
+                self.log.info(f"image {uuid} is gone" + (
+                    ", which was left out" if before.problem else f": {before.title}"))
             return
         if image.problem:
             if before is None or before.problem != image.problem:
                 self.log.warn(f"image {uuid} is left out: {printable(image.problem)}")
             return
-        if before is not None and before.problem or before is None and self._snapshot is not None:
-            self.log.info(f"image {uuid} is on show: {image.title}, {image.size} bytes")
-        elif before is not None and before.shows_other_than(image):
-            self.log.info(f"image {uuid} has changed: {image.title}, {image.size} bytes")
+        if before is None or before.problem:
+            is_news, event = before or uuid not in self._names_at_start, "is on show"
+        else:
+            is_news, event = before.shows_other_than(image), "has changed"
+        if is_news:
+            self.log.info(f"image {uuid} {event}: {image.title}, {image.size} bytes")
         for note in image.notes:
             if before is None or note not in before.notes:
-                self.log.warn(f"image {image.uuid}: {printable(note)}")
-        if image.origin and (before is None or before.origin != image.origin) \
-                and not os.path.exists(f"{self.directory}/{image.origin}/{MANIFEST}"):
-            self.log.warn(f"image {image.uuid}: imgadm cannot import it until image "
-                          f"{image.origin} is on this server, too")
+                self.log.warn(f"image {uuid}: {printable(note)}")
 
-    def _say_passed_over(self, name):
-        """Log once that a name might be meant for an image, and why it is none."""
-        reason = name not in self._told and passed_over(self.directory, name)
-        if reason:
-            self._told.add(name)
-            self.log.warn(f"image {printable(name)} is left out: {printable(reason)}")
+    def _origin_texts(self, images) -> list:
+        """Warnings of those images that imgadm could not import by their origin."""
+        texts = ((image.uuid, origin_problem(image, self._images.get, self._reader.with_channels))
+                 for image in images if image.origin)
+        return [f"image {uuid}: {text}" for uuid, text in texts if text]
 
-    def _say_channels(self, images):
-        """Log once of each image that its origin is in none of its channels."""
-        for image in images:
-            origin = self._images.get(image.origin)
-            if origin is not None and not origin.problem and image.channels \
-                    and (image.uuid, origin.uuid) not in self._told \
-                    and set(image.channels).isdisjoint(origin.channels):
-                self._told.add((image.uuid, origin.uuid))
-                self.log.warn(f"image {image.uuid}: {no_common_channel(origin.uuid)}")
+    def _warn_once(self, *texts):
+        for text in texts:
+            if text not in self._told:
+                self._told.add(text)
+                self.log.warn(text)
 
     def hashes_of(self, fd, image, name):
         """(hex sha1, md5 as bytes) of an image's file, open as fd; cached.  Raises OSError."""
@@ -2150,44 +2177,6 @@ class Store:
         if image.md5 is not None or image.size > MD5_LIMIT:
             return image.md5
         return self.hashes_of(fd, image, image.file)[1]
-
-    def _is_cyclic(self, image, find, limit=math.inf) -> bool:
-        """Whether its chain of origins never ends: imgadm would follow it for ever.
-
-        It is followed for each change of an image, and once a second, by one thread, while the
-        others use the last result.  Raises NeedsThread for more than `limit` links.
-        """
-        now, before = time.monotonic(), self._cyclic
-        memo, chain, link = before, [], image
-        if now - self._cyclic_since >= RECHECK:
-            memo = {}
-            if limit == math.inf:
-                self._cyclic_since = now
-        seen = set()
-        while True:
-            if link is None or link.problem or not link.origin:
-                verdict = False
-            elif link.uuid in seen:
-                verdict = True
-            else:
-                verdict = memo.get(link.uuid)
-            if verdict is not None:
-                break
-            if len(chain) >= limit:
-                raise NeedsThread
-            seen.add(link.uuid)
-            chain.append(link.uuid)
-            link = find(link.origin)
-        for uuid in chain:
-            memo[uuid] = verdict
-        if memo is not before and self._cyclic is before:
-            self._cyclic, self._cyclic_since = memo, now
-        if not verdict:
-            self._cycles_logged.discard(image.uuid)
-        elif image.uuid not in self._cycles_logged:
-            self._cycles_logged.add(image.uuid)
-            self.log.warn(f"image {image.uuid} is left out: its origins form a cycle")
-        return verdict
 
     # lists
 
@@ -2225,6 +2214,10 @@ class Store:
         status = os.stat(self.directory)
         return status.st_ctime_ns, status.st_mtime_ns, status.st_ino, status.st_dev
 
+    def _names(self) -> set:
+        """The names in serve_dir that are, or may be meant for, images."""
+        return {name for name in os.listdir(self.directory) if is_uuid(name.lower())}
+
     def _recheck(self, api, pause=0):
         """Re-check every name, and every image if that is due; _recheck_lock is held.
 
@@ -2237,12 +2230,7 @@ class Store:
         # A change within one tick of the file system's clock leaves the time as it is, and may
         # come after the names are read: the time must be older than RACY before that.
         settled = abs(time.time_ns() - max(key[:2])) > RACY
-        names = set()
-        for name in os.listdir(self.directory):
-            if is_uuid(name):
-                names.add(name)
-            elif len(name) == len(NOBODY):
-                self._say_passed_over(name)
+        names = self._names()
         stale, slice_end = [], now + RECHECK_SLICE
         for uuid in sorted(names | set(self._images)):
             image = self._images.get(uuid)
@@ -2260,20 +2248,24 @@ class Store:
             # The event loop reads these without the lock, in the other order.
             self._names_key = key if settled else None
             self._apis |= {api}
+            self._names_at_start = ()
             if everything:
                 self._checked = now
 
     def _replace_snapshot(self):
         """Make a snapshot of the images as they are in memory; _lock is held."""
+        sound = [image for image in self._images.values() if not image.problem]
+        self._endless = endless({image.uuid: image.origin for image in sound if image.origin})
         before, self._snapshot = self._snapshot, Snapshot(
-            image for image in self._images.values()
-            if not image.problem and image.state == "active"
-            and not (image.origin and self._is_cyclic(image, self._images.get)))
+            image for image in sound
+            if image.state == "active" and image.uuid not in self._endless)
         if before is not None:
             with self._lists_lock:
                 before.release()
-        if self._reader.with_channels:
-            self._say_channels(self._snapshot.images)
+        texts = [*map(endless_text, sorted(self._endless)),
+                 *self._origin_texts(self._snapshot.images)]
+        self._warn_once(*texts)
+        self._told = set(texts)       # a warning is due again after it has not been
 
     def listing(self, api, view, select, text_of, may_block, host=b"") -> Listing:
         """The list of all active images that select(images) gives, in one form.
@@ -2303,7 +2295,7 @@ class Store:
                 snapshot.listings.pop(next(iter(snapshot.listings))).release()
         return listing
 
-    def zipped(self, listing, may_block) -> ZippedList | None:
+    def zipped(self, listing, may_block) -> Rendered | None:
         """The gzip form of a kept list; None where making one is not worth it now.
 
         One thread at a time makes them, and those in use are bounded: clients may leave lists
@@ -2841,8 +2833,8 @@ def choose_channels(config, manifest):
             [{"field": "channels", "code": "Invalid" if unknown else "MissingParameter"}])
     origin = manifest.get("origin") and ImageReader(config).read(
         manifest["origin"], os.path.join(config.serve_dir, ""), ())
-    if origin and not origin.problem and set(channels).isdisjoint(origin.channels):
-        return no_common_channel(origin.uuid)
+    if origin and not origin.problem:
+        return no_common_channel(channels, origin)
     return None
 
 
@@ -5738,10 +5730,6 @@ def size_text(size) -> str:
     return f"{size:.{digits}f}\xa0{unit}"
 
 
-class RenderedPage(bytearray):
-    """A page, or its gzip form, and its etag; a reference to it can be weak."""
-
-
 class Page:
     """The page: HTML that works without scripts and loads nothing from elsewhere.
 
@@ -5817,7 +5805,7 @@ class Page:
             return Response(304, fields)
         return Response(200, fields, page)
 
-    def _render(self, snapshot, view, zipped) -> RenderedPage:
+    def _render(self, snapshot, view, zipped) -> Rendered:
         """A page, or its gzip form.  Raises ApiError (503) where too many are unread."""
         if sum(map(len, list(self._in_use.values()))) > PAGES_LIMIT:
             raise ApiError(503, "ServiceUnavailableError", "too many pages are on their way",
@@ -5827,7 +5815,7 @@ class Page:
             import zlib
             packer = zlib.compressobj(6, wbits=31)
             data = packer.compress(data) + packer.flush()
-        page = RenderedPage(data)
+        page = Rendered(data)
         page.etag = hashlib.sha1(data).hexdigest()
         self._in_use[id(page)] = page
         return page
@@ -8089,16 +8077,11 @@ class Check:
     def image(self, uuid):
         """Check one image.  Raises BadImage, and ApiError where --record cannot write."""
         directory = os.path.join(self.config.serve_dir, uuid)
-        if uuid != uuid.lower():
-            raise BadImage("not shown: the name of its directory must be in lower case")
         image = self._read(uuid)
         if image is None:
             if not os.path.isdir(directory):
                 raise BadImage("no such image")
-            names = [name for name in os.listdir(directory)
-                     if name == "manifest" or name.endswith(".imgmanifest")]
-            raise BadImage(f"there is no {MANIFEST}" + "".join(
-                f": {name} must have that name" for name in names[:1]))
+            raise BadImage(f"there is no {MANIFEST}")
         found = None
         if image.problem and self.options.record and image.file and lacks_facts(directory):
             found = self._scan(image)
@@ -8114,10 +8097,9 @@ class Check:
                 self._compare(found, image)
             if self.options.record:
                 record_facts(directory, found)
-        if image.origin and not os.path.exists(
-                os.path.join(self.config.serve_dir, image.origin, MANIFEST)):
-            raise BadImage(f"imgadm cannot import it until image {image.origin} is on this "
-                           "server, too")
+        problem = origin_problem(image, self._read, with_channels=False)
+        if problem:
+            raise BadImage(problem)
 
     def _read(self, uuid):
         return self.reader.read(uuid, os.path.join(self.config.serve_dir, ""), (IMGAPI,))
@@ -8314,17 +8296,12 @@ class Inventory:
                 image = self.reader.read_unactivated(uuid)
                 if image is not None and not image.problem:
                     found[uuid] = image
-            elif len(name) == len(NOBODY):
-                image = is_uuid(name) and self.reader.read(
-                    name, os.path.join(config.serve_dir, ""), apis)
-                reason = image.problem if image else passed_over(config.serve_dir, name)
-                if reason is None and is_uuid(name) and not image \
-                        and os.path.isdir(os.path.join(config.serve_dir, name)):
-                    reason = f"there is no {MANIFEST}"
-                if reason:
-                    self.left_out[name] = reason
-                elif image:
+            elif is_uuid(name.lower()):
+                image = self.reader.read(name, os.path.join(config.serve_dir, ""), apis)
+                if image is not None and not image.problem:
                     found[name] = image
+                elif image is not None or os.path.isdir(os.path.join(config.serve_dir, name)):
+                    self.left_out[name] = image.problem if image else f"there is no {MANIFEST}"
         for uuid in endless({uuid: image.origin for uuid, image in found.items()}):
             del found[uuid]
             self.left_out[uuid] = "its origins form a cycle"
@@ -8351,32 +8328,11 @@ class Inventory:
         channels = [channel["name"] for channel in self.config.channels]
         if channels and set(channels).isdisjoint(image.channels):
             yield "it is in no channel of the configuration: nobody sees it over IMGAPI"
-        origin = self.by_uuid.get(image.origin)
-        if image.origin is None:
-            return
-        if origin is None:
+        problem = origin_problem(image, self.by_uuid.get, bool(channels))
+        if problem:
             mirror = f": imgserver.py mirror URL {image.origin}"
-            yield (f"imgadm cannot import it until image {image.origin} is on this server, too"
-                   + (mirror if image.origin not in self.left_out else ""))
-        elif origin.state == "unactivated" != image.state:
-            yield f"imgadm cannot import it until image {image.origin} is activated"
-        elif channels and set(image.channels).isdisjoint(origin.channels):
-            yield no_common_channel(origin.uuid)
-
-
-def endless(origins) -> list:
-    """The uuids whose chain of origins never ends, of {uuid: origin or None}."""
-    result, finite = [], set()
-    for uuid in origins:
-        chain, link = set(), uuid
-        while link in origins and link not in chain and link not in finite:
-            chain.add(link)
-            link = origins[link]
-        if link in chain or link in result:
-            result.append(uuid)
-        else:
-            finite |= chain
-    return result
+            is_missing = image.origin not in self.by_uuid and image.origin not in self.left_out
+            yield problem + (mirror if is_missing else "")
 
 
 def list_filters(texts):

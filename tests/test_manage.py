@@ -265,7 +265,8 @@ class TestProblems(ManageCase):
         write_v2(self.serve_dir, W)
         self.assertEqual(self.problems(0), [])
         self.assertEqual(self.problems(channels=CHANNELS), [
-            f"{V} test 2.0.0: {imgserver.no_common_channel(U)}",
+            f"{V} test 2.0.0: its origin {U} is in none of its channels: imgadm cannot import it "
+            "from there",
             f"{W} test 2.0.0: it is in no channel of the configuration: nobody sees it over "
             "IMGAPI"])
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import threading
 import unittest
@@ -139,6 +140,55 @@ class LogLines(Case):
             "manifest",
             f"warn image {uuid_of(3)} is left out: its manifest must be named manifest.json, not "
             "web-1.imgmanifest"]))
+
+    def test_an_image_that_comes_or_goes_is_one_line_from_the_start_on(self):
+        write_v2(self.serve_dir, uuid_of(1))
+        store = self.store()
+        write_v2(self.serve_dir, uuid_of(2), name="web", version="3")
+        write_v2(self.serve_dir, uuid_of(3))
+        store.image(uuid_of(3), "imgapi", True)           # before any list
+        store.image(uuid_of(1), "imgapi", True)
+        for _ in range(2):
+            self.assertEqual(len(self.uuids(store)), 3)
+        write_v2(self.serve_dir, uuid_of(4))
+        self.assertEqual(len(self.uuids(store)), 4)
+        shutil.rmtree(os.path.dirname(self.path(1)))
+        self.assertEqual(len(self.uuids(store)), 3)
+        self.assertEqual(self.lines, [
+            f"info image {uuid_of(3)} is on show: test 2.0.0, 17 bytes",
+            f"info image {uuid_of(2)} is on show: web 3, 17 bytes",
+            f"info image {uuid_of(4)} is on show: test 2.0.0, 17 bytes",
+            f"info image {uuid_of(1)} is gone: test 2.0.0"])
+
+    def test_an_image_that_goes_after_it_was_left_out(self):
+        write_v2(self.serve_dir, uuid_of(1))
+        write_manifest(self.serve_dir, uuid_of(1), b"{")
+        store = self.store()
+        self.assertEqual(self.uuids(store), [])
+        shutil.rmtree(os.path.dirname(self.path(1)))
+        self.assertEqual(self.uuids(store), [])
+        self.assertRegex(self.lines[0], "is left out: manifest.json is not JSON")
+        self.assertEqual(self.lines[1:], [f"info image {uuid_of(1)} is gone, which was left out"])
+
+    def test_a_missing_origin_is_told_before_any_list(self):
+        write_v2(self.serve_dir, uuid_of(1), origin=uuid_of(2))
+        write_v2(self.serve_dir, uuid_of(3), origin=uuid_of(1))
+        store = self.store()
+        for _ in range(2):
+            for number in (3, 1):
+                store.image(uuid_of(number), "imgapi", True)
+            self.uuids(store)
+        self.assertEqual(self.lines, [f"warn image {uuid_of(1)}: imgadm cannot import it until "
+                                      f"image {uuid_of(2)} is on this server, too"])
+
+    def test_a_warning_is_due_again_when_it_was_not_for_a_time(self):
+        write_v2(self.serve_dir, uuid_of(1), origin=uuid_of(2))
+        store, text = self.store(), "its origins form a cycle"
+        for count, number, origin in ((0, 2, None), (2, 2, 1), (3, 3, 1), (3, 2, None), (6, 2, 1)):
+            write_v2(self.serve_dir, uuid_of(number), origin=origin and uuid_of(origin))
+            store._checked = -float("inf")
+            self.uuids(store)
+            self.assertEqual(len([line for line in self.lines if text in line]), count)
 
     def test_an_origin_in_no_channel_of_its_child(self):
         channels = [{"name": "dev"}, {"name": "release", "default": True}]

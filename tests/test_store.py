@@ -680,6 +680,28 @@ class Origins(ServerCase):
         self.assertError(server.get(f"/datasets/{uuid_of(2)}"), 404)
         self.assertError(server.get(f"/images/{uuid_of(3)}/file"), 404)
 
+    def test_images_left_out_by_their_origins_are_in_no_list(self):
+        self.image(1)
+        self.image(2, 3)
+        self.image(3, 2)
+        site = self.site(publish_from=["127.0.0.1"])
+        for target in ("/images", "/images?state=all", "/images?state=active"):
+            self.assertEqual(uuids(ask(site, target)), [uuid_of(1)])
+        self.assertEqual(site.store.count_states(),
+                         {"active": 1, "disabled": 0, "unactivated": 0, "left_out": 2})
+
+    def test_chains_of_any_shape_and_length(self):
+        count = 20_000
+        line = {number: number - 1 for number in range(1, count)}
+        for origins, expected in (
+                ({}, set()), ({1: 1}, {1}), ({1: 2}, set()), ({1: 2, 2: 1, 3: 2, 4: 5}, {1, 2, 3}),
+                (line, set()), (dict(reversed(line.items())), set()),
+                ({**line, 0: 1}, set(range(count))),
+                (dict(reversed({**line, 0: 1}.items())), set(range(count)))):
+            started = time.process_time()
+            self.assertEqual(imgserver.endless(origins), expected)
+            self.assertLess(time.process_time() - started, 2)
+
     def test_a_chain_of_a_thousand(self):
         for number in range(1, 1001):
             self.image(number, number - 1 or None)
@@ -703,10 +725,8 @@ class Origins(ServerCase):
         def in_loop():
             request = parse(f"GET /images/{uuid_of(count)} HTTP/1.1\r\nHost: h\r\n\r\n".encode())
             return site.answer(request).status
-        # Each verdict and each link is due to be re-checked.
-        site.store._cyclic_since = -math.inf
-        for image in site.store._images.values():
-            image.checked = -math.inf
+        for image in site.store._images.values():     # each link is due to be re-checked
+            image.checked = image.chain_checked = -math.inf
         with mock.patch("imgserver.Image.is_fresh", is_fresh):
             with self.assertRaises(imgserver.NeedsThread):
                 in_loop()

@@ -12,12 +12,15 @@ import socket
 import stat
 import subprocess
 import threading
+import time
 import unittest
+from unittest import mock
 
 import imgserver
 from tests import test_nginx
-from tests.support import (PATIENCE, Connection, ServerCase, ask, command, default_signals, log_of,
-                           need, parse, uuid_of, wait_for, write_image, write_v2)
+from tests.support import (PATIENCE, SETTLED, Connection, ServerCase, ask, command,
+                           default_signals, log_of, need, parse, uuid_of, wait_for, write_image,
+                           write_v2)
 
 PUBLIC, PRIVATE, PRIVATE_V1, CHILD, WAITING, UNKNOWN = map(uuid_of, range(1, 7))
 OWNER = "352971aa-31ba-496c-9ade-a379feaecd52"
@@ -242,6 +245,30 @@ class Start(ServerCase):
                         "who cannot import 1 that")
         server = self.serve(config={"read": "users", "users": user_file(self.directory)})
         server.wait_log(r'read is "users": 4 of 4 images are hidden')
+
+
+class FirstLooks(ServerCase):
+
+    def test_a_first_look_at_a_private_image_reads_no_more_than_one_at_none(self):
+        write_images(self.serve_dir)
+        time.sleep(SETTLED)
+        site, reads, read = self.site(read="public"), [], imgserver.ImageReader.read
+        site.log_hidden()                 # as at the start: read for IMGAPI
+        write_v2(self.serve_dir, uuid_of(77), public=False)
+        time.sleep(SETTLED)
+
+        def counted(reader, uuid, *arguments, **words):
+            reads.append(uuid)
+            return read(reader, uuid, *arguments, **words)
+        with mock.patch("imgserver.ImageReader.read", counted):
+            for target, expected in (("/images", {uuid_of(77)}), ("/datasets", {PRIVATE})):
+                del reads[:]
+                self.assertError(ask(site, f"{target}/{uuid_of(88)}"), 404)
+                self.assertLessEqual(expected, set(reads))
+                del reads[:]
+                for uuid in (uuid_of(77), PRIVATE, PRIVATE_V1, uuid_of(88)):
+                    self.assertError(ask(site, f"{target}/{uuid}"), 404)
+                self.assertEqual(reads, [])
 
 
 class SiteCase(ServerCase):

@@ -766,9 +766,9 @@ class TestCheck(VerbCase):
                   os.path.join(self.serve_dir, V, "x.imgmanifest"))
         status, lines = self.run_check()
         self.assertEqual((status, lines), (1, [
-            f"{V}: there is no manifest.json: x.imgmanifest must have that name",
-            f"{uuid_of(10).upper()} test 1.0.0: not shown: the name of its directory must be in "
-            "lower case", "1 of 3 images are sound"]), manifest)
+            f"{V}: its manifest must be named manifest.json, not x.imgmanifest",
+            f"{uuid_of(10).upper()} test 1.0.0: its directory must have a UUID in lower case as "
+            "name", "1 of 3 images are sound"]), manifest)
 
     def test_several_snapshots_are_named(self):
         write_image(self.serve_dir, U, streams.package(STREAM, streams.stream(guid=9)))
