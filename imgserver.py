@@ -1468,11 +1468,9 @@ class Hasher:
                 if (path, key) not in self._queue:
                     self._queue.append((path, key))
                 return None
-        if result is None:
-            result = self._hash(path, key)
         if isinstance(result, OSError):
             raise result
-        return result
+        return result or self._hash(path, key)
 
     def hashes_of(self, fd, path):
         """Those of an open file, which was opened at `path`; at once.  Raises OSError.
@@ -1489,17 +1487,10 @@ class Hasher:
         return result
 
     def _hash(self, path, key):
-        """Those of a file in state `key`, or the OSError that was met."""
-        try:
-            fd, _ = open_regular(path)
-            with open(fd, "rb", buffering=0):
-                result = hash_file(fd, key[1])
-                if stat_key(os.fstat(fd)) != key:
-                    return OSError(errno.EAGAIN, "it changed while it was read")
-        except OSError as error:
-            if error.errno in SHORTAGE or key[1] <= MD5_LIMIT:
-                return error              # it may have passed by the next request
-            result = error
+        with open(open_regular(path)[0], "rb", buffering=0) as file:
+            result = hash_file(file.fileno(), key[1])
+            if stat_key(os.fstat(file.fileno())) != key:
+                raise OSError(errno.EAGAIN, "it changed while it was read")
         self._keep(path, key, result)
         return result
 
@@ -1510,17 +1501,20 @@ class Hasher:
                 del self._results[next(iter(self._results))]
 
     def _run(self):
-        job = None
-        while True:
+        is_last = False
+        while not is_last:
             with self._lock:
-                if job is not None:
-                    self._queue.popleft()
-                if not self._queue:
-                    return
-                job = self._queue[0]      # it stays there until it is hashed
-            with contextlib.suppress(MemoryError):        # the next request queues it again
-                self._hash(*job)
-
+                path, key = self._queue[0]        # it stays there until it is hashed
+            try:
+                self._hash(path, key)
+            except MemoryError:           # the next request for it queues it again, as here:
+                pass
+            except OSError as error:
+                if error.errno not in SHORTAGE:
+                    self._keep(path, key, error)
+            with self._lock:
+                self._queue.popleft()
+                is_last = not self._queue
 
 
 def raise_shortage(error):
@@ -1618,14 +1612,12 @@ def sole_file(directory, names, size):
             status = os.stat(f"{directory}/{name}")
             if not stat.S_ISDIR(status.st_mode) and size in (None, status.st_size):
                 found.append(name)
-    if size is not None and len(found) > 1:
-        raise BadImage(f"{MANIFEST} names no file, and {len(found)} files have its size of "
-                       f"{size} bytes: " + ", ".join(sorted(found)))
     if not found and len(names) == 1:     # perhaps its size is not right yet
         return names[0]
     if len(found) != 1:
-        raise BadImage(f"{MANIFEST} names no file, and the directory has {len(names)}"
-                       + ("" if size is None or not names else f", none of {size} bytes"))
+        raise BadImage(f"{MANIFEST} names no file, and {len(found)} files "
+                       + ("are beside it" if size is None else f"have its size of {size} bytes")
+                       + (found and ": ") + ", ".join(sorted(found)))
     return found[0]
 
 
@@ -1694,8 +1686,7 @@ class ImageReader:
             image.manifest_key = stat_key(status)
             self._fill(image, manifest, status.st_mtime, apis, needs_file)
             if stat_key_at(f"{directory}/{MANIFEST}") != image.manifest_key:
-                image.try_again = True    # or the file may be that of another manifest
-                raise BadImage(REPLACED)
+                raise BadImage(REPLACED)  # the file may be that of another manifest
         except BadImage as error:
             image.problem = str(error)
         except OSError as error:
@@ -1708,8 +1699,6 @@ class ImageReader:
                     return None
                 image.problem = f"its manifest must be named {MANIFEST}, not {name}"
                 image.try_again = False
-        except RecursionError:
-            image.problem = f"{MANIFEST}: nested too deep"
         except Exception as error:        # a bug: the other images can still be shown
             image.problem = f"{MANIFEST}: {type(error).__name__}: {error}"
         if image.manifest_key is None:
@@ -2042,7 +2031,7 @@ class Store:
         """
         # Where strangers do not see all images, time must not tell a private one from none: new
         # ones are read for any uuid that is not in memory.
-        if self._hides and (api not in self._apis or self._key_of_names() != self._names_key):
+        if self._hides and self._age(api) == math.inf:
             self.snapshot(api, may_block)
         if uuid not in self._images and not os.path.lexists(f"{self.directory}/{uuid}"):
             return None
@@ -2060,26 +2049,23 @@ class Store:
         It is followed, and each link re-checked, once a second.  Raises NeedsThread for more
         than LINKS_IN_LOOP links.
         """
-        now = checked = time.monotonic()
-        chain, link = {}, image
+        now = time.monotonic()
+        if now - image.chain_checked < RECHECK:
+            return True
+        chain, link = {image.uuid}, image
         while link is not None and not link.problem and link.origin:
-            if now - link.chain_checked < RECHECK:
-                checked = min(checked, link.chain_checked)
-                break
-            if link.uuid in chain:
+            uuid = link.origin
+            if uuid in chain:
                 self._warn_once(endless_text(image.uuid))
                 return False
-            if len(chain) >= LINKS_IN_LOOP and not may_block:
+            if len(chain) > LINKS_IN_LOOP and not may_block:
                 raise NeedsThread
-            chain[link.uuid] = link
-            origin = self._images.get(link.origin)
-            if origin is None or now - origin.checked >= RECHECK and not origin.is_fresh(api):
-                origin = self._find(link.origin, api, may_block)
-            link = origin
-        for link in chain.values():
-            link.chain_checked = checked
-        if chain:
-            self._warn_once(*self._origin_texts([image]))
+            chain.add(uuid)
+            link = self._images.get(uuid)
+            if link is None or now - link.checked >= RECHECK and not link.is_fresh(api):
+                link = self._find(uuid, api, may_block)
+        image.chain_checked = now
+        self._warn_once(*self._origin_texts([image]))
         return True
 
     def unactivated(self, uuid) -> Image:
@@ -2182,8 +2168,8 @@ class Store:
 
     def snapshot(self, api, may_block) -> Snapshot:
         """All active images, rendered for api.  Raises NeedsThread, and OSError of serve_dir."""
-        age = time.monotonic() - self._checked
-        if age < RECHECK and api in self._apis and self._key_of_names() == self._names_key:
+        age = self._age(api)
+        if age < RECHECK:
             if age >= RECHECK_EARLY and not self._rechecking:
                 self._rechecking = True
                 try:
@@ -2194,10 +2180,17 @@ class Store:
         if not may_block:
             raise NeedsThread
         with self._recheck_lock:
-            if not (time.monotonic() - self._checked < RECHECK_EARLY and api in self._apis
-                    and self._key_of_names() == self._names_key):
+            if self._age(api) >= RECHECK_EARLY:
                 self._recheck(api)
         return self._snapshot
+
+    def _age(self, api) -> float:
+        """Seconds since the last re-check; infinite where a name has come or gone since, or
+        images are not rendered for `api`.  Raises OSError.
+        """
+        if api in self._apis and self._key_of_names() == self._names_key:
+            return time.monotonic() - self._checked
+        return math.inf
 
     def _recheck_early(self, api):
         """Re-check in the background before requests have to wait for it."""
@@ -2415,33 +2408,24 @@ class SendStream:
                     "no data set for it; send a clone of the origin")
         if not whole:
             return None
-        # An END names its snapshot by guid.  One more, of none, ends a package; libzfs writes
-        # that even where it has failed before.
-        at = self._last_end()
-        guid = self._end_at(at)
-        if self._is_compound:
-            guid = self._end_at(at - DRR_LENGTH) if guid == 0 else None
-            if guid not in (None, self.guid):
-                return "it is a package of several snapshots: send one, without -R or -I"
-        if guid != self.guid:
+        ends = self._last_ends()
+        if self._is_compound and ends[1:] == [0] and ends[0] != self.guid:
+            return "it is a package of several snapshots: send one, without -R or -I"
+        if ends != [self.guid, 0] if self._is_compound else ends[-1:] != [self.guid]:
             return "the ZFS stream is cut short: its end record is missing"
         return None
 
-    def _end_at(self, at):
-        """The guid in the END record at an offset of the tail; None where there is none."""
-        head = struct.pack(self._order + "II", DRR_END, 0)
-        if not 0 <= at <= len(self._tail) - DRR_LENGTH or not self._tail.startswith(head, at):
-            return None
-        return struct.unpack_from(self._order + "Q", self._tail, at + 40)[0]
+    def _last_ends(self) -> list:
+        """The guid in the END record behind which is only padding, and in one just before it.
 
-    def _last_end(self):
-        """The offset in the tail of the END record behind which is only padding; else -1."""
-        head = struct.pack(self._order + "II", DRR_END, 0)
-        at = self._tail.rfind(head)
-        while at >= 0 and (self._end_at(at) is None
-                           or self._tail[at + DRR_LENGTH:].strip(PADDING)):
-            at = self._tail.rfind(head, 0, at + len(head) - 1)
-        return at
+        An END names its snapshot by guid.  One more, of none, ends a package; libzfs writes
+        that even where it has failed before.
+        """
+        head, tail = struct.pack(self._order + "II", DRR_END, 0), self._tail
+        at = tail.rfind(head, max(0, len(tail.rstrip(PADDING)) - DRR_LENGTH),
+                        max(0, len(tail) - DRR_LENGTH + len(head)))
+        return [struct.unpack_from(self._order + "Q", tail, start + 40)[0]
+                for start in (at - DRR_LENGTH, at) if start >= 0 and tail.startswith(head, start)]
 
 
 def member_decompressor(kind):
@@ -2471,7 +2455,6 @@ class Decompressor:
         self.kind = kind
         self._make, self._errors = member_decompressor(kind)
         self._member = self._make()
-        self._head = b""
         self._padding = 0                 # bytes of it since the last member
 
     def feed(self, data):
@@ -2479,7 +2462,6 @@ class Decompressor:
         if self.kind == "none":
             yield data
             return
-        self._head = self._head or data[:64]
         try:
             while data or (self._member and not getattr(self._member, "needs_input", True)):
                 if self._member is None:
@@ -2496,7 +2478,8 @@ class Decompressor:
                 yield piece
         except self._errors as error:
             if self.kind == "xz" and "emory" in str(error):
-                raise BadImage(self._memory_needed())
+                raise BadImage(f"the xz data needs more than {LZMA_MEMORY >> 20} MiB to unpack: "
+                               "compress it with xz -9 at most")
             raise BadImage(f"the {self.kind} data is corrupt ({error})")
 
     def _skip_padding(self, data):
@@ -2519,18 +2502,6 @@ class Decompressor:
     def _check_padding(self):
         if self.kind == "xz" and self._padding % 4:
             raise BadImage("the xz data is corrupt (its padding is no multiple of 4 bytes)")
-
-    def _memory_needed(self):
-        """The sentence for xz data above LZMA_MEMORY: the dictionary is most of its need."""
-        limit = f"{LZMA_MEMORY >> 20} MiB"
-        # The first block's header: LZMA2's id, the length 1, the size (the xz file format, 5.3.1).
-        at = self._head.find(b"\x21\x01", 12)
-        if at < 0 or at + 2 >= len(self._head) or self._head[at + 2] > 40:
-            return f"the xz data needs more than {limit} to unpack"
-        bits = self._head[at + 2]
-        size = (2 | bits & 1) << bits // 2 + 11
-        return (f"the xz data needs {(size >> 20) + 1} MiB to unpack, more than {limit}: "
-                "compress it with xz -9 at most")
 
     def close(self):
         """Raise BadImage if the data ended within a member, or with padding that is none."""
