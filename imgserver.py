@@ -1448,18 +1448,21 @@ def hash_file(fd, size):
 class Hasher:
     """Hashes files, as hash_file, and caches the results by stat_key.
 
-    Those of manifests without a sha1 at once, or large ones `later`: one by one in a thread.
+    `later`: large ones one by one in a thread.
     """
 
     def __init__(self, later=False):
         self._later = later
-        self._lock = threading.Lock()
         self._computing = threading.Lock()        # taken before _lock
+        self._lock = threading.Lock()
         self._results = {}                # (path, stat_key): (sha1, md5), or an OSError
         self._queue = collections.deque()     # a thread runs while there are any
 
-    def hashes(self, path, key):
-        """Those of a file in state `key`; None: later.  Raises OSError."""
+    def hashes(self, path, key, fd=None):
+        """Those of a file in state `key`, which may be open as fd; None: later.  Raises OSError.
+
+        The first caller computes, the others wait.
+        """
         with self._lock:
             result = self._results.get((path, key))
             if result is None and self._later and key[1] > MD5_LIMIT:
@@ -1468,30 +1471,21 @@ class Hasher:
                 if (path, key) not in self._queue:
                     self._queue.append((path, key))
                 return None
+        if result is None:
+            with self._computing:
+                result = self._results.get((path, key)) or self._hash(path, key, fd)
         if isinstance(result, OSError):
             raise result
-        return result or self._hash(path, key)
-
-    def hashes_of(self, fd, path):
-        """Those of an open file, which was opened at `path`; at once.  Raises OSError.
-
-        The first caller computes, the others wait.
-        """
-        with self._computing:
-            key = stat_key(os.fstat(fd))
-            result = self._results.get((path, key))
-            if not isinstance(result, tuple):
-                result = hash_file(fd, key[1])
-                if stat_key(os.fstat(fd)) == key:
-                    self._keep(path, key, result)
         return result
 
-    def _hash(self, path, key):
-        with open(open_regular(path)[0], "rb", buffering=0) as file:
-            result = hash_file(file.fileno(), key[1])
-            if stat_key(os.fstat(file.fileno())) != key:
+    def _hash(self, path, key, fd=None):
+        opened = open_regular(path)[0] if fd is None else os.dup(fd)
+        with open(opened, "rb", buffering=0):
+            result = hash_file(opened, key[1])
+            if stat_key(os.fstat(opened)) == key:
+                self._keep(path, key, result)
+            elif fd is None:              # else they are those of the bytes that are sent
                 raise OSError(errno.EAGAIN, "it changed while it was read")
-        self._keep(path, key, result)
         return result
 
     def _keep(self, path, key, result):
@@ -1507,10 +1501,10 @@ class Hasher:
                 path, key = self._queue[0]        # it stays there until it is hashed
             try:
                 self._hash(path, key)
-            except MemoryError:           # the next request for it queues it again, as here:
-                pass
+            except MemoryError:
+                pass                      # the next request queues it again
             except OSError as error:
-                if error.errno not in SHORTAGE:
+                if error.errno not in SHORTAGE:           # the same
                     self._keep(path, key, error)
             with self._lock:
                 self._queue.popleft()
@@ -1617,7 +1611,7 @@ def sole_file(directory, names, size):
     if len(found) != 1:
         raise BadImage(f"{MANIFEST} names no file, and {len(found)} files "
                        + ("are beside it" if size is None else f"have its size of {size} bytes")
-                       + (found and ": ") + ", ".join(sorted(found)))
+                       + (": " if found else "") + ", ".join(sorted(found)))
     return found[0]
 
 
@@ -1646,6 +1640,7 @@ def read_manifest(directory, serve_dir=None, name=MANIFEST):
         os.close(fd)
 
 
+ENDLESS = "is left out: its origins form a cycle"
 NO_FILE = {"size": 0, "sha1": "0" * 40, "compression": "none"}     # one that is still to come
 
 
@@ -1691,23 +1686,23 @@ class ImageReader:
             image.problem = str(error)
         except OSError as error:
             raise_shortage(error)
-            image.problem = f"{image.file or MANIFEST}: {error.strerror}"
-            image.try_again = True
             if image.file is None and error.errno in (errno.ENOENT, errno.ENOTDIR):
                 name = misnamed_manifest(directory)
                 if name is None:
                     return None
                 image.problem = f"its manifest must be named {MANIFEST}, not {name}"
-                image.try_again = False
+            else:
+                image.problem = f"{image.file or MANIFEST}: {error.strerror}"
+                image.try_again = True
         except Exception as error:        # a bug: the other images can still be shown
             image.problem = f"{MANIFEST}: {type(error).__name__}: {error}"
         if image.manifest_key is None:
             image.manifest_key = stat_key_at(f"{directory}/{MANIFEST}")
+        times = [key[0] for key in (image.manifest_key, image.file_key) if key]
+        times.append(image.directory_changed or 0)
         ended = time.time_ns()            # a slow disk may take longer than RACY
-        for key in (image.manifest_key, image.file_key, (image.directory_changed,)):
-            if key and key[0] and began - RACY <= key[0] <= ended + RACY:
-                image.manifest_key = UNSETTLED
-                break
+        if any(began - RACY <= changed <= ended + RACY for changed in times):
+            image.manifest_key = UNSETTLED
         return image
 
     def read_unactivated(self, uuid) -> Image | None:
@@ -1830,10 +1825,6 @@ def origin_problem(image, find, with_channels) -> str | None:
     return no_common_channel(image.channels, origin) if origin and with_channels else None
 
 
-def endless_text(uuid) -> str:
-    return f"image {uuid} is left out: its origins form a cycle"
-
-
 def endless(origins) -> set:
     """The uuids whose chain of origins never ends, of {uuid: its origin}.
 
@@ -1940,19 +1931,19 @@ class Listing:
         """Drop its cached pieces: they are rendered again for clients that still read."""
         self._pieces = self.zipped = None
 
-    def zip(self):
-        """Its gzip form, for a thread: some 30 ms for each MB."""
-        import zlib
-        packer = zlib.compressobj(6, wbits=31)
-        data = Rendered()
-        for number in range(len(self)):
-            data += packer.compress(self.render(number))
-        data += packer.flush()
-        return data
-
 
 class Rendered(bytearray):
     """Bytes that are cached or being sent; a reference to them can be weak."""
+
+
+def gzipped(parts) -> Rendered:
+    """The gzip form of bytes in parts, for a thread: some 30 ms for each MB."""
+    import zlib
+    packer, data = zlib.compressobj(6, wbits=31), Rendered()
+    for part in parts:
+        data += packer.compress(part)
+    data += packer.flush()
+    return data
 
 
 class Snapshot:
@@ -1964,11 +1955,6 @@ class Snapshot:
         self.listings = {}            # (api, view, host): Listing, the oldest first
         self.pages = {}               # rendered pages, for Page
         self.texts = None             # uuid: the text for the page's filter, once it is used
-
-    def release(self):
-        """Drop the rendered lists: another snapshot replaces this one."""
-        for listing in list(self.listings.values()):
-            listing.release()
 
 
 class Store:
@@ -2056,7 +2042,7 @@ class Store:
         while link is not None and not link.problem and link.origin:
             uuid = link.origin
             if uuid in chain:
-                self._warn_once(endless_text(image.uuid))
+                self._warn_once(f"image {image.uuid} {ENDLESS}")
                 return False
             if len(chain) > LINKS_IN_LOOP and not may_block:
                 raise NeedsThread
@@ -2087,12 +2073,10 @@ class Store:
         self.snapshot(IMGAPI, True)
         images = [image for uuid, image in list(self._images.items())
                   if not image.problem and uuid not in self._endless]
-        for name in os.listdir(self.directory):
-            uuid = name[len(INCOMING):]
-            if name.startswith(INCOMING) and is_uuid(uuid) and uuid not in self._images:
-                image = self._reader.read_unactivated(uuid)
-                if image is not None and not image.problem:
-                    images.append(image)
+        for uuid in self._names(INCOMING) - set(self._images):
+            image = self._reader.read_unactivated(uuid)
+            if image is not None and not image.problem:
+                images.append(image)
         return sorted(images, key=lambda image: image.order)
 
     def count_states(self) -> dict:
@@ -2102,8 +2086,7 @@ class Store:
         for uuid, image in list(self._images.items()):
             is_left_out = image.problem or uuid in self._endless
             counts["left_out" if is_left_out else image.state] += 1
-        counts["unactivated"] += len([name for name in os.listdir(self.directory)
-                                      if is_uuid(name.partition(INCOMING)[2])])
+        counts["unactivated"] += len(self._names(INCOMING))
         return counts
 
     def _load(self, uuid, api) -> Image | None:
@@ -2154,15 +2137,15 @@ class Store:
                 self._told.add(text)
                 self.log.warn(text)
 
-    def hashes_of(self, fd, image, name):
-        """(hex sha1, md5 as bytes) of an image's file, open as fd; cached.  Raises OSError."""
-        return self._reader.hasher.hashes_of(fd, f"{image.directory}/{name}")
+    def hashes(self, fd, image, name):
+        """(hex sha1, md5 as bytes) of a small file of an image, open as fd.  Raises OSError."""
+        return self._reader.hasher.hashes(f"{image.directory}/{name}", stat_key(os.fstat(fd)), fd)
 
     def content_md5(self, image, fd):
         """The MD5, as bytes, of an image's file; None where it takes too long.  Raises OSError."""
         if image.md5 is not None or image.size > MD5_LIMIT:
             return image.md5
-        return self.hashes_of(fd, image, image.file)[1]
+        return self.hashes(fd, image, image.file)[1]
 
     # lists
 
@@ -2207,9 +2190,12 @@ class Store:
         status = os.stat(self.directory)
         return status.st_ctime_ns, status.st_mtime_ns, status.st_ino, status.st_dev
 
-    def _names(self) -> set:
-        """The names in serve_dir that are, or may be meant for, images."""
-        return {name for name in os.listdir(self.directory) if is_uuid(name.lower())}
+    def _names(self, prefix="") -> set:
+        """The names behind `prefix` in serve_dir that are, or may be meant for, uuids."""
+        names = os.listdir(self.directory)
+        if prefix:
+            names = [name[len(prefix):] for name in names if name.startswith(prefix)]
+        return {name for name in names if is_uuid(name.lower())}
 
     def _recheck(self, api, pause=0):
         """Re-check every name, and every image if that is due; _recheck_lock is held.
@@ -2254,9 +2240,10 @@ class Store:
             if image.state == "active" and image.uuid not in self._endless)
         if before is not None:
             with self._lists_lock:
-                before.release()
-        texts = [*map(endless_text, sorted(self._endless)),
-                 *self._origin_texts(self._snapshot.images)]
+                for listing in list(before.listings.values()):
+                    listing.release()
+        texts = [f"image {uuid} {ENDLESS}" for uuid in sorted(self._endless)]
+        texts += self._origin_texts(sound)
         self._warn_once(*texts)
         self._told = set(texts)       # a warning is due again after it has not been
 
@@ -2276,7 +2263,8 @@ class Store:
                 raise NeedsThread
             with self.rendering:
                 images = select(snapshot.images)
-                listing = Listing(images, text_of, list_etag(images, api, view))
+                etag = etag_of(repr(view).encode(), *(getattr(image, api)[2] for image in images))
+                listing = Listing(images, text_of, etag.decode())
                 snapshot.forms[api, view] = listing, host
         else:
             listing = first.for_host(text_of, len(host) - len(first_host))
@@ -2304,7 +2292,7 @@ class Store:
         if used > ZIPPED_LIMIT or not self._zipping.acquire(blocking=False):
             return None
         try:
-            data = listing.zip()
+            data = gzipped(map(listing.render, range(len(listing))))
             with self._lists_lock:
                 self._zipped[id(data)] = data
                 if listing.kept:
@@ -2312,11 +2300,6 @@ class Store:
             return data
         finally:
             self._zipping.release()
-
-
-def list_etag(images, api, view) -> str:
-    """The ETag of a list of these images in a form that `view` describes."""
-    return etag_of(repr(view).encode(), *(getattr(image, api)[2] for image in images)).decode()
 
 
 # -- image files -------------------------------------------------------------------------
@@ -5175,7 +5158,7 @@ class Imgapi:
         fd, status = open_of(image, image.icon, "icon",
                              lambda status: status.st_size <= MD5_LIMIT, self.config.serve_dir)
         try:
-            sha1, md5 = self.store.hashes_of(fd, image, image.icon)
+            sha1, md5 = self.store.hashes(fd, image, image.icon)
         except OSError:
             os.close(fd)
             raise
@@ -5781,13 +5764,10 @@ class Page:
         if sum(map(len, list(self._in_use.values()))) > PAGES_LIMIT:
             raise ApiError(503, "ServiceUnavailableError", "too many pages are on their way",
                            fields=b"Retry-After: 5\r\n")
-        data = PageView(self, snapshot, *view).render().encode()
+        page = Rendered(PageView(self, snapshot, *view).render().encode())
         if zipped:
-            import zlib
-            packer = zlib.compressobj(6, wbits=31)
-            data = packer.compress(data) + packer.flush()
-        page = Rendered(data)
-        page.etag = hashlib.sha1(data).hexdigest()
+            page = gzipped([page])
+        page.etag = hashlib.sha1(page).hexdigest()
         self._in_use[id(page)] = page
         return page
 
