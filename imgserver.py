@@ -1358,6 +1358,7 @@ def matches_text(value, wanted, prefix=False) -> bool:
 
 MANIFEST_LIMIT = 1 << 20      # bytes; tags may take 100 KiB, a description 10: nothing needs more
 RECHECK = 1.0                 # seconds until an edit in place must be seen in a list
+RECHECK_DIRECTORY = 0.5       # seconds, of an image that is requested alone
 RECHECK_EARLY = 0.65          # age in seconds at which a list request starts a background re-check
 RECHECK_SLICE = 0.001         # seconds of such a re-check between two pauses
 RECHECK_PAUSE = 0.0005        # seconds of a pause: 10,000 images take about 0.2 s
@@ -1563,15 +1564,14 @@ class Image:
         Its manifest and file are checked each time; its directory, where an icon or an unnamed
         file may have come, twice a second and for lists.
         """
-        if self.problem is None and getattr(self, api) is None:
+        if getattr(self, api) is None and self.problem is None:
             return False
-        directory = self.place + self.uuid
-        if stat_key_at(f"{directory}/{MANIFEST}") != self.manifest_key or (
-                self.file is not None
-                and stat_key_at(f"{directory}/{self.file}") != self.file_key):
+        directory, file = self.place + self.uuid, self.file
+        if (stat_key_at(f"{directory}/{MANIFEST}") != self.manifest_key or file is not None
+                and stat_key_at(f"{directory}/{file}") != self.file_key):
             return False
         now = time.monotonic()
-        if for_list or now - self.checked >= RECHECK / 2:
+        if for_list or now - self.checked >= RECHECK_DIRECTORY:
             key = stat_key_at(directory)
             if self.try_again or (key and key[0]) != self.directory_changed:
                 return False
