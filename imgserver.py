@@ -1460,13 +1460,13 @@ class Hasher:
         self._queue = collections.deque()     # a thread runs while there are any
 
     def hashes(self, path, key, fd=None):
-        """Those of a file in state `key`, which may be open as fd; None: later.  Raises OSError.
+        """Those of a file in state `key`; None: later, unless it is open as fd.  Raises OSError.
 
         The first caller computes, the others wait.
         """
         with self._lock:
             result = self._results.get((path, key))
-            if result is None and self._later and key[1] > MD5_LIMIT:
+            if result is None and fd is None and self._later and key[1] > MD5_LIMIT:
                 if not self._queue:
                     start_new_thread(self._run, ())
                 if (path, key) not in self._queue:
@@ -1578,11 +1578,6 @@ class Image:
             self.checked = now
         return True
 
-    def shows_other_than(self, image) -> bool:
-        """Whether a client sees a difference between two readings of one image."""
-        return any(ours and theirs and ours[2] != theirs[2] for ours, theirs in
-                   ((self.dsapi, image.dsapi), (self.imgapi, image.imgapi)))
-
     def fields(self) -> dict:
         """Its v2 manifest, as IMGAPI shows it without channels."""
         return json.loads(self.imgapi[0] + b"\n}")
@@ -1640,7 +1635,6 @@ def read_manifest(directory, serve_dir=None, name=MANIFEST):
         os.close(fd)
 
 
-ENDLESS = "is left out: its origins form a cycle"
 NO_FILE = {"size": 0, "sha1": "0" * 40, "compression": "none"}     # one that is still to come
 
 
@@ -1823,6 +1817,9 @@ def origin_problem(image, find, with_channels) -> str | None:
     if origin and origin.state == "unactivated" != image.state:
         return f"imgadm cannot import it until image {origin.uuid} is activated"
     return no_common_channel(image.channels, origin) if origin and with_channels else None
+
+
+ENDLESS = "is left out: its origins form a cycle"
 
 
 def endless(origins) -> set:
@@ -2116,9 +2113,11 @@ class Store:
                 self.log.warn(f"image {uuid} is left out: {printable(image.problem)}")
             return
         if before is None or before.problem:
-            is_news, event = before or uuid not in self._names_at_start, "is on show"
-        else:
-            is_news, event = before.shows_other_than(image), "has changed"
+            event, is_news = "is on show", before or uuid not in self._names_at_start
+        else:                             # it was rendered for no more APIs
+            event = "has changed"
+            is_news = any(getattr(before, api)[2] != getattr(image, api)[2]
+                          for api in RENDERINGS if getattr(before, api))
         if is_news:
             self.log.info(f"image {uuid} {event}: {image.title}, {image.size} bytes")
         for note in image.notes:
@@ -2137,7 +2136,7 @@ class Store:
                 self._told.add(text)
                 self.log.warn(text)
 
-    def hashes(self, fd, image, name):
+    def hashes_of(self, fd, image, name):
         """(hex sha1, md5 as bytes) of a small file of an image, open as fd.  Raises OSError."""
         return self._reader.hasher.hashes(f"{image.directory}/{name}", stat_key(os.fstat(fd)), fd)
 
@@ -2145,7 +2144,7 @@ class Store:
         """The MD5, as bytes, of an image's file; None where it takes too long.  Raises OSError."""
         if image.md5 is not None or image.size > MD5_LIMIT:
             return image.md5
-        return self.hashes(fd, image, image.file)[1]
+        return self.hashes_of(fd, image, image.file)[1]
 
     # lists
 
@@ -5158,7 +5157,7 @@ class Imgapi:
         fd, status = open_of(image, image.icon, "icon",
                              lambda status: status.st_size <= MD5_LIMIT, self.config.serve_dir)
         try:
-            sha1, md5 = self.store.hashes(fd, image, image.icon)
+            sha1, md5 = self.store.hashes_of(fd, image, image.icon)
         except OSError:
             os.close(fd)
             raise
