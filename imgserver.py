@@ -2393,7 +2393,8 @@ class SendStream:
         ends = self._last_ends()
         if self._is_compound and ends[1:] == [0] and ends[0] != self.guid:
             return "it is a package of several snapshots: send one, without -R or -I"
-        if ends != [self.guid, 0] if self._is_compound else ends[-1:] != [self.guid]:
+        expected = [self.guid, 0] if self._is_compound else [self.guid]
+        if ends[-len(expected):] != expected:
             return "the ZFS stream is cut short: its end record is missing"
         return None
 
