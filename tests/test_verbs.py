@@ -654,13 +654,13 @@ class TestTwo(VerbCase):
         self.assertIsNone(self.problem())
 
     def test_as_many_xz_files_are_unpacked_as_memory_is_for(self):
-        made, real = [], imgserver.Decompressor._xz
+        made, real = [], imgserver.member_decompressor
 
-        def counted(decompressor):
-            made.append(decompressor)
-            return real(decompressor)
+        def counted(kind):
+            made.append(kind)
+            return real(kind)
         with mock.patch.object(imgserver, "XZ_AT_ONCE", 2), \
-                mock.patch.object(imgserver.Decompressor, "_xz", counted):
+                mock.patch.object(imgserver, "member_decompressor", counted):
             publisher = imgserver.Publisher(self.config)
             runs = []
             for uuid in (U, V):
@@ -673,7 +673,7 @@ class TestTwo(VerbCase):
                 with self.refused(503, "ServiceUnavailableError", "2 xz files"):
                     publisher.import_image(self.manifest_of(uuid_of(3)), reader(OTHER))
             publisher.import_image(self.manifest_of(uuid_of(4)), reader(IMAGE))
-            self.assertEqual(len(made), 2)
+            self.assertEqual(made.count("xz"), 2)
             for on, thread, result in runs:
                 on.set()
                 thread.join()
