@@ -1359,9 +1359,9 @@ def matches_text(value, wanted, prefix=False) -> bool:
 MANIFEST_LIMIT = 1 << 20      # bytes; tags may take 100 KiB, a description 10: nothing needs more
 RECHECK = 1.0                 # seconds until an edit in place must be seen in a list
 RECHECK_DIRECTORY = 0.5       # seconds, of an image that is requested alone
-RECHECK_EARLY = 0.65          # age in seconds at which a list request starts a background re-check
-RECHECK_SLICE = 0.001         # seconds of such a re-check between two pauses
-RECHECK_PAUSE = 0.0005        # seconds of a pause: 10,000 images take about 0.2 s
+RECHECK_EARLY = 0.8           # age in seconds at which a list request starts a re-check
+RECHECK_SLICE = 0.001         # seconds of such a re-check in one turn of the event loop
+RECHECK_SLOW = 0.02           # seconds of a slice that waits for a disk: the rest is for a thread
 RACY = 50_000_000             # ns; a younger time may not change with the next write: file
                               # systems keep it in ticks, of up to 10 ms (Linux before 6.13)
 LISTS_KEPT = 4                # rendered lists cached: each is as large as all manifests together
@@ -1444,6 +1444,12 @@ def hash_file(fd, size):
         md5.update(piece)
         offset += len(piece)
     return sha1.hexdigest(), md5.digest()
+
+
+def run_out(job):
+    """Run a generator to its end."""
+    for _ in job:
+        pass
 
 
 class Hasher:
@@ -1958,21 +1964,23 @@ class Store:
     """The images of one serve_dir.
 
     Single images are re-checked with each request for them, all images when a list is asked
-    for, by one thread at a time.  in_background(job) runs a job in another thread.
+    for, by one at a time.  in_slices(job) runs a generator between other work, up to where it
+    yields True: from there on in a thread.
     """
 
-    def __init__(self, config, log, in_background=lambda job: start_new_thread(job, ())):
+    def __init__(self, config, log, in_slices=lambda job: start_new_thread(run_out, (job,))):
         self.directory = config.serve_dir
         self.place = os.path.join(config.serve_dir, "")
         self.log = log
-        self._in_background = in_background
+        self._in_slices = in_slices
         self._hides = config.read != "anyone"
         self._reader = ImageReader(config, Hasher(later=True))
         self._told = set()            # warnings of origins that were logged
         self._images = {}             # uuid: Image, sound or not; written under _lock
         self._lock = threading.Lock()
         self._recheck_lock = threading.Lock()     # taken before _lock
-        self._rechecking = False      # a background re-check runs
+        self._rechecking = False      # an early re-check runs
+        self._empty = set()           # uuids in serve_dir without a manifest
         self._snapshot = None
         self._apis = frozenset()      # APIs that all images of the snapshot are rendered for
         self._changed = True          # an image has been read since the snapshot was made
@@ -2154,16 +2162,13 @@ class Store:
         if age < RECHECK:
             if age >= RECHECK_EARLY and not self._rechecking:
                 self._rechecking = True
-                try:
-                    self._in_background(lambda: self._recheck_early(api))
-                except (RuntimeError, MemoryError):       # no thread: at RECHECK then
-                    self._rechecking = False
+                self._in_slices(self._recheck_early(api))
             return self._snapshot
         if not may_block:
             raise NeedsThread
         with self._recheck_lock:
             if self._age(api) >= RECHECK_EARLY:
-                self._recheck(api)
+                run_out(self._recheck(api))
         return self._snapshot
 
     def _age(self, api) -> float:
@@ -2175,14 +2180,17 @@ class Store:
         return math.inf
 
     def _recheck_early(self, api):
-        """Re-check in the background before requests have to wait for it."""
+        """_recheck before requests have to wait for it, unless a thread is at it."""
+        has_lock = self._recheck_lock.acquire(blocking=False)
         try:
-            with self._recheck_lock:
-                self._recheck(api, RECHECK_PAUSE)
+            if has_lock:
+                yield from self._recheck(api)
         except Exception:
             self._checked = -math.inf     # the next list meets and logs the same error
         finally:
             self._rechecking = False
+            if has_lock:
+                self._recheck_lock.release()
 
     def _key_of_names(self):
         """A value that changes when a name in serve_dir comes, goes or is replaced."""
@@ -2196,11 +2204,11 @@ class Store:
             names = [name[len(prefix):] for name in names if name.startswith(prefix)]
         return {name for name in names if is_uuid(name.lower())}
 
-    def _recheck(self, api, pause=0):
+    def _recheck(self, api):
         """Re-check every name, and every image if that is due; _recheck_lock is held.
 
-        pause: seconds to sleep after each RECHECK_SLICE, so that the event loop gets the
-        interpreter's lock in time.
+        A generator: it yields after each slice, True where it would go on to wait for a disk.  In
+        a thread, the interpreter's lock would change hands at each of 30,000 calls of stat.
         """
         now = time.monotonic()
         everything = now - self._checked >= RECHECK_EARLY or api not in self._apis
@@ -2208,27 +2216,33 @@ class Store:
         # A change within one tick of the file system's clock leaves the time as it is, and may
         # come after the names are read: the time must be older than RACY before that.
         settled = abs(time.time_ns() - max(key[:2])) > RACY
-        names = self._names()
-        stale, slice_end = [], now + RECHECK_SLICE
-        for uuid in sorted(names | set(self._images)):
+        uuids, stale = {*self._images, *self._empty}, set()
+        if key != self._names_key:
+            names = self._names()
+            stale, uuids = uuids - names, names
+        slice_end = time.monotonic() + RECHECK_SLICE
+        for uuid in uuids:
             image = self._images.get(uuid)
-            if image is None or uuid not in names or everything and not image.is_fresh(api, True):
-                stale.append(uuid)
-            if pause and time.monotonic() > slice_end:
-                time.sleep(pause)
+            if image is None or everything and not image.is_fresh(api, True):
+                stale.add(uuid)
+            if time.monotonic() > slice_end:
+                yield time.monotonic() > slice_end + RECHECK_SLOW
                 slice_end = time.monotonic() + RECHECK_SLICE
-        with self._lock:
-            for uuid in stale:
-                self._load(uuid, api)
-            if self._changed:
-                self._changed = False
-                self._replace_snapshot()
-            # The event loop reads these without the lock, in the other order.
-            self._names_key = key if settled else None
-            self._apis |= {api}
-            self._names_at_start = ()
-            if everything:
-                self._checked = now
+        if stale or self._changed:
+            yield True
+            with self._lock:
+                for uuid in sorted(stale):
+                    self._load(uuid, api)
+                if self._changed:
+                    self._changed = False
+                    self._replace_snapshot()
+        self._empty = {uuid for uuid in uuids if uuid not in self._images}
+        # The event loop reads these without a lock, in the other order.
+        self._names_key = key if settled else None
+        self._apis |= {api}
+        self._names_at_start = ()
+        if everything:
+            self._checked = now
 
     def _replace_snapshot(self):
         """Make a snapshot of the images as they are in memory; _lock is held."""
@@ -7149,10 +7163,11 @@ class EventLoop:
     def __init__(self, config, log):
         self.config, self.log = config, log
         self.workers, self.list_workers = Workers(), Workers(LIST_WORKERS)
-        self.site = Site(config, Store(config, log, self.workers.submit), log)
+        self.site = Site(config, Store(config, log, self.in_slices), log)
         self.servers = []
         self.draining = False
         self.outbox, self.share = [], LOOP_STEP
+        self._jobs = collections.deque()  # of in_slices
         self._connections = set()
         self.metrics = self.site.metrics
         if self.metrics is not None:
@@ -7190,7 +7205,8 @@ class EventLoop:
         self.selector.register(self._wakeup, selectors.EVENT_READ, self)
         try:
             while self._cut_at is None or self._connections and self.now < self._cut_at:
-                events = self.selector.select(LOG_DELAY if self.log.pending else tick)
+                events = self.selector.select(
+                    0 if self._jobs else LOG_DELAY if self.log.pending else tick)
                 self._read_clock()
                 self.share = max(ONE_PIECE, min(LOOP_STEP, TURN // (len(events) or 1)))
                 if len(events) > MANY_EVENTS:     # or the last ones would always be cut off
@@ -7203,6 +7219,8 @@ class EventLoop:
                     if not number % MANY_EVENTS and time.monotonic() - self.now > TURN_TIME:
                         break             # the others are ready in the next turn, too
                 self._send_out()          # first, as these connections have a new deadline
+                if self._jobs:
+                    self._run_slice()
                 if self.now - checked >= tick:
                     checked = self.now
                     self._check_deadlines()
@@ -7296,6 +7314,26 @@ class EventLoop:
         self._accept_failed = False
 
     # threads
+
+    def in_slices(self, job):
+        """Run a generator between the turns of the loop, and from where it yields True in a thread.
+
+        For any thread.
+        """
+        self._jobs.append(job)
+        self._wake()
+
+    def _run_slice(self):
+        job = self._jobs.popleft()
+        try:
+            if next(job):
+                self.workers.submit(lambda: run_out(job), False)
+            else:
+                self._jobs.append(job)
+        except StopIteration:
+            pass                          # it has ended
+        except (RuntimeError, MemoryError):       # no thread: who needs it will do without
+            job.close()
 
     def stream(self, connection):
         """Hand a connection to the sender that has the fewest."""

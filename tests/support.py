@@ -479,7 +479,7 @@ class ServerCase(unittest.TestCase):
         self.addCleanup(file.close)
         config = imgserver.Config({"serve_dir": self.serve_dir, **config})
         log = imgserver.Log("info", file.fileno())
-        return imgserver.Site(config, imgserver.Store(config, log, lambda job: job()), log)
+        return imgserver.Site(config, imgserver.Store(config, log, imgserver.run_out), log)
 
     def serve(self, **options):
         """Start a server on self.serve_dir; it must still be well when the test ends."""

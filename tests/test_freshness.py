@@ -7,7 +7,7 @@ import unittest
 from unittest import mock
 
 import imgserver
-from tests.support import ROOT, SETTLED, ServerCase, uuid_of, write_image
+from tests.support import SETTLED, ServerCase, uuid_of, write_image
 
 U = uuid_of(1)
 
@@ -29,7 +29,7 @@ class Looks(ServerCase):
         config = imgserver.Config({"serve_dir": self.serve_dir})
         self.log = imgserver.Log("info", os.open(os.devnull, os.O_WRONLY))
         self.addCleanup(os.close, self.log.fd)
-        self.jobs = []                    # for another thread
+        self.jobs = []                    # generators, for the event loop
         return imgserver.Store(config, self.log, self.jobs.append)
 
     def names(self, may_block=False):
@@ -52,7 +52,7 @@ class Looks(ServerCase):
         for _ in range(3):
             self.assertEqual(self.names(), ["test"])
         [job] = self.jobs
-        job()
+        imgserver.run_out(job)
         self.assertEqual(self.names(), ["edited"])
         self.assertEqual(len(self.jobs), 1)
         self.later(imgserver.RECHECK_EARLY)
@@ -79,7 +79,7 @@ class Looks(ServerCase):
         self.assertEqual(self.store.image(U, imgserver.DSAPI, True).name, "edited")
         self.later(imgserver.RECHECK_EARLY)
         self.names()
-        self.jobs.pop()()
+        imgserver.run_out(self.jobs.pop())
         self.assertEqual(self.names(), ["edited"])
 
     def test_a_look_that_is_not_done_in_time_is_waited_for(self):
@@ -91,39 +91,55 @@ class Looks(ServerCase):
         self.assertEqual(self.names(may_block=True), ["test"])
         self.assertEqual(self.names(), ["test"])
 
-    def test_no_thread_for_an_early_look(self):
-        for error in (RuntimeError("can't start new thread"), MemoryError()):
-            with mock.patch.object(self.store, "_in_background", side_effect=error):
-                self.later(imgserver.RECHECK_EARLY / 2 + 0.01)
-                self.assertEqual(self.names(), ["test"])
+    def test_an_early_look_that_is_given_up_is_begun_again(self):
+        self.later(imgserver.RECHECK_EARLY)
         self.names()
+        with mock.patch.object(imgserver, "RECHECK_SLICE", 0):
+            job = self.jobs.pop()
+            self.assertFalse(next(job))
+        job.close()                       # as where no thread starts
+        self.assertEqual(self.names(), ["test"])
         self.assertEqual(len(self.jobs), 1)
+
+    def test_only_one_looks_at_a_time(self):
+        self.later(imgserver.RECHECK_EARLY)
+        self.names()
+        with self.store._recheck_lock:    # a thread is at it
+            self.assertEqual(list(self.jobs.pop()), [])
 
     def test_an_early_look_that_fails_is_told_to_the_next_client(self):
         self.later(imgserver.RECHECK_EARLY)
         self.names()
         os.rename(self.serve_dir, self.serve_dir + "2")
-        self.jobs.pop()()
+        imgserver.run_out(self.jobs.pop())
         with self.assertRaises(OSError):
             self.names(may_block=True)
         os.rename(self.serve_dir + "2", self.serve_dir)
         self.assertEqual(self.names(may_block=True), ["test"])
 
-    def test_an_early_look_pauses_and_one_that_is_waited_for_does_not(self):
+    def test_an_early_look_is_cut_into_slices_until_it_needs_a_disk(self):
         for number in range(2, 50):
             write_image(self.serve_dir, uuid_of(number))
         time.sleep(SETTLED)
         self.names(may_block=True)
-        with mock.patch.object(imgserver, "RECHECK_SLICE", 0), \
-                mock.patch.object(imgserver.time, "sleep") as sleep:
+        with mock.patch.object(imgserver, "RECHECK_SLICE", 0):
             self.later(imgserver.RECHECK_EARLY)
             self.names(may_block=True)
-            self.jobs.pop()()
-            self.assertGreater(sleep.call_count, 40)
-            sleep.reset_mock()
-            self.later(imgserver.RECHECK)
-            self.names(may_block=True)
-            sleep.assert_not_called()
+            self.assertEqual(list(self.jobs.pop()), [False] * 49)
+            write_image(self.serve_dir, U, name="edited")
+            self.later(imgserver.RECHECK_EARLY)
+            self.names()
+            self.assertEqual(list(self.jobs.pop()), [False] * 49 + [True])     # it is read again
+        self.assertIn("edited", self.names())
+        self.later(imgserver.RECHECK_EARLY)
+        self.names()
+        stat = os.stat
+
+        def slow_stat(*arguments, **options):
+            self.later(imgserver.RECHECK_SLOW)
+            return stat(*arguments, **options)
+        with mock.patch.object(imgserver.os, "stat", slow_stat):
+            self.assertTrue(next(self.jobs.pop()))
 
     def test_a_directory_from_the_future_is_no_reason_to_look_each_time(self):
         future = time.time() + 3600

@@ -534,7 +534,7 @@ class Hidden(SiteCase):
         os.mkdir(directory)
         write_images(directory, private=False)
         seen = imgserver.Config({"serve_dir": directory, "users": self.path, **self.config})
-        seen = imgserver.Site(seen, imgserver.Store(seen, self.open.log, lambda job: job()),
+        seen = imgserver.Site(seen, imgserver.Store(seen, self.open.log, imgserver.run_out),
                               self.open.log)
         for user_first in (False, True):
             for target in self.LISTS:
