@@ -2526,10 +2526,11 @@ class FileScan:
     """One pass over an image file: size, hashes, compression, and the stream inside.
 
     begin(compression) is called before the first byte is unpacked; its errors are passed on.
+    Without `whole`, only the beginning is unpacked, for the BEGIN of the stream.
     """
 
-    def __init__(self, begin=lambda compression: None):
-        self.size, self._when_known = 0, begin
+    def __init__(self, begin=lambda compression: None, whole=True):
+        self.size, self._when_known, self._whole = 0, begin, whole
         self.compression = None
         self.stream = SendStream()
         self._hashes = {name: hashlib.new(name) for name in ("sha1", "md5", "sha256")}
@@ -2543,8 +2544,7 @@ class FileScan:
     def feed(self, chunk):
         """Feed the next bytes of the file.  Raises BadImage for data that does not decompress."""
         self.size += len(chunk)
-        for each in self._hashes.values():
-            each.update(chunk)
+        self._hash(chunk)
         if self._decompressor is None:
             self._head += chunk
             if len(self._head) < MAGIC_LENGTH:
@@ -2556,15 +2556,21 @@ class FileScan:
         """End of the file.  Raises BadImage for truncated compressed data."""
         if self._decompressor is None:
             self._feed_stream(self._head)
-        self._decompressor.close()
+        if self._whole:
+            self._decompressor.close()
+
+    def _hash(self, chunk):
+        for each in self._hashes.values():
+            each.update(chunk)
 
     def _feed_stream(self, chunk):
         if self._decompressor is None:
             self.compression = compression_of(self._head, "")
             self._when_known(self.compression)
             self._decompressor = Decompressor(self.compression)
-        for piece in self._decompressor.feed(chunk):
-            self.stream.feed(piece)
+        if self._whole or self.size <= PROLOGUE:
+            for piece in self._decompressor.feed(chunk):
+                self.stream.feed(piece)
 
 
 def scan_head(path) -> FileScan:
@@ -3609,6 +3615,7 @@ RETRIED = (408, 429, 500, 502, 503, 504)      # statuses that may pass
 GOOD_TRY = 1 << 20            # bytes after which a broken connection has all its tries again
 LEAST_PACE = 64 << 10         # bytes that must come in stall_timeout: slower is stalled, too
 ERROR_LIMIT = 4 << 10         # bytes of an error's body that are read for its message
+PIECES_QUEUED = 4             # pieces of a file that wait to be hashed
 
 
 class SourceError(Exception):
@@ -3623,41 +3630,25 @@ class SourceError(Exception):
         self.status, self.wait = status, wait
 
 
-class StartOver(SourceError):
-    """The answer is the whole file, though only the rest was requested."""
-
-
 def retry_after(value) -> float:
     """The seconds that a Retry-After field asks for, or a date (RFC 9110 §10.2.3); 0: none."""
-    try:
+    with contextlib.suppress(AttributeError, TypeError, ValueError, OverflowError):
         seconds = int(value) if value.strip().isdigit() else \
             email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-    except (AttributeError, TypeError, ValueError, OverflowError):
-        return 0
-    return min(max(seconds, 0), RETRY_AFTER_LIMIT)
-
-
-def failure(error, timeout) -> SourceError:
-    """The SourceError for an OSError or HTTPException of a connection."""
-    reason = getattr(error, "reason", error)
-    if type(reason).__name__ == "SSLCertVerificationError":
-        return SourceError(f"its certificate cannot be verified: {reason.verify_message} "
-                           "(--ca FILE names those to trust)")
-    if isinstance(reason, TimeoutError) or type(reason).__name__ == "timeout":    # before 3.10
-        return SourceError(f"stalled: nothing came for {timeout:g} s", wait=0)
-    return SourceError(getattr(reason, "strerror", None) or str(reason)
-                       or type(reason).__name__, wait=0)
+        return min(max(seconds, 0), RETRY_AFTER_LIMIT)
+    return 0
 
 
 def make_opener(ca, insecure):
-    """urllib's opener, with its proxies, but redirects to the same server alone.
+    """urllib's opener, with its proxies, but redirects to the same server alone; an answer
+    with an error is no exception.
 
     Here and not at the top: a server does without these modules.  Raises OSError for `ca`.
     """
     import ssl
     import urllib.request
 
-    class SameServer(urllib.request.HTTPRedirectHandler):
+    class Answers(urllib.request.HTTPRedirectHandler, urllib.request.HTTPDefaultErrorHandler):
 
         def redirect_request(self, request, response, code, message, headers, url):
             place = urllib.parse.urlsplit(url)
@@ -3667,118 +3658,13 @@ def make_opener(ca, insecure):
                                   "another server", code)
             return super().redirect_request(request, response, code, message, headers, url)
 
+        def http_error_default(self, request, response, code, message, headers):
+            return response
+
     context = ssl.create_default_context(cafile=ca)
     if insecure:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return urllib.request.build_opener(SameServer, urllib.request.HTTPSHandler(context=context))
-
-
-class RemoteBody:
-    """The body of an answer, read as a file.  It raises SourceError where it ends too early:
-    http.client's read(n) ends quietly there.
-    """
-
-    def __init__(self, response, server):
-        self.response, self._server = response, server
-        self._since, self._came = time.monotonic(), 0
-
-    def read(self, size) -> bytes:
-        """At most `size` bytes; b"" at the end of the body."""
-        with self._server.asking():
-            data = self.response.read1(size)
-        if not data and self.response.length:
-            raise SourceError(f"the connection ended {self.response.length} bytes too early",
-                              wait=0)
-        now = time.monotonic()
-        self._came += len(data)
-        if now - self._since > self._server.timeout:
-            if self._came < LEAST_PACE:
-                raise SourceError(f"stalled: {self._came} bytes came in {now - self._since:.0f} "
-                                  "s", wait=0)
-            self._since, self._came = now, 0
-        return data
-
-    def read_all(self, limit) -> bytes:
-        """All of it.  Raises SourceError above `limit` bytes."""
-        data = bytearray()
-        for piece in iter(lambda: self.read(CHUNK), b""):
-            data += piece
-            if len(data) > limit:
-                raise SourceError(f"its answer is larger than {limit} bytes")
-        return bytes(data)
-
-    def close(self):
-        self.response.close()
-
-
-class RemoteFile:
-    """An image file of a server, from any byte on; a broken connection is resumed."""
-
-    def __init__(self, server, path, size):
-        self._server, self._path, self._size = server, path, size
-        self._offset = self._good = self._tries = 0
-        self._body = self._etag = None
-        self.resumed = False              # whether it came in several parts
-
-    def seek(self, offset):
-        """Continue reading at this byte."""
-        self.close()
-        self._offset = self._good = offset
-        self.resumed = offset > 0
-
-    def read(self, size) -> bytes:
-        """At most `size` bytes; b"" at the end.  Raises SourceError, StartOver, BadImage."""
-        while self._offset < self._size:
-            try:
-                if self._body is None:
-                    self._open()
-                data = self._body.read(min(size, self._size - self._offset))
-                if data:
-                    self._offset += len(data)
-                    return data
-                raise SourceError(f"the connection ended {self._size - self._offset} bytes too "
-                                  "early", wait=0)
-            except SourceError as error:
-                self.close()
-                if self._offset - self._good >= GOOD_TRY:
-                    self._good, self._tries = self._offset, 0
-                self._tries = self._server.wait(error, self._tries)
-        if self._body is not None and self._body.read(1):
-            raise BadImage(f"its file has more than the {self._size} bytes of its manifest")
-        return b""
-
-    def _open(self):
-        fields = {}
-        if self._offset:
-            self.resumed = True
-            fields["Range"] = f"bytes={self._offset}-"
-            if self._etag:
-                fields["If-Range"] = self._etag
-        try:
-            self._body = self._server.open(self._path, fields)
-        except SourceError as error:
-            if error.status == 416 and self._offset:
-                raise StartOver("its file is another one now")
-            raise
-        response = self._body.response
-        etag = response.headers.get("ETag", "")
-        self._etag = etag if etag.startswith('"') else None       # RFC 9110 §13.1.5: strong ones
-        if self._offset and response.status != 206:
-            raise StartOver("it sends files from their first byte on alone")
-        begin, total = 0, response.length
-        if response.status == 206:
-            match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)",
-                                 response.headers.get("Content-Range", ""))
-            begin, total = map(int, match.groups()) if match else (None, None)
-        if begin != self._offset:
-            raise SourceError("it sends another part of the file than was asked for")
-        if total not in (None, self._size):
-            raise SourceError(f"its file has {total} bytes, not the {self._size} of its manifest")
-
-    def close(self):
-        if self._body is not None:
-            self._body.close()
-            self._body = None
+    return urllib.request.build_opener(Answers, urllib.request.HTTPSHandler(context=context))
 
 
 class RemoteServer:
@@ -3815,7 +3701,8 @@ class RemoteServer:
         self._fields = {"User-Agent": f"imgserver/{__version__}", "Accept": "application/json"}
         if not self._is_dsapi:
             self._fields["Accept-Version"] = "~2"
-        if parts.username is not None:
+        self.has_user = parts.username is not None
+        if self.has_user:
             pair = map(urllib.parse.unquote, (parts.username, parts.password or ""))
             self._fields["Authorization"] = "Basic " + base64.b64encode(
                 ":".join(pair).encode()).decode()
@@ -3831,9 +3718,8 @@ class RemoteServer:
         left, marker = LIST_LIMIT, None
         query = {} if self._is_dsapi else {**filters, "limit": PAGE}
         while True:
-            data = self._get(self._images, query, left)
-            left -= len(data)
-            page = self._parse(data, list)
+            page, size = self._json(list, self._images, left, query)
+            left -= size
             yield from page
             last = page[-1].get("uuid") if page and isinstance(page[-1], dict) else None
             if self._is_dsapi or len(page) < PAGE or last == marker:
@@ -3842,100 +3728,80 @@ class RemoteServer:
 
     def manifest(self, uuid) -> dict:
         """The manifest of an image in any state, as received."""
-        manifest = self._parse(self._get(f"{self._images}/{uuid}", {}, MANIFEST_LIMIT), dict)
+        manifest, _ = self._json(dict, f"{self._images}/{uuid}", MANIFEST_LIMIT)
         if manifest.get("uuid") != uuid:
             raise SourceError(f"its manifest is that of image {spell(manifest.get('uuid'))}")
         return manifest
 
-    def file(self, manifest) -> RemoteFile:
-        """The file of a manifest that was normalised."""
+    def bring_file(self, manifest, partial):
+        """Add to a PartialFile the rest of the file of a manifest that was normalised.
+
+        A broken connection is resumed.  Raises BadImage, too, and as `partial` does.
+        """
         file, place = manifest["files"][0], f"{self._images}/{manifest['uuid']}"
         if not self._is_dsapi:
-            path = self._target(place + "/file", {})
+            path = place + "/file"
         elif "path" in file:
             path = f"{place}/{urllib.parse.quote(file['path'], safe='')}"
         else:                             # on this very server, as imgadm asks for it
             path = urllib.parse.quote("/" + urllib.parse.urlsplit(
                 str(file.get("url"))).path.lstrip("/"), safe="/%~")
-        return RemoteFile(self, path, file["size"])
+        self._retried(lambda: self._bring_rest(path, file["size"], partial),
+                      lambda: partial.size)
+
+    def _bring_rest(self, path, size, partial):
+        """Ask once for the bytes of a file that `partial` lacks."""
+        if partial.size >= size:
+            return
+        fields = {}
+        if partial.size:
+            partial.is_resumed = True
+            fields["Range"] = f"bytes={partial.size}-"
+            if partial.etag:
+                fields["If-Range"] = partial.etag
+        with self._open(path, fields=fields) as response:
+            begin, total = 0, response.length
+            if response.status in (206, 416):
+                match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)",
+                                     response.headers.get("Content-Range", ""))
+                begin, total = map(int, match.groups(-1)) if match else (None, None)
+            if total not in (None, size):
+                raise SourceError(f"its file has {total} bytes, not the {size} of its manifest")
+            if begin not in (0, partial.size):
+                raise BadImage("it sends another part of the file than was asked for")
+            partial.begin(begin, response.headers.get("ETag", ""))
+            for data in self._pieces(response):
+                if partial.size + len(data) > size:
+                    raise BadImage(f"its file has more than the {size} bytes of its manifest")
+                partial.add(data)
+        if partial.size < size:
+            raise SourceError(f"the connection ended {size - partial.size} bytes too early",
+                              wait=0)
 
     def icon(self, manifest):
         """(content type, bytes) of its icon, or None."""
         if self._is_dsapi or not manifest.get("icon"):
             return None
-        path = self._target(f"{self._images}/{manifest['uuid']}/icon", {})
-        with contextlib.closing(self._retried(lambda: self.open(path, {}))) as body:
-            return body.response.headers.get_content_type(), body.read_all(ICON_LIMIT)
+        fields, data = self._get(f"{self._images}/{manifest['uuid']}/icon", ICON_LIMIT)
+        return fields.get_content_type(), data
 
-    def open(self, path, fields) -> RemoteBody:
-        """Send one request: the body of its answer."""
-        import urllib.error
-        import urllib.request
-        request = urllib.request.Request(self._root + path, headers={**self._fields, **fields})
-        try:
-            with self.asking():
-                response = self._opener.open(request, timeout=self.timeout)
-        except urllib.error.HTTPError as error:
-            with error:
-                raise self._refusal(error)
-        self._is_down = False
-        return RemoteBody(response, self)
+    @functools.cached_property
+    def refuses_user(self) -> bool:
+        """Whether the user of the URL is a stranger there.
 
-    @contextlib.contextmanager
-    def asking(self):
-        """Convert each error of a connection in the block to a SourceError."""
-        import http.client
-        import urllib.error
-        try:
-            with self._waiting():
-                yield
-        except urllib.error.HTTPError:
-            raise
-        except (OSError, http.client.HTTPException) as error:
-            raise failure(error, self.timeout) from None
-
-    def _refusal(self, error) -> SourceError:
-        """The SourceError for an answer of status 400 or more."""
-        text = error.reason
-        with contextlib.suppress(SourceError, ValueError, AttributeError):
-            with self.asking():
-                text = parse_object(error.read(ERROR_LIMIT)).get("message") or text
-        wait = retry_after(error.headers.get("Retry-After")) if error.code in RETRIED else None
-        return SourceError(f"it answers {error.code}: {text}", error.code, wait)
-
-    def wait(self, error, tries) -> int:
-        """Wait before a request is repeated; the number of its tries.
-
-        Raises `error` where it will not pass, or did not: all further requests to a server
-        that cannot be reached get one try.
+        Where strangers may read, an imgserver says so at this address alone; others never do.
         """
-        if error.wait is None or tries == len(RETRY_DELAYS) or self._is_down:
-            self._is_down = error.wait is not None and error.status is None
-            raise error
-        delay = max(error.wait, RETRY_DELAYS[tries])
-        self._tell(f"{self.url}: {error}; trying again in {delay:.0f} s")
-        self._pause(delay)
-        return tries + 1
+        try:
+            if self.has_user:
+                root = self._images.rpartition("/")[0] + "/"
+                self._retried(lambda: self._open(root, {"login": ""}).close())
+        except SourceError as error:
+            return error.status == 401
+        return False
 
-    def _retried(self, ask):
-        tries = 0
-        while True:
-            try:
-                return ask()
-            except SourceError as error:
-                tries = self.wait(error, tries)
-
-    def _target(self, path, query) -> str:
-        query = urllib.parse.urlencode({**self._query, **query})
-        return path + ("?" + query if query else "")
-
-    def _get(self, path, query, limit) -> bytes:
-        def ask():
-            with contextlib.closing(self.open(self._target(path, query), {})) as body:
-                return body.read_all(limit)
-        return self._retried(ask)
-
-    def _parse(self, data, kind):
+    def _json(self, kind, path, limit, query=()):
+        """(the list or dict in the body of an answer, its bytes)."""
+        data = self._get(path, limit, query)[1]
         try:
             value = parse_json(data)
         except ValueError as error:
@@ -3943,7 +3809,97 @@ class RemoteServer:
         if not isinstance(value, kind):
             raise SourceError("its answer is not a JSON "
                               + ("object" if kind is dict else "array"))
-        return value
+        return value, len(data)
+
+    def _get(self, path, limit, query=()):
+        """(header fields, body) of an answer."""
+        def ask():
+            data = bytearray()
+            with self._open(path, query) as response:
+                for piece in self._pieces(response):
+                    data += piece
+                    if len(data) > limit:
+                        raise SourceError(f"its answer is larger than {limit} bytes")
+                return response.headers, bytes(data)
+        return self._retried(ask)
+
+    def _open(self, path, query=(), fields=()):
+        """Send one request: the http.client.HTTPResponse, of status 2xx, or 416 for a Range."""
+        import urllib.request
+        query = urllib.parse.urlencode({**self._query, **dict(query)})
+        request = urllib.request.Request(self._root + path + "?" * bool(query) + query,
+                                         headers={**self._fields, **dict(fields)})
+        with self._asking():
+            response = self._opener.open(request, timeout=self.timeout)
+        self._is_down = False
+        if response.status // 100 == 2 or response.status == 416 and "Range" in fields:
+            return response
+        with response:
+            text = response.reason
+            with contextlib.suppress(SourceError, ValueError, AttributeError), self._asking():
+                text = parse_object(response.read(ERROR_LIMIT)).get("message") or text
+            wait = retry_after(response.headers.get("Retry-After")) \
+                if response.status in RETRIED else None
+            raise SourceError(f"it answers {response.status}: {text}", response.status, wait)
+
+    def _pieces(self, response):
+        """Yield the body of an answer.  Raises SourceError also where it ends too early, where
+        http.client's read(n) ends quietly, or is too slow.
+        """
+        since, came = time.monotonic(), 0
+        while True:
+            with self._asking():
+                data = response.read1(CHUNK)
+            if not data:
+                break
+            yield data
+            now = time.monotonic()
+            came += len(data)
+            if now - since > self.timeout:
+                if came < LEAST_PACE:
+                    raise SourceError(f"stalled: {came} bytes came in {now - since:.0f} s",
+                                      wait=0)
+                since, came = now, 0
+        if response.length:
+            raise SourceError(f"the connection ended {response.length} bytes too early", wait=0)
+
+    @contextlib.contextmanager
+    def _asking(self):
+        """Convert each error of a connection in the block to a SourceError."""
+        import http.client
+        try:
+            with self._waiting():
+                yield
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            kind = type(reason).__name__
+            if kind == "SSLCertVerificationError":
+                raise SourceError("its certificate cannot be verified: "
+                                  f"{reason.verify_message} (--ca FILE names those to trust)")
+            if isinstance(reason, TimeoutError) or kind == "timeout":     # before 3.10
+                raise SourceError(f"stalled: nothing came for {self.timeout:g} s", wait=0)
+            raise SourceError(getattr(reason, "strerror", None) or str(reason) or kind, wait=0)
+
+    def _retried(self, ask, came=lambda: 0):
+        """ask(), again after each failure that may pass, RETRY_DELAYS apart.
+
+        came() is the number of bytes so far: with GOOD_TRY more, all the tries are left again.
+        All further requests to a server that cannot be reached get one try.
+        """
+        tries, good = 0, came()
+        while True:
+            try:
+                return ask()
+            except SourceError as error:
+                if came() - good >= GOOD_TRY:
+                    tries, good = 0, came()
+                if error.wait is None or tries == len(RETRY_DELAYS) or self._is_down:
+                    self._is_down = error.wait is not None and error.status is None
+                    raise
+                delay = max(error.wait, RETRY_DELAYS[tries])
+                self._tell(f"{self.url}: {error}; trying again in {delay:.0f} s")
+                self._pause(delay)
+                tries += 1
 
 
 def checked_name(uuid) -> str:
@@ -3958,33 +3914,19 @@ def reading(path):
     """Convert each OSError and BadImage in the block to a SourceError."""
     try:
         yield
-    except FileNotFoundError:
-        raise SourceError(f"there is no {path}", 404)
     except OSError as error:
-        raise SourceError(f"cannot read {path}: {error.strerror}")
+        status = 404 if isinstance(error, FileNotFoundError) else None
+        raise SourceError(f"cannot read {error.filename or path}: {error.strerror}", status)
     except BadImage as error:
         raise SourceError(str(error))
-
-
-class LocalFile:
-    """An image file of a directory, as RemoteFile."""
-
-    resumed = False
-
-    def __init__(self, path):
-        with reading(path):
-            self._file = open(open_regular(path)[0], "rb", buffering=0)
-        self._path, self.seek, self.close = path, self._file.seek, self._file.close
-
-    def read(self, size) -> bytes:
-        with reading(self._path):
-            return self._file.read(size)
 
 
 class SourceDirectory:
     """A directory of images as a source: <uuid>/ as in a serve_dir, or pairs of files, NAME.zfs.gz
     and NAME.imgmanifest, as imgadm create -o writes them.  Methods are those of RemoteServer.
     """
+
+    has_user = refuses_user = False
 
     def __init__(self, path):
         self.url, self._places = os.path.abspath(path), {}
@@ -3999,10 +3941,9 @@ class SourceDirectory:
 
     def list(self, filters):
         for uuid in self._places:
-            try:
+            manifest = {"uuid": uuid}     # the plan says why there is no more
+            with contextlib.suppress(SourceError):
                 manifest = self.manifest(uuid)
-            except SourceError:           # the plan says why
-                manifest = {"uuid": uuid}
             if manifest.get("disabled") is not True:
                 yield manifest
 
@@ -4013,22 +3954,31 @@ class SourceDirectory:
         with reading(os.path.join(directory, name)):
             return read_manifest(directory, name=name)[0]
 
-    def file(self, manifest) -> LocalFile:
+    def bring_file(self, manifest, partial):
         directory, _, stem = self._places[manifest["uuid"]]
-        file = manifest["files"][0]
+        given = manifest["files"][0]
         with reading(directory):
-            name = not stem and file.get("path") or sole_file(
+            name = not stem and given.get("path") or sole_file(
                 directory, [each for each in os.listdir(directory) if each.startswith(stem)],
-                file["size"])
-        return LocalFile(os.path.join(directory, name))
+                given["size"])
+            path = os.path.join(directory, name)
+            file = open(open_regular(path)[0], "rb", buffering=0)
+        with file:
+            file.seek(partial.size)
+            while True:
+                with reading(path):
+                    data = file.read(CHUNK)
+                if not data:
+                    return
+                partial.add(data)
 
     def icon(self, manifest):
         directory, _, stem = self._places[manifest["uuid"]]
-        names = [] if stem else [name for name in ICONS
-                                 if os.path.exists(os.path.join(directory, name))]
-        for name in names:
-            with contextlib.closing(LocalFile(os.path.join(directory, name))) as file:
-                return ICONS[name], file.read(ICON_LIMIT + 1)
+        for name, kind in ICONS.items():
+            path = os.path.join(directory, name)
+            if not stem and os.path.exists(path):
+                with reading(path), open(open_regular(path)[0], "rb") as icon:
+                    return kind, icon.read(ICON_LIMIT + 1)
         return None
 
 
@@ -4055,119 +4005,69 @@ def localise(config, given) -> dict:
     return manifest
 
 
-class MirrorPublisher(Publisher):
-    """A Publisher that resumes partial files, and follows the manifests it has brought."""
+class PartialFile(FileScan):
+    """An image's file as far as it has come: written, examined, and hashed in a thread of its
+    own, since hashlib and zlib let others run meanwhile.
 
-    @staticmethod
-    def _is_kept(path) -> bool:
-        """Whether there is a part of a file that a mirror may complete."""
-        with contextlib.suppress(OSError):
-            names = os.listdir(path)
-            return UPSTREAM in names and any(
-                os.path.getsize(os.path.join(path, name)) for name in names
-                if name == PARTIAL or not (name.startswith(".") or name == MANIFEST
-                                           or name in ICONS))
-        return False
+    etag          the strong ETag of the answer that it comes with, or ""
+    is_resumed    whether it has come in several parts
+    """
 
-    def bring(self, source, given, manifest, check_stream, count):
-        """Import an image from a source: its manifest as it was given, and as it is stored.
+    def __init__(self, file, whole, count):
+        super().__init__(whole=whole)
+        self.etag, self.is_resumed = "", False
+        self._file, self._count = file, count
+        self._pieces = queue.Queue(PIECES_QUEUED)
+        start_new_thread(self._run, ())
 
-        count(size) is called for each piece of its file.  After a failure the part of the
-        file that came stays, for the next call.  Raises ApiError, SourceError, BadImage.
-        """
-        expected = {key: value for key, value in manifest["files"][0].items()
-                    if key in FILE_FIELDS}
-        with self._created(manifest, self._is_kept) as image:
-            self._record(image, source, given)
-            with storing("the image cannot be stored"):
-                for name in os.listdir(image.fd):     # all of a file, from before a crash
-                    if not (name.startswith(".") or name == MANIFEST or name in ICONS):
-                        os.rename(name, PARTIAL, src_dir_fd=image.fd, dst_dir_fd=image.fd)
-            with contextlib.closing(source.file(manifest)) as file:
-                found = self._download(image, file, expected, count)
-            found.finish()                # or BadImage: the file is theirs, and .partial stays
-            self._accept(image, PARTIAL, found, expected, check_stream)
-            icon = source.icon(given)
-            if icon is not None:
-                image.write_icon(*icon)
-            self._show(image)
+    def _run(self):
+        for data in iter(self._pieces.get, None):
+            super()._hash(data)
+            self._pieces.task_done()
+        self._pieces.task_done()
 
-    def _download(self, image, file, expected, count) -> FileScan:
-        """Complete .partial; raises ApiError, SourceError, BadImage.
+    def _hash(self, data):
+        self._pieces.put(data)
 
-        A part that does not fit the sha1 may be of another file: the whole file is fetched again.
-        """
-        starts = 0
-        with storing("the image cannot be stored"), \
-                new_file(PARTIAL, image.fd, or_old=0) as partial:
-            give(partial.fileno(), self.serve_dir)
-            while True:
-                try:
-                    return self._fill(partial, file, expected, count)
-                except (StartOver, BadImage) as error:
-                    partial.truncate(0)
-                    limit = len(RETRY_DELAYS) if isinstance(error, StartOver) else file.resumed
-                    if starts >= limit:
-                        raise
-                    starts += 1
+    def hashes(self) -> dict:
+        self._pieces.join()
+        return super().hashes()
 
-    @staticmethod
-    def _fill(partial, file, expected, count) -> FileScan:
-        """Read a part of a file, and append the rest.  Raises BadImage where it is another."""
-        found = FileScan()
-        file.seek(partial.seek(0, os.SEEK_END))
-        partial.seek(0)
-        for chunk in iter(lambda: partial.read(CHUNK), b""):
-            count(len(chunk))
-            found.feed(chunk)
-        for chunk in iter(lambda: file.read(CHUNK), b""):
-            count(len(chunk))
-            partial.write(chunk)
-            found.feed(chunk)
-        hashes = found.hashes()
-        truth = {"size": found.size, "sha1": hashes["sha1"], "md5": hashes["md5"]}
-        for name, value in truth.items():
-            if expected.get(name, value) != value:
-                raise BadImage(f"its {name} is {value}, not {expected[name]}")
-        partial.flush()
-        return found
+    def close(self):
+        """End the thread."""
+        self._pieces.put(None)
 
-    def _record(self, image, source, given):
-        """Keep the manifest that the other side gave.  Raises ApiError."""
-        image.write(UPSTREAM, (render_json(
-            {"url": source.url, "manifest": given}) + "\n").encode())
+    def read(self):
+        """Examine the part that is on disk.  Raises BadImage, OSError."""
+        self._file.seek(0)
+        for data in iter(lambda: self._file.read(CHUNK), b""):
+            self.is_resumed = True
+            self._count(len(data))
+            self.feed(data)
 
-    def upstream(self, uuid) -> dict:
-        """{"url", "manifest"} of an image that was brought; {} of all others."""
-        with contextlib.suppress(OSError, BadImage):
-            return read_manifest(self._path(uuid), name=UPSTREAM)[0]
-        return {}
+    def begin(self, offset, etag):
+        """The next bytes are those behind its end, or from 0 on: these replace all others."""
+        self.etag = etag if etag.startswith('"') else ""      # RFC 9110 §13.1.5: strong ones
+        if offset < self.size:
+            self._pieces.join()
+            super().__init__(whole=self._whole)
+            self.is_resumed = False
+            self._file.seek(0)
+            self._file.truncate()
 
-    def follow(self, uuid, source, given) -> list:
-        """Change the fields that the other side has changed since an image was brought, or
-        followed; their names.  All others stay as they are here.  Raises ApiError, BadImage.
-        """
-        with self._locked(uuid, ("",)) as image:
-            last = self.upstream(uuid).get("manifest")
-            if last == given or not isinstance(last, dict):
-                return []
-            here = image.manifest()
-            before, after = localise(self.config, last), localise(self.config, given)
-            if not is_v1(before) == is_v1(after) == is_v1(here):
-                before, after, here = (upgrade(each) if is_v1(each) else each
-                                       for each in (before, after, here))
-            names = [name for name in sorted(before.keys() | after.keys())
-                     if before.get(name) != after.get(name) and name not in ("files", "icon", "v")]
-            if names:
-                here = {name: value for name, value in here.items() if name not in names}
-                here.update((name, after[name]) for name in names if name in after)
-                replace_file(os.path.join(image.path, MANIFEST),
-                             (render_json(here) + "\n").encode(), keep_time=True)
-            self._record(image, source, given)
-            return names
+    def add(self, data):
+        """Append bytes.  Raises BadImage, OSError."""
+        self._count(len(data))
+        self._file.write(data)
+        self.feed(data)
 
 
-class Mirror:
+def is_image_file(name) -> bool:
+    """Whether a file in an image's directory is the image."""
+    return not (name.startswith(".") or name == MANIFEST or name in ICONS)
+
+
+class Mirror(Publisher):
     """One run of `mirror`: the plan, then image after image.
 
     say         say(text) for each image that has come or has changed
@@ -4177,9 +4077,9 @@ class Mirror:
     """
 
     def __init__(self, config, source, say, complain, progress, check_stream=True):
-        self.config, self.source, self.say, self.complain = config, source, say, complain
-        self.progress, self.check_stream = progress, check_stream
-        self.publisher, self.reader = MirrorPublisher(config), ImageReader(config)
+        super().__init__(config)
+        self.source, self.say, self.complain, self.progress = source, say, complain, progress
+        self.check_stream = check_stream
         self.failed = set()
 
     def select(self, filters, latest=None) -> list:
@@ -4193,38 +4093,38 @@ class Mirror:
             try:
                 uuid = checked_name(entry.get("uuid"))
             except SourceError as error:
-                self.failed.add("")
-                self.complain(str(error))
+                self._fail("", str(error))
                 continue
-            name = str(entry.get("name"))
             if all(matches_text(str(entry.get(key)), wanted) for key, wanted in filters.items()):
-                found[uuid] = (name, order_of(str(entry.get("published_at", ""))), uuid)
-        if latest is None:
-            return sorted(found)
-        kept = collections.defaultdict(list)
-        for name, order, uuid in sorted(found.values(), reverse=True):
-            if len(kept[name]) < latest:
-                kept[name].append(uuid)
-        return sorted(uuid for uuids in kept.values() for uuid in uuids)
+                order = order_of(str(entry.get("published_at", "")))
+                found[uuid] = order, uuid, str(entry.get("name"))
+        of_name = collections.defaultdict(list)
+        for _, uuid, name in sorted(found.values(), reverse=True):
+            of_name[name].append(uuid)
+        return sorted(uuid for uuids in of_name.values() for uuid in uuids[:latest])
 
     def brought(self) -> list:
         """The uuids of images here that an earlier run has brought from this source."""
         with storing("the images cannot be read"):
-            return [uuid for uuid in sorted(os.listdir(self.config.serve_dir)) if is_uuid(uuid)
-                    and self.publisher.upstream(uuid).get("url") == self.source.url]
+            return [uuid for uuid in sorted(os.listdir(self.serve_dir))
+                    if is_uuid(uuid) and self._upstream(uuid) is not None]
 
     def plan(self, uuids, follow=True) -> dict:
         """{uuid: (size, text)} of the images that are to come, origins before those that build
         on them.  Images that are here are compared, and, with `follow`, followed.
         """
         plan = {}
+        if self.source.refuses_user:
+            self._fail("", f"{self.source.url} refuses the user or the password of the URL: its "
+                           "private images are hidden")
         for uuid in uuids:
             self._attempt(self._add, uuid, plan, follow)
         return plan
 
     def bring(self, plan):
+        """Bring the images of a plan."""
         for number, (uuid, (size, text)) in enumerate(plan.items(), 1):
-            self._attempt(self._bring, uuid, self.progress(
+            self._attempt(self._bring, uuid, text, self.progress(
                 f"image {number} of {len(plan)}, {text}", size))
 
     def _attempt(self, act, uuid, *words):
@@ -4232,16 +4132,11 @@ class Mirror:
         try:
             act(uuid, *words)
         except (SourceError, BadImage, ApiError) as error:
-            self.failed.add(uuid)
-            self.complain(f"image {uuid}: {error}")
+            self._fail(uuid, f"image {uuid}: {error}")
 
-    def _here(self, uuid) -> Image | None:
-        """An image that is here.  Raises BadImage where it is not sound."""
-        with storing(f"image {uuid} cannot be read"):
-            image = self.reader.read(uuid, os.path.join(self.config.serve_dir, ""), ())
-        if image is not None and image.problem:
-            raise BadImage(f"image {uuid} is here, but not sound: {image.problem}")
-        return image
+    def _fail(self, uuid, text):
+        self.failed.add(uuid)
+        self.complain(text)
 
     def _add(self, first, plan, follow):
         """Add an image to a plan, and before it those of its origins that are not here."""
@@ -4252,9 +4147,14 @@ class Mirror:
             seen.add(uuid)
             here = self._here(uuid)
             if here is None:
-                manifest = self._ask(uuid, first)
-                text = f"{uuid} {manifest['name']} {manifest['version']}"
-                chain[uuid] = (manifest["files"][0]["size"], printable(text))
+                try:
+                    manifest = localise(self.config, self.source.manifest(uuid))
+                except (SourceError, BadImage) as error:
+                    if uuid == first:
+                        raise
+                    raise BadImage(f"image {uuid}, on which it builds: {error}")
+                text = printable(f"{uuid} {manifest['name']} {manifest['version']}")
+                chain[uuid] = manifest["files"][0]["size"], text
                 uuid = manifest.get("origin")
             else:
                 if uuid == first:
@@ -4262,47 +4162,139 @@ class Mirror:
                 uuid = here.origin
         plan.update(reversed(chain.items()))
 
-    def _ask(self, uuid, first) -> dict:
-        """The manifest of an image, localised.  Raises SourceError, BadImage, ApiError."""
-        try:
-            return localise(self.config, self.source.manifest(uuid))
-        except (SourceError, BadImage) as error:
-            if uuid == first:
-                raise
-            raise BadImage(f"image {uuid}, on which it builds: {error}")
+    def _here(self, uuid) -> Image | None:
+        """An image that is here.  Raises BadImage where it is not sound."""
+        with storing(f"image {uuid} cannot be read"):
+            image = self._reader.read(uuid, self._path(""), ())
+        if image is not None and image.problem:
+            raise BadImage(f"image {uuid} is here, but not sound: {image.problem}")
+        return image
 
     def _compare(self, here, follow):
         """Compare an image that is here with the other side's, and follow it."""
-        is_brought = self.publisher.upstream(here.uuid).get("url") == self.source.url
+        last = self._upstream(here.uuid)
         try:
             given = self.source.manifest(here.uuid)
         except SourceError as error:
-            if error.status != 404 or not is_brought:
+            if error.status != 404 or last is None or self.source.refuses_user:
                 raise
-            self.say(f"{here.uuid} {here.title}: no longer there; it stays here")
+            hidden = ", or hidden from the user of the URL" if self.source.has_user else ""
+            self.say(f"{here.uuid} {here.title}: no longer there{hidden}; it stays here")
             return
         sha1 = localise(self.config, given)["files"][0]["sha1"]
         if sha1 != here.sha1:
             raise BadImage(f"it is here with other bytes, and stays so: sha1 {here.sha1} here, "
                            f"{sha1} there")
-        if is_brought and follow:
-            names = self.publisher.follow(here.uuid, self.source, given)
+        if follow and last not in (None, given):
+            names = self._follow(here.uuid, given)
             if names:
                 self.say(f"{here.uuid} {here.title}: changed: {', '.join(names)}")
 
-    def _bring(self, uuid, count):
+    def _bring(self, uuid, text, count):
         given = self.source.manifest(uuid)
         manifest = localise(self.config, given)
         if manifest.get("origin") in self.failed:
             raise BadImage(f"image {manifest['origin']}, on which it builds, has not come")
         try:
-            self.publisher.bring(self.source, given, manifest, self.check_stream, count)
+            self._import(given, manifest, count)
         except ApiError as error:
             here = self._here(uuid) if error.status == 409 else None
             if here is None or here.sha1 != manifest["files"][0]["sha1"]:
                 raise
         else:
-            self.say(f"{uuid} {printable(manifest['name'])} {printable(manifest['version'])}")
+            self.say(text)
+
+    # on disk
+
+    @staticmethod
+    def _is_kept(path) -> bool:
+        """Whether there is a part of a file that a mirror may complete."""
+        with contextlib.suppress(OSError):
+            names = os.listdir(path)
+            return UPSTREAM in names and any(
+                os.path.getsize(os.path.join(path, name)) for name in names
+                if name == PARTIAL or is_image_file(name))
+        return False
+
+    def _import(self, given, manifest, count):
+        """Bring the image of a manifest: as it was given, and localised.
+
+        After a failure the part of its file that has come stays, and the next call goes on
+        there.  Raises ApiError, SourceError, BadImage.
+        """
+        expected = {key: value for key, value in manifest["files"][0].items()
+                    if key in FILE_FIELDS}
+        with self._created(manifest, self._is_kept) as image:
+            self._record(image, given)
+            with storing("the image cannot be stored"):
+                found = self._complete(image, manifest, count)
+            found.finish()                # not before: such a file would come again as it is
+            self._accept(image, PARTIAL, found, expected, self.check_stream)
+            icon = self.source.icon(given)
+            if icon is not None:
+                image.write_icon(*icon)
+            self._show(image)
+
+    def _complete(self, image, manifest, count) -> FileScan:
+        """Download the file of an image, or the rest of it, as .partial.
+
+        Several parts with a wrong sha1 may be of different files: all of it is downloaded
+        again, once.  Raises OSError, SourceError, BadImage.
+        """
+        expected = manifest["files"][0]["sha1"]
+        for name in os.listdir(image.fd):
+            if is_image_file(name):       # complete: the run before was killed then
+                os.rename(name, PARTIAL, src_dir_fd=image.fd, dst_dir_fd=image.fd)
+        with new_file(PARTIAL, image.fd, or_old=0) as file:
+            give(file.fileno(), self.serve_dir)
+            for is_last in (False, True):
+                with contextlib.closing(PartialFile(file, self.check_stream, count)) as partial:
+                    try:
+                        partial.read()
+                        self.source.bring_file(manifest, partial)
+                        sha1 = partial.hashes()["sha1"]
+                        if sha1 != expected:
+                            raise BadImage(f"its sha1 is {sha1}, not {expected}")
+                        return partial
+                    except BadImage:
+                        file.truncate(0)
+                        if is_last or not partial.is_resumed:
+                            raise
+
+    def _record(self, image, given):
+        """Keep the manifest that the other side gave.  Raises ApiError."""
+        image.write(UPSTREAM, (render_json(
+            {"url": self.source.url, "manifest": given}) + "\n").encode())
+
+    def _upstream(self, uuid) -> dict | None:
+        """The manifest of an image that came from this source, as given; None of all others."""
+        with contextlib.suppress(OSError, BadImage):
+            known = read_manifest(self._path(uuid), name=UPSTREAM)[0]
+            if known.get("url") == self.source.url and isinstance(known.get("manifest"), dict):
+                return known["manifest"]
+        return None
+
+    def _follow(self, uuid, given) -> list:
+        """Change the fields that the other side has changed since an image was brought, or
+        followed; their names.  All others stay as they are here.  Raises ApiError, BadImage.
+        """
+        with self._locked(uuid, ("",)) as image:
+            here, last = image.manifest(), self._upstream(uuid)
+            if last is None:              # it was deleted and published again meanwhile
+                return []
+            before, after = localise(self.config, last), localise(self.config, given)
+            if not is_v1(before) == is_v1(after) == is_v1(here):
+                before, after, here = (upgrade(each) if is_v1(each) else each
+                                       for each in (before, after, here))
+            names = [name for name in sorted(before.keys() | after.keys())
+                     if before.get(name) != after.get(name) and name not in ("files", "icon", "v")]
+            if names:
+                here = {name: value for name, value in here.items() if name not in names}
+                here.update((name, after[name]) for name in names if name in after)
+                replace_file(os.path.join(image.path, MANIFEST), manifest_bytes(here),
+                             keep_time=True)
+            self._record(image, given)
+            return names
 
 
 # -- HTTP messages -----------------------------------------------------------------------
@@ -8001,6 +7993,8 @@ def run_mirror(config, options):
         mirror = Mirror(config, source, say, fail, progress, options.stream_check)
         if by_list:
             uuids = mirror.select(filters, options.latest)
+            if not uuids and not options.quiet:
+                fail("no image is listed there that fits")
             uuids = list(dict.fromkeys(uuids + mirror.brought()))
     except SourceError as error:
         raise UserError(f"{printable(options.url.rpartition('@')[2])}: {error}")

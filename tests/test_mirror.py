@@ -5,6 +5,7 @@ a scripted one that does all that a server should not.
 import base64
 import contextlib
 import email.utils
+import errno
 import hashlib
 import json
 import os
@@ -297,6 +298,34 @@ class TestWhole(MirrorCase):
         self.assertEqual(self.mirror(source, U), [])
         self.assertNotIn("cret", json.dumps(self.stored(U, ".upstream.json")))
 
+    def test_hidden_from_the_user_or_gone(self):
+        up = self.upstream()
+        up.add(U)
+        self.assertEqual(self.mirror(self.source(up), U), [])
+        up.images.clear()
+        for url, text in ((up.url, "no longer there; it stays here"),
+                          (up.url.replace("//", "//joe:secret@"),
+                           "no longer there, or hidden from the user of the URL; it stays here")):
+            with self.subTest(text):
+                self.assertEqual(self.mirror(self.source(url), U), [])
+                self.assertEqual(self.said, [f"{U} web 1: {text}"])
+
+    def test_a_user_that_is_refused(self):
+        up = self.upstream()
+        up.add(U)
+        source = self.source(up.url.replace("//", "//joe:secret@"))
+        self.assertEqual(self.mirror(source, U), [])
+        up.images.clear()
+        up.add(V)
+        up.script["/"] = [answer(b"", "503 Busy"), answer(b"", "401 Unauthorized")]
+        source = self.source(up.url.replace("//", "//joe:changed@"))
+        complaints = self.mirror(source, U, V)
+        self.assertEqual(self.said, [f"{V} web 1"])
+        self.assertEqual(complaints, [
+            f"{up.url} refuses the user or the password of the URL: its private images are hidden",
+            f"image {U}: it answers 404: image not found"])
+        self.assertHere(U, V)
+
     def test_fields_follow_where_the_other_side_changed_them(self):
         up = self.upstream()
         up.add(U, description="first", tags={"a": 1}, homepage="http://one.example.com/")
@@ -391,12 +420,32 @@ class TestFaults(MirrorCase):
                 (b"HTTP/1.0 200 OK\r\n\r\n" + IMAGE + b"x", "more than the 300"),
                 (answer(IMAGE[:-1] + b"x"), "corrupt|its sha1 is"),
                 (answer(IMAGE[:1000] + b"x" + IMAGE[1001:]), "corrupt|its sha1 is"),
-                (answer(IMAGE, "206 Partial Content", Content_Range="bytes 5-9/10"),
+                (answer(IMAGE, "206 Partial Content", Content_Range=f"bytes 5-9/{len(IMAGE)}"),
                  "another part of the file"),
                 (answer(b'{"message": "no file"}', "404 Not Found"), "404: no file")):
             with self.subTest(pattern):
                 self.check(reply, pattern, path=self.file)
         self.assertEqual((os.listdir(self.serve_dir), self.pauses), ([], []))
+
+    def test_a_disk_that_fails_in_the_middle(self):
+        self.up.add(U)
+        self.up.add(W)
+        add = imgserver.PartialFile.add
+
+        def fail(partial, data):
+            if partial.size:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            add(partial, data)
+        threads = threading.active_count()
+        self.up.script[self.file] = [[answer(IMAGE)[:200_000], answer(IMAGE)[200_000:]]]
+        with mock.patch.object(imgserver.PartialFile, "add", fail), \
+                mock.patch.object(imgserver, "CHUNK", 1000):
+            self.assertOne(self.mirror(self.source(self.up), U),
+                           "cannot be stored: No space left on device")
+        self.assertGreater(self.partial(), 0)
+        wait_for(lambda: threading.active_count() <= threads, "the end of the thread")
+        self.assertEqual(self.mirror(self.source(self.up), U, W), [])
+        self.assertHere(U, W)
 
     def test_an_origin_that_is_not_there(self):
         self.up.add(V, LEAF, origin=U)
@@ -487,10 +536,9 @@ class TestFaults(MirrorCase):
     def test_a_body_that_trickles(self):
         body = mock.Mock(length=1000)
         body.read1.return_value = b"x"
-        reader = imgserver.RemoteBody(body, self.source(self.up, timeout=0))
+        pieces = self.source(self.up, timeout=0)._pieces(body)
         with self.assertRaisesRegex(imgserver.SourceError, "stalled: [0-9]+ bytes came in"):
-            while True:
-                reader.read(1)
+            list(pieces)
 
     def test_urls_that_are_none(self):
         for url in ("ftp://h", "http://", "http://h:x", "http://h:0/", "h", "http://h/ x",
@@ -563,11 +611,11 @@ class TestResuming(MirrorCase):
 
     def test_200_instead_of_206(self):
         up = self.start()
-        up.script[self.file] = [answer(IMAGE), answer(IMAGE)]
+        up.script[self.file] = [answer(IMAGE)]
         self.assertEqual(self.mirror(self.source(up), U), [])
         self.assertHere(U)
         self.assertEqual([fields.get("range") for fields in up.asked(self.file)],
-                         ["bytes=100000-", None])
+                         ["bytes=100000-"])
 
     def test_a_server_that_never_gets_to_the_end_and_cannot_resume(self):
         up = self.upstream()
@@ -575,6 +623,24 @@ class TestResuming(MirrorCase):
         up.script[self.file] = [cut(IMAGE, 1000)] * 99
         self.assertOne(self.mirror(self.source(up), U), "bytes too early|first byte")
         self.assertLess(len(up.asked(self.file)), 20)
+
+    def test_a_server_without_ranges_may_break_several_times(self):
+        up = self.start()
+        up.script[self.file] = [cut(IMAGE, at) for at in (1000, 150_000, 2000)]
+        self.assertEqual(self.mirror(self.source(up), U), [])
+        self.assertHere(U)
+        self.assertEqual([fields.get("range") for fields in up.asked(self.file)],
+                         ["bytes=100000-", "bytes=1000-", "bytes=150000-", "bytes=2000-"])
+        self.assertEqual(self.pauses, [1, 3, 10])
+
+    def test_416_for_a_file_of_the_right_size(self):
+        up = self.start()
+        up.script[self.file] = [answer(b"", "416 Range Not Satisfiable",
+                                       Content_Range=f"bytes */{len(IMAGE)}")]
+        self.assertEqual(self.mirror(self.source(up), U), [])
+        self.assertHere(U)
+        self.assertEqual([fields.get("range") for fields in up.asked(self.file)],
+                         ["bytes=100000-", None])
 
     def test_other_bytes_on_disk_than_there(self):
         for other, ranges in ((OTHER[:100_000], ["bytes=100000-", None]),
@@ -639,6 +705,19 @@ class TestResuming(MirrorCase):
         self.assertEqual(self.partial(), len(IMAGE) - 9)
         self.assertOne(self.mirror(self.source(up), U), "cut short")
         self.assertEqual(len(up.asked(self.file)), 1)
+
+    def test_without_the_check_of_the_stream_nothing_is_unpacked(self):
+        data = streams.pack(streams.stream(streams.noise(imgserver.PROLOGUE + 300_000)))[:-9]
+        up = self.upstream()
+        up.add(U, data)
+        self.assertOne(self.mirror(self.source(up), U), "cut short")
+        with mock.patch.object(imgserver.SendStream, "feed", autospec=True,
+                               side_effect=imgserver.SendStream.feed) as feed:
+            self.assertEqual(self.mirror(self.source(up), U, check_stream=False), [])
+        self.assertLess(sum(len(call[0][1]) for call in feed.call_args_list),
+                        imgserver.PROLOGUE + imgserver.PIECE)
+        self.assertHere(U)
+        self.assertEqual(self.stored(U)["files"][0]["dataset_guid"], str(streams.GUID))
 
     def test_killed_before_it_was_activated(self):
         up = self.upstream()
@@ -827,6 +906,28 @@ class TestServers(ServerCase):
                 U, self.here + "/", ()).public, False)
             shutil.rmtree(os.path.join(self.here, U))
 
+    def test_a_wrong_password_for_private_images(self):
+        for uuid, data, public in ((U, IMAGE, True), (V, OTHER, False)):
+            write_v2(self.serve_dir, uuid, data, public=public)
+        path = os.path.join(self.directory, "users")
+        salt = os.urandom(imgserver.SALT_SIZE)
+        imgserver.write_users(path, {"joe": imgserver.User(
+            "joe", "read", salt, imgserver.hash_password(b"secret", salt))}, self.directory)
+        server = self.serve(config={"users": path, "read": "public"})
+        for path in ("", "/datasets"):
+            with self.subTest(path):
+                place = f"127.0.0.1:{server.address[1]}{path}"
+                done = self.run_mirror("-q", f"http://joe:secret@{place}", "--all")
+                self.assertEqual((done.returncode, done.stderr), (0, ""))
+                shutil.rmtree(os.path.join(self.here, U))
+                done = self.run_mirror(f"http://joe:changed@{place}", "--all")
+                self.assertEqual(done.returncode, 1)
+                self.assertEqual(done.stdout, f"{U} test 2.0.0\n")
+                self.assertRegex(done.stderr, f"refuses the user or the password.*\n.*{V}: .*404")
+                self.assertEqual(sorted(os.listdir(self.here)), [U, V])
+                for uuid in (U, V):
+                    shutil.rmtree(os.path.join(self.here, uuid))
+
     def test_exit_statuses(self):
         for words, status, pattern in (
                 (("http://127.0.0.1:1",), 2, "UUIDs are needed"),
@@ -837,7 +938,8 @@ class TestServers(ServerCase):
                 (("http://127.0.0.1:1", "--latest", "0"), 2, "--latest"),
                 (("http://127.0.0.1:1/datasets", "--all", "--channel", "c"), 2, "no channels"),
                 (("--dir", "/nowhere", self.serve_dir, "--all"), 96, "serve_dir"),
-                ((self.serve_dir, "--all"), 0, "^$"), ((self.serve_dir, U), 1, "not found")):
+                ((self.serve_dir, "--all"), 0, "^imgserver: no image .* fits\n$"),
+                ((self.serve_dir, "--all", "-q"), 0, "^$"), ((self.serve_dir, U), 1, "not found")):
             with self.subTest(words):
                 done = self.run_mirror(*words)
                 self.assertEqual(done.returncode, status, done.stderr)
