@@ -330,6 +330,7 @@ class Log:
 # -- JSON --------------------------------------------------------------------------------
 
 NUMBER_LIMIT = 20             # digits of an integer in JSON: 2**64 has 20
+SPELL_LIMIT = 100             # characters of a value in a message
 NESTING_LIMIT = 100           # levels of JSON, so that a parsed value can be rendered, too
 
 def _unique(pairs):
@@ -357,7 +358,6 @@ _DECODER = json.JSONDecoder(**_HOOKS)
 _UNIQUE_DECODER = json.JSONDecoder(object_pairs_hook=_unique, **_HOOKS)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _quote = json.encoder.encode_basestring_ascii
-compact_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def _is_deeper(value, levels) -> bool:
@@ -429,97 +429,57 @@ def render_json(value, pad="\n") -> str:
     return json.dumps(value)
 
 
+def spell(value) -> str:
+    """A value for messages and the log, truncated."""
+    text = ascii(value) if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= SPELL_LIMIT else text[:SPELL_LIMIT] + "..."
+
+
 # -- configuration -----------------------------------------------------------------------
+#
+# Checks: each returns the value of a setting, or raises ValueError with the rule.
 
-def _check_text(value):
-    if not isinstance(value, str) or not value.isprintable():
-        raise ValueError("must be a text")
-    return value
-
-
-def _prefix(value):
-    """The part of files[].url before the Host header: a scheme, and labels of a name."""
-    if not isinstance(value, str) or not re.fullmatch(r"https?://([A-Za-z0-9-]+\.)*", value):
-        raise ValueError('must be "http://" or "https://"')
-    return value
+# A port, from 1 to 65535.
+_PORT = "(?:[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
 
 
-def _suffix(value):
-    """The part after it: labels of a name, a port, a path."""
-    match = isinstance(value, str) and re.fullmatch(
-        r"(?:\.[A-Za-z0-9-]+)*(?::([0-9]{1,5}))?(?:/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)*", value)
-    if not match or not 1 <= int(match[1] or 1) <= 65535:
-        raise ValueError('must be "", ":PORT", "/PATH" or ":PORT/PATH", without a / at its end')
-    return value
-
-
-def _directory(value):
-    if not _check_text(value):
-        raise ValueError("must be the path of a directory")
-    return value
-
-
-def _accel(value):
-    if not isinstance(value, str) or not re.fullmatch("(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*", value):
-        raise ValueError('must be the path of an internal location, such as "/files", or empty')
-    return value
-
-
-def _uuid_or_empty(value):
-    if value != "" and not (isinstance(value, str) and is_uuid(value)):
-        raise ValueError("must be a UUID in lower case, or empty")
-    return value
-
-
-def _loglevel(value):
-    if not isinstance(value, str) or value not in LEVELS:
-        raise ValueError("must be one of " + ", ".join(LEVELS))
-    return value
-
-
-def _logformat(value):
-    if value not in ("text", "json"):
-        raise ValueError('must be "text" or "json"')
-    return value
-
-
-def _check_number(low, high, kinds=(int,)):
+def _checked(is_right, rule):
     def check(value):
-        if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-            raise ValueError(f"must be a number from {low} to {high}")
+        if not is_right(value):
+            raise ValueError(rule)
         return value
     return check
 
 
-def _socket_mode(value):
-    if not isinstance(value, str) or not re.fullmatch("0?[0-7]{3}", value):
-        raise ValueError('must be a file mode in octal, such as "0660"')
-    return value
+def _matching(pattern, rule):
+    """A check for printable texts that match a pattern."""
+    return _checked(lambda value: isinstance(value, str) and value.isprintable()
+                    and re.fullmatch(pattern, value), rule)
 
 
-def _check_flag(value):
-    if not isinstance(value, bool):
-        raise ValueError("must be true or false")
-    return value
+def _one_among(*choices):
+    texts = [json.dumps(choice) for choice in choices]
+    return _checked(lambda value: json.dumps(value) in texts, "must be " + " or ".join(texts))
 
 
-def _readers(value):
-    if value not in ("anyone", "public", "users"):
-        raise ValueError('must be "anyone", "public" or "users"')
-    return value
+def _between(low, high):
+    """A check for numbers; for whole ones where `low` is one."""
+    return _checked(lambda value: type(value) in (int, type(low)) and low <= value <= high,
+                    f"must be a number from {low} to {high}")
 
 
 def _networks(value):
     """A list of addresses, networks and "unix", as ip_network objects and that word."""
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ValueError('must be a list of addresses, networks and "unix"')
+    rule = 'must be a list of addresses, networks and "unix"'
+    if not isinstance(value, list):
+        raise ValueError(rule)
     if not value:                         # saves the import of ipaddress: 1 MiB
         return value
     import ipaddress
     try:
-        return [item if item == "unix" else ipaddress.ip_network(item) for item in value]
+        return [item if item == "unix" else ipaddress.ip_network(str(item)) for item in value]
     except ValueError as error:
-        raise ValueError(f'must be a list of addresses, networks and "unix" ({error})')
+        raise ValueError(f"{rule} ({error})")
 
 
 def is_among(peer, networks) -> bool:
@@ -533,42 +493,25 @@ def is_among(peer, networks) -> bool:
 
 def _channels(value):
     """The official form: [{name, description, default?}], at most one default."""
-    names = []
+    kinds = {"name": str, "description": str, "default": bool}
     for item in value if isinstance(value, list) else [None]:
-        if not (isinstance(item, dict) and set(item) <= {"name", "description", "default"}
-                and isinstance(item.get("name"), str)
-                and re.fullmatch("[a-z][a-z0-9_-]*", item["name"])
-                and isinstance(item.get("description", ""), str)
-                and isinstance(item.get("default", False), bool)):
+        if not (isinstance(item, dict) and all(type(item[key]) is kinds.get(key) for key in item)
+                and re.fullmatch("[a-z][a-z0-9_-]*", item.get("name", ""))):
             raise ValueError('must be a list of {"name", "description", "default"}')
-        names.append(item["name"])
-    if len(set(names)) < len(names) or sum(c.get("default", False) for c in value) > 1:
+    if len({item["name"] for item in value}) < len(value) \
+            or sum(item.get("default", False) for item in value) > 1:
         raise ValueError("must have each name once, and one default at most")
     return value
 
 
-def parse_listen(value, any_port=False) -> list:
-    """The addresses to listen on: (address, port), address "" for all; or a socket's path.
-
-    Takes 8080, "8080", "ADDRESS:PORT", "[IPV6]:PORT", "*:PORT", "localhost:PORT" (both of its
-    addresses; without DNS) and "/path", or a list of these.  Raises ValueError.
-    """
-    if isinstance(value, list) and value:
-        if any(isinstance(item, list) for item in value):
-            raise ValueError("must not have a list in its list")
-        addresses = [address for item in value for address in parse_listen(item, any_port)]
-        for address in addresses:
-            if addresses.count(address) > 1 and address[1] != 0:
-                raise ValueError(f"must name {listen_text(address)} once")
-        return addresses
+def _parse_address(value, any_port) -> list:
+    """parse_listen of one address; localhost has two."""
     if isinstance(value, str) and value.startswith("/"):
-        if "\0" in value:
-            raise ValueError("is no path")
-        if len(os.fsencode(value)) > 107:         # sun_path[108], illumos and Linux
-            raise ValueError("is too long for a Unix socket: 107 bytes are the most")
+        if "\0" in value or len(os.fsencode(value)) > 107:    # sun_path[108], illumos and Linux
+            raise ValueError("must be a path of at most 107 bytes for a Unix socket")
         return [value]
     match = re.fullmatch(r"(?:(\[[0-9A-Fa-f:.]+\]|[^\[\]:/\s\0]+):)?([0-9]{1,5})", str(value))
-    if isinstance(value, bool) or not match:
+    if not match:
         raise ValueError("must be a port, ADDRESS:PORT, or the path of a socket, which starts "
                          "with /")
     host, port = (match[1] or "*").strip("[]"), int(match[2])
@@ -583,6 +526,20 @@ def parse_listen(value, any_port=False) -> list:
     return [(each, port) for each in hosts]
 
 
+def parse_listen(value, any_port=False) -> list:
+    """The addresses to listen on: (address, port), address "" for all; or a socket's path.
+
+    Takes 8080, "8080", "ADDRESS:PORT", "[IPV6]:PORT", "*:PORT", "localhost:PORT" (both of its
+    addresses; without DNS) and "/path", or a list of these.  Raises ValueError.
+    """
+    items = value if isinstance(value, list) and value else [value]
+    addresses = [address for item in items for address in _parse_address(item, any_port)]
+    for address in addresses:
+        if addresses.count(address) > 1 and address[1] != 0:
+            raise ValueError(f"must name {listen_text(address)} once")
+    return addresses
+
+
 def listen_text(address) -> str:
     """One address of parse_listen, as the configuration has it."""
     if isinstance(address, str):
@@ -591,46 +548,53 @@ def listen_text(address) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host or '*'}:{port}"
 
 
-def _listen(value):
-    parse_listen(value)
-    return value
 
+_TEXT = _matching(".*", "must be a text")
+_MAYBE_UUID = _matching(f"({_UUID.pattern})?", "must be a UUID in lower case, or empty")
+_YES_OR_NO = _one_among(True, False)
+_SECONDS = _between(0.1, 86400)
 
 # Every key of config.json: its default and its check.  README.md explains each.
 SETTINGS = {
-    "listen_port": (80, _listen),
-    "prefix": ("http://", _prefix),
-    "suffix": ("", _suffix),
-    "loglevel": ("info", _loglevel),
-    "logformat": ("text", _logformat),
-    "serve_dir": (".", _directory),
-    "image-creator": ("internal", _check_text),
-    "image-creator-uuid": ("", _uuid_or_empty),
-    "image-vendor-uuid": ("", _uuid_or_empty),
-    "socket_mode": ("0666", _socket_mode),
-    "accel": ("", _accel),
-    "max_connections": (10000, _check_number(1, 1000000)),
-    "header_timeout": (30, _check_number(0.1, 86400, (int, float))),
-    "idle_timeout": (300, _check_number(0.1, 86400, (int, float))),
-    "stall_timeout": (300, _check_number(0.1, 86400, (int, float))),
-    "drain_time": (30, _check_number(0, 3600, (int, float))),
+    "listen_port": (80, parse_listen),
+    # Before and after the Host header in files[].url: labels of its name, a port, a path.
+    "prefix": ("http://", _matching(r"https?://([A-Za-z0-9-]+\.)*",
+                                    'must be "http://" or "https://"')),
+    "suffix": ("", _matching(
+        rf"(\.[A-Za-z0-9-]+)*(:{_PORT})?(/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)*",
+        'must be "", ":PORT", "/PATH" or ":PORT/PATH", without a / at its end')),
+    "loglevel": ("info", _one_among(*LEVELS)),
+    "logformat": ("text", _one_among("text", "json")),
+    "serve_dir": (".", _matching(".+", "must be the path of a directory")),
+    "image-creator": ("internal", _TEXT),
+    "image-creator-uuid": ("", _MAYBE_UUID),
+    "image-vendor-uuid": ("", _MAYBE_UUID),
+    "socket_mode": ("0666", _matching("0?[0-7]{3}",
+                                      'must be a file mode in octal, such as "0660"')),
+    "accel": ("", _matching("(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*", "must be the path of an "
+                            'internal location, such as "/files", or empty')),
+    "max_connections": (10000, _between(1, 1000000)),
+    "header_timeout": (30, _SECONDS),
+    "idle_timeout": (300, _SECONDS),
+    "stall_timeout": (300, _SECONDS),
+    "drain_time": (30, _between(0.0, 3600)),
     "channels": ([], _channels),
-    "metrics": (False, _check_flag),
-    "users": ("", _check_text),
-    "read": ("anyone", _readers),
+    "metrics": (False, _YES_OR_NO),
+    "users": ("", _TEXT),
+    "read": ("anyone", _one_among("anyone", "public", "users")),
     "publish_from": ([], _networks),
     "manage_from": ([], _networks),
-    "check_streams": (True, _check_flag),
-    "max_upload": (0, _check_number(0, 1 << 60)),
+    "check_streams": (True, _YES_OR_NO),
+    "max_upload": (0, _between(0, 1 << 60)),
 }
 
 
 class Config:
     """The settings, as attributes: `image-creator` is `image_creator`.
 
-    path        the configuration file; None for the defaults alone
-    listen      the addresses of listen_port, as parse_listen gives them
-    warnings    for the log, once it is open
+    listen_port     the addresses, as parse_listen gives them
+    path            the configuration file; None for the defaults alone
+    warnings        for the log, once it is open
     """
 
     path = None
@@ -640,23 +604,20 @@ class Config:
 
         Raises UserError with the key and the reason.
         """
-        self.warnings = []
+        values = values or {}
         for key, (default, check) in SETTINGS.items():
-            value = (values or {}).get(key, default)
             try:
-                setattr(self, key.replace("-", "_"), check(value))
+                setattr(self, key.replace("-", "_"), check(values.get(key, default)))
             except ValueError as error:
-                raise UserError(f"config: {key} {error}, not {json.dumps(value)}", EXIT_CONFIG)
-        for key in values or {}:
-            if key not in SETTINGS and key != "comments":
-                self.warnings.append(f"config: {key!a} is no key of the configuration")
+                raise UserError(f"config: {key} {error}, not {spell(values[key])}", EXIT_CONFIG)
+        self.warnings = [f"config: {key!a} is no key of the configuration" for key in values
+                         if key not in SETTINGS and key != "comments"]
+        self.warnings += [f'config: {key} has "unix": all that can connect to the socket may do '
+                          "so, with nginx in front all whom it lets in"
+                          for key in ("publish_from", "manage_from")
+                          if "unix" in getattr(self, key)]
         self.default_channel = next((channel["name"] for channel in self.channels
                                      if channel.get("default")), None)
-        for key in ("publish_from", "manage_from"):
-            if "unix" in getattr(self, key):
-                self.warnings.append(f'config: {key} has "unix": all that can connect to the '
-                                     "socket may do so, with nginx in front all whom it lets in")
-        self.listen = parse_listen(self.listen_port)
         self.serve_dir = os.path.abspath(os.path.join(directory, self.serve_dir))
         self.users = self.users and os.path.abspath(os.path.join(directory, self.users))
         if self.read == "users" and not (self.users or self.publish_from or self.manage_from):
@@ -666,15 +627,13 @@ class Config:
     @classmethod
     def load(cls, path, must_exist=True):
         """Read a config.json.  Raises UserError where it is missing or invalid."""
+        values = None
         try:
             with open(path, "rb") as file:
                 values = parse_object(file.read(), unique=True)
-        except FileNotFoundError:
-            if must_exist:
-                raise UserError(f"there is no {path}", EXIT_CONFIG)
-            values = None
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}", EXIT_CONFIG)
+            if must_exist or not isinstance(error, FileNotFoundError):
+                raise UserError(f"cannot read {path}: {error.strerror}", EXIT_CONFIG)
         except ValueError as error:
             raise UserError(f"{path} {error}", EXIT_CONFIG)
         config = cls(values, os.path.dirname(os.path.abspath(path)))
@@ -707,26 +666,10 @@ TYPES = ("zone-dataset", "zvol", "lx-dataset", "lxd", "docker", "other")
 SYSTEMS = ("smartos", "linux", "windows", "bsd", "illumos", "other")
 TAGS_LIMIT = 100 << 10        # characters of tags as JSON.stringify writes them (imgmanifest)
 SAFE_INTEGER = 2 ** 53        # the largest number that every JSON parser of a client keeps
-SPELL_LIMIT = 100             # characters of a value in a message
-
-# Fields of v1 that upgrading drops (imgmanifest upgradeTo2), besides those it converts.
-V1_ONLY = frozenset(("creator_uuid", "vendor_uuid", "creator_name", "cloud_name",
-                     "creator_admin", "restricted_to_uuid", "owner_uuid", "platform_type",
-                     "created_at", "updated_at", "_url"))
-
-# The fields that IMGAPI shows, in its order (sdc-imgapi, Image.serialize), with billing_tags
-# and traits, which the official server keeps back in its public mode.
-PUBLIC_FIELDS = ("v", "uuid", "owner", "name", "version", "state", "disabled", "public",
-         "published_at", "type", "os", "files", "acl", "description", "homepage", "eula",
-         "icon", "urn", "requirements", "users", "generate_passwords",
-         "inherited_directories", "origin", "nic_driver", "disk_driver", "cpu_type",
-         "image_size", "tags", "billing_tags", "traits", "error", "channels")
-PUBLIC_FILE_FIELDS = ("sha1", "size", "compression", "dataset_guid")
 
 _DAY, _MINUTE = r"\d{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12]\d|3[01])", r"(?:[01]\d|2[0-3]):[0-5]\d"
 _DATE = rf"(?a){_DAY}T{_MINUTE}:[0-5]\d(?:\.\d{{3}})?Z"
 _V1_DATE = rf"(?a){_DAY}T{_MINUTE}(?::[0-5]\d(?:\.\d{{3}})?)?Z"
-_is_platform = re.compile(r"20(1[2-9]|[2-9]\d)\d{4}T\d{6}Z", re.ASCII).fullmatch
 _DIGITS = re.compile(r"\s*(-?[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]{1,2})?)\s*")
 # ISO 8601: a date of the calendar, a week date or an ordinal one, a time, an offset.
 _ISO = re.compile(r"(\d{4})(?:(-?)(?:W(\d\d)(?:-?(\d))?|((?!000)[0-2]\d\d|3[0-5]\d|36[0-6])"
@@ -758,12 +701,6 @@ def is_file_name(name) -> bool:
 def is_v1(manifest) -> bool:
     """Whether a manifest is v1 (DSAPI); most of those have no `v`."""
     return manifest.get("v", 1) == 1 and not isinstance(manifest.get("v"), bool)
-
-
-def spell(value) -> str:
-    """A value for messages and the log, truncated."""
-    text = ascii(value) if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= SPELL_LIMIT else text[:SPELL_LIMIT] + "..."
 
 
 def number_text(value) -> str:
@@ -808,9 +745,8 @@ def moment(text):
                             else "seconds") + "Z"
 
 
-# Menders: each returns the value that was meant, unchanged where it is right, or INVALID.
+# Menders: each returns the value that was meant, unchanged where it is right, or None.
 
-INVALID = object()
 UNSET = (None, "", [], {})    # values of a field that is not set
 
 
@@ -830,8 +766,8 @@ def _text(pattern, mend=str):
     def mend_text(value):
         if type(value) is str and matches(value):
             return value
-        text = mend(_as_text(value) or "") or ""
-        return text if matches(text) else INVALID
+        text = mend(_as_text(value) or "")
+        return text if text and matches(text) else None
     return mend_text
 
 
@@ -844,10 +780,8 @@ def _word(pattern, others=()):
 
 
 def _flag(value):
-    if type(value) is bool:
-        return value
-    return {"true": True, "1": True, "false": False, "0": False}.get(
-        (_as_text(value) or "").strip().lower(), INVALID)
+    text = (_as_text(value) or "").strip().lower()
+    return {"true": True, "1": True, "false": False, "0": False}.get(text)
 
 
 def _number(value):
@@ -855,17 +789,12 @@ def _number(value):
         value = float(value) if set(value) & set(".eE") else int(value)
     if type(value) is float and value.is_integer():
         value = int(value)
-    return value if type(value) is int and 0 <= value <= SAFE_INTEGER else INVALID
-
-
-def _memory(value):
-    number = _number(value)
-    return None if number == 0 else number        # 0 is unset to imgmanifest
+    return value if type(value) is int and 0 <= value <= SAFE_INTEGER else None
 
 
 def _version(value):
     number = _number(value)
-    return INVALID if number in (INVALID, 0) else min(number, 2)  # imgadm takes 3 as it can
+    return min(number, 2) if number else None     # imgadm takes 3 as it can
 
 
 def _list(mend_item):
@@ -873,54 +802,35 @@ def _list(mend_item):
         if type(value) is not list:
             value = [value] if value else []      # {} is an empty list to SDC 6
         items = [mend_item(item) for item in value if item not in (None, "")]
-        return INVALID if INVALID in items else items
+        return None if None in items else items
     return mend_list
 
 
-def _record(*keys):
-    keys = set(keys)
-
-    def mend_record(value):
-        if type(value) is not dict or value.keys() != keys:
-            return INVALID
-        texts = {name: _as_text(item) for name, item in value.items()}
-        return INVALID if None in texts.values() else texts
-    return mend_record
-
-
-def _only(check):
-    """A mender that accepts or refuses a value, and never changes it."""
-    return lambda value: value if check(value) else INVALID
+def _object(mend_item, *keys):
+    """A mender of JSON objects by their values; keys: those they must have, if any are given."""
+    def mend_object(value):
+        if type(value) is not dict or keys and value.keys() != set(keys):
+            return None
+        items = {name: mend_item(item) for name, item in value.items()}
+        return None if None in items.values() else items
+    return mend_object
 
 
-def _traits(value):
+def _any_object(value):
+    return value if type(value) is dict else None
+
+
+def _tags(value):
     if type(value) is not dict:
-        return INVALID
-    traits = {name: item if isinstance(item, (bool, list)) else _as_text(item)
-              for name, item in value.items()}
-    return INVALID if None in traits.values() else traits
-
-
-def _is_object(value):
-    return type(value) is dict
-
-
-def _is_tags(value):
-    if type(value) is not dict:
-        return False
-    text = compact_json(value)            # JavaScript counts in units of UTF-16
-    return len(text.encode("utf-16-le", "surrogatepass")) // 2 <= TAGS_LIMIT
-
-
-def _is_platforms(value):
-    return type(value) is dict and value != {} and all(
-        type(item) is str and _is_platform(item) for item in value.values())
+        return None
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    units = len(text.encode("utf-16-le", "surrogatepass")) // 2     # as JavaScript counts
+    return value if units <= TAGS_LIMIT else None
 
 
 def _one_file(value):
     files = [value] if value and type(value) is dict else value
-    return files if type(files) is list and len(files) == 1 and type(files[0]) is dict \
-        else INVALID
+    return files if type(files) is list and len(files) == 1 and type(files[0]) is dict else None
 
 
 def mend(manifest: dict, fields: dict, prefix="") -> tuple[dict, list]:
@@ -936,22 +846,20 @@ def mend(manifest: dict, fields: dict, prefix="") -> tuple[dict, list]:
             continue
         field = fields[name]
         mended = field.mend(value)
-        if mended is INVALID:
+        if mended is None:
             if value not in UNSET or (name, value) == ("path", ""):      # no name for a file
                 invalid.append((prefix + name, value, field.rule))
             continue
         if field.members:
             mended, more = field.members(mended)
             invalid += more
-        if mended or mended not in UNSET or mended == value:
+        if mended not in UNSET or mended == value:
             result[name] = mended
     return result, invalid
 
 
 def _remove_misplaced(manifest, prefix="") -> list:
     """Remove the fields that such an image cannot have; returns them as mend does."""
-    if ONLY_FOR.keys().isdisjoint(manifest):
-        return []
     return [(prefix + name, manifest.pop(name), f"is for {other} {value} only")
             for name, (other, value) in ONLY_FOR.items()
             if name in manifest and manifest.get(other) != value]
@@ -959,6 +867,9 @@ def _remove_misplaced(manifest, prefix="") -> list:
 
 def _requirements(value):
     mended, invalid = mend(value, REQUIREMENTS, "requirements.")
+    for name in ("min_ram", "max_ram"):
+        if mended.get(name) == 0:         # unset to imgmanifest
+            del mended[name]
     invalid += [("requirements." + name, mended.pop(name), "is no requirement")
                 for name in value if name not in REQUIREMENTS]
     if mended.get("min_ram", 0) > mended.get("max_ram", SAFE_INTEGER):
@@ -972,79 +883,81 @@ def _file_members(files):
     return [file], invalid
 
 
-# A field: its mender, the rule in words, whether it may be set when an image is created, and
-# when it is updated (sdc-imgapi, lib/images.js); members: mend for those of the value.
-Field = collections.namedtuple("Field", "mend rule create update members",
-                               defaults=(True, True, None))
+# A field: its mender, the rule in words, and a mender of the value's members.
+Field = collections.namedtuple("Field", "mend rule members", defaults=(None,))
 
 
-def _one_of(names, create=True, update=True) -> Field:
-    return Field(_word("|".join(names)), "must be one of " + ", ".join(names), create, update)
+def _one_of(names, others=()) -> Field:
+    return Field(_word("|".join(names), others), "must be one of " + ", ".join(names))
 
 
-_UP_TO_1024 = _text("(?s).{1,1024}")
+def _up_to(length) -> Field:
+    return Field(_text("(?s).{1,%d}" % length), f"must be a text of at most {length} characters")
+
+
 _ID = Field(_word(_UUID), "must be a UUID in lower case")
 _URL = Field(_text(r"https?://[^\s/](?s:.{0,1015})", str.strip),
              "must be an http(s) URL of at most 1024 characters")
 _FLAG = Field(_flag, "must be true or false")
-_SHORT = Field(_UP_TO_1024, "must be a text of at most 1024 characters")
+_SHORT = _up_to(1024)
 _COUNT = Field(_number, "must be a whole number")
-_TEXTS = Field(_list(_UP_TO_1024), "must be a list of texts")
-_MOMENT = Field(_text(_DATE, moment), "must look like 2026-01-31T12:00:00Z", False, False)
+_TEXTS = Field(_list(_SHORT.mend), "must be a list of texts")
+_MOMENT = Field(_text(_DATE, moment), "must look like 2026-01-31T12:00:00Z")
 _V1_MOMENT = _MOMENT._replace(mend=_text(_V1_DATE, moment))
 _URN_PART = Field(_text(r'[^:{}\[\]"\\\x00-\x1f\x7f]{1,1024}'),
-                  'must be a text without any of : { } [ ] " \\', True, False)
-_PLATFORMS = Field(_only(_is_platforms), 'must be {"7.0": "YYYYMMDDTHHMMSSZ"}')
+                  'must be a text without any of : { } [ ] " \\')
+_platforms = _object(_text(r"(?a)20(1[2-9]|[2-9]\d)\d{4}T\d{6}Z"))
+_PLATFORMS = Field(lambda value: _platforms(value) or None, 'must be {"7.0": "YYYYMMDDTHHMMSSZ"}')
 
 REQUIREMENTS = {
-    "networks": Field(_list(_record("name", "description")),
+    "networks": Field(_list(_object(_as_text, "name", "description")),
                       'must be a list of {"name", "description"}'),
-    "brand": _SHORT, "ssh_key": _FLAG, "min_ram": _COUNT._replace(mend=_memory),
-    "max_ram": _COUNT._replace(mend=_memory), "min_platform": _PLATFORMS,
-    "max_platform": _PLATFORMS, "bootrom": _one_of(("bios", "uefi")),
+    "brand": _SHORT, "ssh_key": _FLAG, "min_ram": _COUNT, "max_ram": _COUNT,
+    "min_platform": _PLATFORMS, "max_platform": _PLATFORMS, "bootrom": _one_of(("bios", "uefi")),
 }
 
 FILE_FIELDS = {
-    "path": Field(_only(is_file_name), "must be a plain file name"),
+    "path": Field(lambda value: value if is_file_name(value) else None,
+                  "must be a plain file name"),
     "size": Field(_number, "must be a number of bytes"),
     "sha1": Field(_word("[0-9a-f]{40}"), "must have 40 hexadecimal digits"),
     "md5": Field(_word("[0-9a-f]{32}"), "must have 32 hexadecimal digits"),
     "compression": _one_of(COMPRESSIONS),
     "dataset_guid": Field(_text("[0-9]{1,20}"), "must be a number of at most 20 digits"),
 }
+PUBLIC_FILE_FIELDS = ("sha1", "size", "compression", "dataset_guid")
 
-# Every field of a v2 manifest (imgmanifest 3.1.0, sdc-imgapi).
+# Every field of a v2 manifest (imgmanifest 3.1.0), in the order in which IMGAPI shows them
+# (sdc-imgapi, Image.serialize), with billing_tags and traits, which the official server keeps
+# back in its public mode.
 FIELDS = {
-    "v": Field(_version, "must be 1 or 2", True, False),
-    "uuid": _ID._replace(create=False, update=False), "owner": _ID,
-    "origin": _ID._replace(update=False),
+    "v": Field(_version, "must be 1 or 2"), "uuid": _ID, "owner": _ID,
     "name": Field(_text(r"[A-Za-z0-9._/ -]{1,1024}"),
                   'takes letters, digits, ".", "_", "/", "-" and spaces, 1 to 1024 of them'),
     "version": Field(_text(r"[A-Za-z0-9._/+-]{1,512}"),
                      'takes letters, digits, ".", "_", "/", "+" and "-", 1 to 512 of them'),
-    "description": Field(_text("(?s).{1,10240}"), "takes a text of at most 10240 characters"),
-    "homepage": _URL, "eula": _URL,
-    "urn": Field(_text("(?s).{1,2048}"), "must be a text of at most 2048 characters", False,
-                 False),
-    "type": _one_of(TYPES, update=False), "os": _one_of(SYSTEMS),
-    "state": Field(_word("|".join(STATES), DSAPID_STATES.items()),
-                   "must be one of " + ", ".join(STATES), False, False),
-    "disabled": _FLAG._replace(update=False), "public": _FLAG, "published_at": _MOMENT,
-    "files": Field(_one_file, "must hold one file", True, False, _file_members),
+    "state": _one_of(STATES, DSAPID_STATES.items()), "disabled": _FLAG, "public": _FLAG,
+    "published_at": _MOMENT, "type": _one_of(TYPES), "os": _one_of(SYSTEMS),
+    "files": Field(_one_file, "must hold one file", _file_members),
     "acl": Field(_list(_ID.mend), "must be a list of UUIDs in lower case"),
-    "icon": _FLAG._replace(create=False, update=False),
-    "requirements": Field(_only(_is_object), "must be a JSON object", members=_requirements),
-    "users": Field(_list(_record("name")), 'must be a list of {"name"}'),
-    "billing_tags": _TEXTS._replace(mend=_list(_text("(?s).{1,128}"))),
-    "traits": Field(_traits, "must be a JSON object of texts, flags and lists"),
-    "tags": Field(_only(_is_tags), "must be a JSON object of at most 100 KiB"),
-    "generate_passwords": _FLAG, "inherited_directories": _TEXTS,
+    "description": _up_to(10240), "homepage": _URL, "eula": _URL, "icon": _FLAG,
+    "urn": _up_to(2048),
+    "requirements": Field(_any_object, "must be a JSON object", _requirements),
+    "users": Field(_list(_object(_as_text, "name")), 'must be a list of {"name"}'),
+    "generate_passwords": _FLAG, "inherited_directories": _TEXTS, "origin": _ID,
     "nic_driver": _SHORT, "disk_driver": _SHORT, "cpu_type": _SHORT, "image_size": _COUNT,
-    "error": Field(_only(_is_object), "must be a JSON object", False, False),
-    "channels": _TEXTS,
+    "tags": Field(_tags, "must be a JSON object of at most 100 KiB"),
+    "billing_tags": _TEXTS._replace(mend=_list(_up_to(128).mend)),
+    "traits": Field(_object(lambda item: item if isinstance(item, (bool, list))
+                            else _as_text(item)),
+                    "must be a JSON object of texts, flags and lists"),
+    "error": Field(_any_object, "must be a JSON object"), "channels": _TEXTS,
 }
+# Those that are never given when an image is created, or updated (sdc-imgapi, lib/images.js).
+NOT_CREATED = frozenset(("uuid", "state", "published_at", "icon", "urn", "error"))
+NOT_UPDATED = NOT_CREATED | {"v", "disabled", "type", "files", "origin"}
 
-# Those of v1, whose image_size may be a text.  `options` is dsapid's place for a zvol's fields.
+# Those of v1, whose image_size may be a text.
 V1_FIELDS = {
     **FIELDS, "image_size": _COUNT._replace(
         mend=lambda value: value if type(value) is str and re.fullmatch("[0-9]{1,15}", value)
@@ -1052,8 +965,9 @@ V1_FIELDS = {
     "published_at": _V1_MOMENT, "created_at": _V1_MOMENT, "updated_at": _V1_MOMENT,
     "creator_uuid": _ID, "vendor_uuid": _ID, "owner_uuid": _ID, "restricted_to_uuid": _ID,
     "creator_name": _URN_PART, "cloud_name": _URN_PART, "platform_type": _SHORT,
-    "options": Field(lambda value: INVALID, "must be a JSON object", False),
 }
+# Those that upgrading drops or converts (imgmanifest upgradeTo2).
+V1_ONLY = (V1_FIELDS.keys() - FIELDS.keys()) | {"creator_admin", "_url"}
 
 ZVOL_FIELDS = ("nic_driver", "disk_driver", "cpu_type", "image_size")
 ONLY_FOR = {**dict.fromkeys(ZVOL_FIELDS, ("type", "zvol")), "error": ("state", "failed"),
@@ -1062,6 +976,8 @@ REQUIRED = ("uuid", "name", "version", "type", "os", "files")
 # Fields that stay although they break our rule: imgadm does not mind.
 TOLERATED = frozenset(("name", "version", "creator_name", "cloud_name", "creator_uuid",
                        "vendor_uuid", "owner_uuid", "platform_type"))
+# Fields that v1 does not have, or has only where they restrict.
+NOT_V1 = frozenset(("v", "owner", "state", "public", "icon"))
 # Without these imgadm cannot import an image.
 ESSENTIAL = frozenset((*REQUIRED, "origin", "files[0].path", "files[0].size", "files[0].sha1",
                        "files[0].compression"))
@@ -1075,8 +991,8 @@ def mend_manifest(manifest: dict, required=REQUIRED) -> tuple[dict, list]:
 
     Required fields that are missing are invalid with the value None.
     """
-    fields = V1_FIELDS if _version(manifest.get("v", 1)) in (1, INVALID) else FIELDS
-    options = manifest.get("options")
+    fields = FIELDS if _version(manifest.get("v", 1)) == 2 else V1_FIELDS
+    options = manifest.get("options")     # dsapid's place for a zvol's fields
     if fields is V1_FIELDS and isinstance(options, dict):
         manifest = {**{name: options[name] for name in ZVOL_FIELDS if name in options},
                     **manifest}
@@ -1116,64 +1032,59 @@ def normalise(manifest: dict):
             notes.append(f"{text}: {field} is taken for {json.dumps(instead)}")
             manifest[field] = instead
             if name == "acl" and isinstance(value, list):
-                manifest["acl"] = [uuid for uuid in map(_ID.mend, value) if uuid is not INVALID]
+                manifest["acl"] = list(filter(None, map(_ID.mend, value)))
         else:
             notes.append(f"{text}: it is left out")
     return manifest, tuple(notes), tuple(reasons)
 
 
-CREATE, IMPORT, UPDATE = "create", "import", "update"
+def validate(manifest: dict, later=("files",)) -> dict:
+    """A whole manifest that was given, mended; fields that come `later` may be missing.
 
-
-def validate(manifest: dict, action) -> dict:
-    """A given manifest, mended.  Raises ApiError (422) with errors [{field, code, message}].
-
-    CREATE    all fields of an image to be; its uuid and file come later
-    IMPORT    a whole manifest, of another server or of imgadm create; its own fields stay
-    UPDATE    the fields to be changed alone; None removes one
+    Raises ApiError (422) with errors [{field, code, message}], as do the next two.
     """
-    if action == UPDATE:
-        return _validate_update(manifest)
-    if action == CREATE:
-        manifest = {"v": 2, **manifest}
-        fixed = [name for name, value in manifest.items() if name not in FIELDS
-                 or value not in UNSET and not FIELDS[name].create]
-        if "state" in fixed:
-            _refuse("invalid image data: ", "ValidationFailed",
-                    [("state", "NotAllowed", "Parameter cannot be set")])
-        _refuse("invalid extra parameters: ", "InvalidParameter", [
-            (name, "Invalid", f"{name} cannot be set" if name in FIELDS else
-             f"{name} is no field of a manifest") for name in fixed])
-    later = ("files",) if action == IMPORT else ("files", "uuid")
     manifest, invalid = mend_manifest(manifest, [name for name in REQUIRED if name not in later])
-    _refuse("invalid image data: ", "ValidationFailed", [
+    _refuse("invalid image data", [
         (name, "MissingParameter" if value is None else "Invalid", f"{name} {rule}")
         for name, value, rule in invalid])
     return manifest
 
 
-def _validate_update(changes):
+def validate_new(fields: dict) -> dict:
+    """The manifest of an image to be, mended: its uuid and file come later."""
+    fixed = [name for name, value in fields.items() if name not in FIELDS
+             or name in NOT_CREATED and value not in UNSET]
+    if "state" in fixed:
+        _refuse("invalid image data", [("state", "NotAllowed", "Parameter cannot be set")])
+    _refuse("invalid extra parameters", [
+        (name, "Invalid", f"{name} cannot be set" if name in FIELDS else
+         f"{name} is no field of a manifest") for name in fixed], "InvalidParameter")
+    return validate({"v": 2, **fields}, ("files", "uuid"))
+
+
+def validate_changes(changes: dict) -> dict:
+    """The fields to be changed alone, mended; None removes one."""
     if not changes:
         raise ApiError(422, "ValidationFailed",
                        "invalid image update data: no parameters provided", [])
-    fixed = [name for name in changes if name not in FIELDS or not FIELDS[name].update]
-    errors = [(name, "NotAllowed", f"{name} is no field of a manifest" if name not in V1_FIELDS
-               else "Parameter cannot be updated") for name in fixed]
-    given = {name: value for name, value in changes.items() if name not in fixed}
+    given = {name: value for name, value in changes.items()
+             if name in FIELDS and name not in NOT_UPDATED}
     mended, invalid = mend(given, FIELDS)
+    errors = [(name, "NotAllowed", "Parameter cannot be updated" if name in V1_FIELDS
+               else f"{name} is no field of a manifest") for name in changes if name not in given]
     errors += [(name, "Invalid", f"{name} {rule}") for name, _, rule in invalid]
     errors += [(name, "Invalid", f"{name} cannot be removed") for name in REQUIRED
                if name in given and given[name] in UNSET]
-    _refuse("invalid image update data: ", "ValidationFailed", errors)
+    _refuse("invalid image update data", errors)
     return {name: mended.get(name) for name in given}
 
 
-def _refuse(message, code, errors):
+def _refuse(subject, errors, code="ValidationFailed"):
     """Raise an ApiError where there are errors: (field, code, message)."""
     if errors:
-        raise ApiError(422, code, message + ", ".join(
-            f'"{field}"' if code == "InvalidParameter" else field for field, *_ in errors),
-            [{"field": field, "code": code, "message": text} for field, code, text in errors])
+        raise ApiError(422, code, f"{subject}: " + ", ".join(field for field, *_ in errors),
+                       [{"field": field, "code": code, "message": text}
+                        for field, code, text in errors])
 
 
 def parse_field(text):
@@ -1183,23 +1094,21 @@ def parse_field(text):
     """
     name, sign, value = text.partition("=")
     if not sign or not re.fullmatch("[a-z][a-z0-9_]*", name):
-        raise ValueError(f"{text!a} is not FIELD=VALUE")
+        raise ValueError(f"{spell(text)} is not FIELD=VALUE")
     if name in ("v", "uuid", "files", "state", "icon", "error"):
         raise ValueError(f"{name} cannot be set")
-    if name in REQUIREMENTS:
-        raise ValueError(f"{name} is no field of a manifest, but one of its requirements")
-    field = V1_FIELDS.get(name)
-    if field is None or name == "options":
-        raise ValueError(f"{name} is no field of a manifest")
+    field = FIELDS.get(name) or V1_FIELDS.get(name)
+    if field is None:
+        raise ValueError(f"{name} is no field of a manifest"
+                         + (", but one of its requirements" if name in REQUIREMENTS else ""))
     if value == "":
         return name, None
-    if isinstance(field.mend(value), str) and name != "image_size":
+    if isinstance(field.mend(value), str):
         return name, value
-    try:
+    parsed = None
+    with contextlib.suppress(ValueError):
         parsed = parse_json(os.fsencode(value))
-    except ValueError:
-        parsed = INVALID
-    if parsed is INVALID or type(field.mend(parsed)) is not type(parsed):
+    if parsed is None or type(field.mend(parsed)) is not type(parsed):
         raise ValueError(f"{name} {field.rule}, not {spell(value)}")
     return name, parsed
 
@@ -1211,47 +1120,47 @@ def upgrade(v1: dict) -> dict:
     those of the manifest; without an owner it is NOBODY.
     """
     v2 = {key: value for key, value in v1.items() if key not in V1_ONLY}
-    owners = (v1.get("creator_uuid"), v1.get("owner"))
-    v2.update(v=2, owner=next((owner for owner in owners if isinstance(owner, str)
-                               and is_uuid(owner)), NOBODY))
+    owners = filter(None, map(_ID.mend, (v1.get("creator_uuid"), v1.get("owner"))))
     restricted = v1.get("restricted_to_uuid")
-    v2["public"] = not restricted and v1.get("public", True)
+    v2.update(v=2, owner=next(owners, NOBODY), disabled=bool(v1.get("disabled")),
+              public=not restricted and v1.get("public", True))
     if restricted:
         v2["acl"] = list(dict.fromkeys([*v1.get("acl", ()), restricted]))
-    v2["disabled"] = bool(v1.get("disabled"))
     if v2.get("state") not in ("unactivated", "disabled"):
         v2.pop("state", None)             # dsapid's: imgadm lets disabled decide
     published = v1.get("published_at") or v1.get("created_at")
-    if published is not None:
-        v2["published_at"] = published[:16] + ":00Z" if len(published) == 17 else published
+    if published:
+        v2["published_at"] = _MOMENT.mend(published) or published
     if "image_size" in v1:
-        v2["image_size"] = int(v1["image_size"])
+        v2["image_size"] = _number(v1["image_size"])
     return v2
+
+
+def _set_state(v1, v2):
+    """Set the fields of a v1 manifest, where those of NOT_V1 are missing, by its v2 form."""
+    if v2["disabled"]:
+        v1["disabled"] = True
+    if v2["state"] == "unactivated":
+        v1["state"] = "unactivated"
+    if not v2["public"] and not v1.get("restricted_to_uuid"):
+        v1["public"] = False
 
 
 def downgrade(v2: dict) -> dict:
     """The v1 form of a v2 manifest: the official reverse (img2dsdiff), but with the fields that
     v1 clients ignore and an upgrade restores, so that v1 - v2 - v1 - v2 loses nothing.
     """
-    v1 = {key: value for key, value in v2.items() if key not in V1_ONLY
-          and key not in ("v", "owner", "state", "public", "disabled", "published_at", "icon")}
+    v1 = {key: value for key, value in v2.items()
+          if key not in V1_ONLY and key not in NOT_V1 and key != "disabled"}
     v1["creator_uuid"] = v1["vendor_uuid"] = v2["owner"]
     v1["platform_type"] = "smartos"
-    if v2["disabled"]:
-        v1["disabled"] = True
-    if v2["state"] == "unactivated":
-        v1["state"] = v2["state"]
     acl = v1.pop("acl", [])
     if not v2["public"] and len(acl) == 1:
         v1["restricted_to_uuid"] = acl[0]
-    else:
-        if acl:
-            v1["acl"] = acl
-        if not v2["public"]:
-            v1["public"] = False
-    published = v2["published_at"]
-    if published.endswith(":00Z"):
-        published = published[:-4] + "Z"
+    elif acl:
+        v1["acl"] = acl
+    _set_state(v1, v2)
+    published = re.sub(":00Z$", "Z", v2["published_at"])
     v1["published_at"] = v1["created_at"] = v1["updated_at"] = published
     if "image_size" in v1:
         v1["image_size"] = str(v1["image_size"])
@@ -1265,20 +1174,18 @@ def complete(manifest: dict, published_at: str) -> dict:
     these in on import, and so does this.  A directory is active, unless its
     manifest says that it is unactivated, disabled, or no image at all (creating, failed).
     """
-    v2 = upgrade(manifest) if is_v1(manifest) else dict(manifest)
-    v2.setdefault("owner", NOBODY)
+    v2 = {"owner": NOBODY, "disabled": False, "public": True, "published_at": published_at,
+          **(upgrade(manifest) if is_v1(manifest) else manifest)}
     state = v2.get("state")
-    v2["disabled"] = v2.get("disabled", False) or state == "disabled"
+    v2["disabled"] = v2["disabled"] or state == "disabled"
     if state not in ("creating", "failed", "unactivated"):
         v2["state"] = "disabled" if v2["disabled"] else "active"
-    v2.setdefault("public", True)
-    v2.setdefault("published_at", published_at)
     return v2
 
 
 def public_fields(v2: dict) -> dict:
     """The fields of a manifest that IMGAPI shows, in its order, without unset ones."""
-    result = {key: v2[key] for key in PUBLIC_FIELDS if v2.get(key) is not None}
+    result = {key: v2[key] for key in FIELDS if v2.get(key) is not None}
     result["files"] = [{key: item[key] for key in PUBLIC_FILE_FIELDS if key in item}
                        for item in v2["files"]]
     for key in ("acl", "icon"):
@@ -1303,19 +1210,13 @@ def as_v1(manifest: dict, v2: dict, file: dict, creator: str) -> dict:
     urn = (v2.get("urn") or "").split(":")
     if is_v1(manifest):
         # imgmanifest asserts that a v1 manifest has no owner, and no public when restricted.
-        v1 = {key: value for key, value in manifest.items()
-              if key not in ("v", "owner", "state", "public", "channels", "icon")}
+        v1 = {key: value for key, value in manifest.items() if key not in NOT_V1}
         v1["creator_uuid"] = v1.get("creator_uuid") or v2["owner"]
-        if v2["state"] == "unactivated":
-            v1["state"] = v2["state"]
-        if v2["disabled"]:
-            v1["disabled"] = True
-        if not v2["public"] and not v1.get("restricted_to_uuid"):
-            v1["public"] = False
+        _set_state(v1, v2)
     else:
         v1 = downgrade(v2)
-        v1.pop("channels", None)
         v1["cloud_name"] = urn[0] or creator
+    v1.pop("channels", None)
     v1["creator_name"] = v1.get("creator_name") or (urn[1] if len(urn) > 1 else creator)
     v1["urn"] = v1.get("urn") or ":".join(
         (v1.get("cloud_name") or creator, v1["creator_name"], v2["name"], v2["version"]))
@@ -2928,7 +2829,7 @@ class Publisher:
 
     def create(self, manifest):
         """Make an unactivated image without a file; one that nobody writes is replaced."""
-        with self._created(validate(manifest, IMPORT)):
+        with self._created(validate(manifest)):
             pass
 
     def add_file(self, uuid, read, expected=None, check_stream=True) -> dict:
@@ -2956,7 +2857,7 @@ class Publisher:
         whose message says "on show" comes when it was activated all the same.
         """
         expected = (manifest.get("files") or [{}])[0]
-        with self._created(validate(manifest, IMPORT)) as image:
+        with self._created(validate(manifest)) as image:
             file = self._store_file(image, read, expected, check_stream)
             if activated:
                 self._show(image)
@@ -2987,14 +2888,14 @@ class Publisher:
 
         A v1 manifest stays v1 unless a field is set that v1 does not have.
         """
-        changes = validate(changes, UPDATE)
+        changes = validate_changes(changes)
 
         def changed(manifest):
             if is_v1(manifest) and V2_ALONE & changes.keys():
                 manifest = upgrade(manifest)
             manifest = {key: value for key, value in {**manifest, **changes}.items()
                         if value is not None or key not in changes}
-            validate(manifest, IMPORT)
+            validate(manifest)
             if "channels" in changes:
                 choose_channels(self.config, manifest)
             return manifest
@@ -5275,7 +5176,7 @@ class ImgapiPublishing:
         if account is not None:
             if fields.setdefault("owner", account) != account:
                 raise invalid("owner", f'"owner", {fields["owner"]}, is not the account')
-        return self._create(request, query, new_uuid(), validate(fields, CREATE))
+        return self._create(request, query, new_uuid(), validate_new(fields))
 
     def _create(self, request, query, uuid, fields):
         """Make an image that has no file yet of checked fields, and answer it."""
@@ -5323,7 +5224,7 @@ class ImgapiPublishing:
                                   "do not match")
         self.publisher.refuse_existing(uuid)
         manifest = validate({name: value for name, value in manifest.items()
-                             if name not in ("icon", "state", "error")}, IMPORT)
+                             if name not in ("icon", "state", "error")})
         if is_v1(manifest):
             manifest = upgrade(manifest)
             manifest.pop("state", None)
@@ -5490,7 +5391,7 @@ class ImgapiPublishing:
         manifest = self._manifest(query, uuid, validate({
             "v": 2, "uuid": uuid, "owner": self.config.image_creator_uuid or NOBODY,
             "type": "zone-dataset", "os": "smartos",
-            **{name: value for name, value in fields.items() if value is not None}}, IMPORT))
+            **{name: value for name, value in fields.items() if value is not None}}))
         manifest["files"] = [{"compression": self._compression(query), "size": request.length,
                               "sha1": single_value(query, "sha1")}]
         with self._upload(request) as read:
@@ -5881,7 +5782,7 @@ class PageView:
             verb = "builds" if children == 1 else "build"
             meta.append(self._link(f"{children:,} {verb} on it", uuid))
         homepage = fields.get("homepage")
-        if homepage and _URL.mend(homepage) is not INVALID:   # http or https
+        if _URL.mend(homepage):           # http or https
             meta.append(f'<a href="{escape(homepage)}">Homepage</a>')
         meta.append(f'<a href="images/{uuid}{self.channel_query}">Manifest</a>')
         if image.icon:
@@ -7580,13 +7481,13 @@ def start(config, log) -> EventLoop:
 
     Raises UserError where one cannot listen: status 96 where trying again will not help.
     """
-    if config.accel and not any(isinstance(address, str) for address in config.listen):
+    if config.accel and not any(isinstance(address, str) for address in config.listen_port):
         raise UserError("config: accel is for nginx on a Unix socket, and listen_port names none",
                         EXIT_CONFIG)
     loop = EventLoop(config, log)
     try:
         before = None
-        for address in config.listen:
+        for address in config.listen_port:
             # localhost: both addresses have one port, and there may be no IPv6.
             second = before is not None and address[0] == "::1" and before == ("127.0.0.1",
                                                                                address[1])
@@ -7879,7 +7780,7 @@ def manifest_to_import(config, options) -> dict:
         given.update(zip(("name", "version", "description"), texts))
         given.update(given_fields(texts[3:]))
         manifest = new_manifest(config, options.uuid or new_uuid(), given)
-    manifest = validate(manifest, IMPORT)
+    manifest = validate(manifest)
     own = {key: manifest[key] for key in ("owner", "public") if given.get(key) is not None}
     if is_v1(manifest) and own:           # v1 does not have these
         manifest = {**upgrade(manifest), **own}
@@ -8640,7 +8541,7 @@ def run_smf(config, options):
     python = shlex.quote(options.python or sys.executable)
     command = " ".join([python, f'-IS -c "{SMF_START}"', *map(shlex.quote, words)])
     privileges = "basic,!file_link_any,!proc_info,!proc_session"
-    if any(not isinstance(address, str) and address[1] < 1024 for address in config.listen):
+    if any(not isinstance(address, str) and address[1] < 1024 for address in config.listen_port):
         privileges += ",net_privaddr"
     user, group = smf_credential(options)
     values = {"directory": directory, "user": user, "group": group,
@@ -8866,7 +8767,7 @@ def load_config(options) -> Config:
         config.serve_dir = os.path.abspath(options.dir)
     if options.listen is not None:
         try:
-            config.listen = parse_listen(options.listen, any_port=True)
+            config.listen_port = parse_listen(options.listen, any_port=True)
         except ValueError as error:
             raise UserError(f"--listen {error}, not {', '.join(map(ascii, options.listen))}",
                             EXIT_CONFIG)

@@ -644,9 +644,9 @@ class Junk(unittest.TestCase):
         before = json.dumps(manifest)
         result, _, reasons = imgserver.normalise(manifest)
         self.assertEqual(json.dumps(manifest), before, "the argument was changed")
-        for action in (imgserver.CREATE, imgserver.IMPORT, imgserver.UPDATE):
+        for check in (imgserver.validate, imgserver.validate_new, imgserver.validate_changes):
             with contextlib.suppress(imgserver.ApiError):
-                imgserver.validate(manifest, action)
+                check(manifest)
         if reasons:
             return
         v2 = imgserver.complete(result, MTIME)
@@ -702,17 +702,17 @@ class Given(unittest.TestCase):
                 imgserver.parse_field(text)
             self.assertIn(message, str(caught.exception))
 
-    def refused(self, manifest, action):
+    def refused(self, manifest, check):
         with self.assertRaises(imgserver.ApiError) as caught:
-            imgserver.validate(manifest, action)
+            check(manifest)
         self.assertEqual(caught.exception.status, 422)
         return caught.exception
 
     def test_import(self):
         given = changed(V2, {"files": ABSENT, "x-own": None, "version": 1.0, "acl": ""})
-        result = imgserver.validate(given, imgserver.IMPORT)
+        result = imgserver.validate(given)
         self.assertEqual(result, changed(V2, {"files": ABSENT, "x-own": None}))
-        self.assertEqual(imgserver.validate(V1, imgserver.IMPORT), V1)
+        self.assertEqual(imgserver.validate(V1), V1)
         for change, field, code, message in (
                 ({"name": ABSENT}, "name", "MissingParameter", "name is missing"),
                 ({"name": "a+b"}, "name", "Invalid", "name takes letters"),
@@ -724,7 +724,7 @@ class Given(unittest.TestCase):
                 ({"files": [FILE, FILE]}, "files", "Invalid", "must hold one file"),
                 ({"public": "no"}, "public", "Invalid", "must be true or false")):
             with self.subTest(field):
-                error = self.refused(changed(V2, change), imgserver.IMPORT)
+                error = self.refused(changed(V2, change), imgserver.validate)
                 self.assertEqual((error.code, error.message),
                                  ("ValidationFailed", "invalid image data: " + field))
                 [entry] = error.errors
@@ -732,12 +732,12 @@ class Given(unittest.TestCase):
                 self.assertIn(message, entry["message"])
         for name, value in (("creator_uuid", "x"), ("cloud_name", "{}"), ("created_at",
             "yesterday")):
-            error = self.refused({**V1, name: value}, imgserver.IMPORT)
+            error = self.refused({**V1, name: value}, imgserver.validate)
             self.assertEqual([entry["field"] for entry in error.errors], [name])
 
     def test_create(self):
         given = {"name": "n", "version": "1", "type": "zvol", "os": "linux", "tags": {}}
-        self.assertEqual(imgserver.validate(given, imgserver.CREATE),
+        self.assertEqual(imgserver.validate_new(given),
                          {"v": 2, **given, "tags": {}})
         for change, code, field, entry in (
                 ({"state": "active"}, "ValidationFailed", "state", "NotAllowed"),
@@ -747,13 +747,13 @@ class Given(unittest.TestCase):
                 ({"urn": "a:b:c:d"}, "InvalidParameter", "urn", "Invalid"),
                 ({"name": None}, "ValidationFailed", "name", "MissingParameter")):
             with self.subTest(field):
-                error = self.refused({**given, **change}, imgserver.CREATE)
+                error = self.refused({**given, **change}, imgserver.validate_new)
                 self.assertEqual((error.code, error.errors[0]["field"], error.errors[0]["code"]),
                                  (code, field, entry))
 
     def test_update(self):
-        self.assertEqual(imgserver.validate(
-            {"name": 5, "homepage": None, "tags": {}, "acl": uuid_of(3)}, imgserver.UPDATE),
+        self.assertEqual(imgserver.validate_changes(
+            {"name": 5, "homepage": None, "tags": {}, "acl": uuid_of(3)}),
             {"name": "5", "homepage": None, "tags": {}, "acl": [uuid_of(3)]})
         for changes, field, code in (
                 ({"published_at": MTIME}, "published_at", "NotAllowed"),
@@ -763,12 +763,12 @@ class Given(unittest.TestCase):
                 ({"name": None}, "name", "Invalid"), ({"homepage": "x"}, "homepage", "Invalid"),
                 ({"requirements": {"min_ram": "x"}}, "requirements.min_ram", "Invalid")):
             with self.subTest(field):
-                error = self.refused(changes, imgserver.UPDATE)
+                error = self.refused(changes, imgserver.validate_changes)
                 self.assertEqual((error.code, error.message), (
                     "ValidationFailed", "invalid image update data: " + field))
                 self.assertEqual([(entry["field"], entry["code"]) for entry in error.errors],
                                  [(field, code)])
-        self.assertEqual(self.refused({}, imgserver.UPDATE).errors, [])
+        self.assertEqual(self.refused({}, imgserver.validate_changes).errors, [])
 
 
 class Shown(unittest.TestCase):

@@ -238,7 +238,8 @@ class BadConfigs(Starting):
             for value, addresses in ADDRESSES.items():
                 with self.subTest(value):
                     value = list(value) if isinstance(value, tuple) else value
-                    self.assertEqual(imgserver.Config({"listen_port": value}).listen, addresses)
+                    config = imgserver.Config({"listen_port": value})
+                    self.assertEqual(config.listen_port, addresses)
 
     def test_options_that_are_wrong(self):
         path = self.config({"listen_port": 65535})
