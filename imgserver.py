@@ -154,9 +154,15 @@ def not_found(message) -> ApiError:
     return ApiError(404, "ResourceNotFound", message)
 
 
-def invalid(field, message, code="Invalid") -> ApiError:
-    """The answer to a query parameter that is not understood (IMGAPI, InvalidParameter)."""
-    return ApiError(422, "InvalidParameter", message, [{"field": field, "code": code}])
+def invalid(field, message, code="Invalid", kind="InvalidParameter") -> ApiError:
+    """The answer to one parameter or field that is not understood; kind: or ValidationFailed."""
+    return ApiError(422, kind, message, [{"field": field, "code": code}])
+
+
+def unavailable(message, seconds) -> ApiError:
+    """The answer to a client that may try again in some seconds."""
+    return ApiError(503, "ServiceUnavailableError", message,
+                    fields=b"Retry-After: %d\r\n" % seconds)
 
 
 # -- log ---------------------------------------------------------------------------------
@@ -331,6 +337,7 @@ class Log:
 
 NUMBER_LIMIT = 20             # digits of an integer in JSON: 2**64 has 20
 SPELL_LIMIT = 100             # characters of a value in a message
+NAMES_LIMIT = 5               # names of a list there
 NESTING_LIMIT = 100           # levels of JSON, so that a parsed value can be rendered, too
 
 def _unique(pairs):
@@ -433,6 +440,12 @@ def spell(value) -> str:
     """A value for messages and the log, truncated."""
     text = ascii(value) if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= SPELL_LIMIT else text[:SPELL_LIMIT] + "..."
+
+
+def first_of(names) -> str:
+    """The first names of a list for a message, and how many more there are."""
+    more = len(names) - NAMES_LIMIT
+    return ", ".join(names[:NAMES_LIMIT]) + (f", and {more} more..." if more > 0 else "")
 
 
 # -- configuration -----------------------------------------------------------------------
@@ -2500,7 +2513,6 @@ LOCK_RETRY = 0.02             # seconds between two tries
 MKDIR_TRIES = 5               # of a staging directory, while leftovers or others are in the way
 XZ_AT_ONCE = 4                # xz files unpacked at once by one server, each with LZMA_MEMORY
 ICON_LIMIT = 128 << 10        # bytes of an icon, as in IMGAPI
-DEPENDENTS_NAMED = 5          # images named in one refusal to delete their origin
 V2_ALONE = frozenset(("owner", "public", "acl"))      # fields that v1 has no words for
 PARTIAL = ".partial"          # beside the manifest: a file of which a mirror has a part
 UPSTREAM = ".upstream.json"   # the same: the manifest of the server that a mirror asked
@@ -2697,15 +2709,15 @@ def choose_channels(config, manifest):
         return None
     if not manifest.get("channels") and config.default_channel is not None:
         manifest["channels"] = [config.default_channel]
-    channels = manifest.get("channels") or []
-    unknown = [name for name in channels if name not in names]
-    if unknown or not channels:
-        raise ApiError(
-            422, "ValidationFailed",
-            f"there is no channel {unknown[0]!a} in the configuration, but " + ", ".join(names)
-            if unknown else f"channels must be given, such as 'channels=[\"{names[0]}\"]': the "
-            "configuration has no default one",
-            [{"field": "channels", "code": "Invalid" if unknown else "MissingParameter"}])
+    channels = manifest.get("channels")
+    if not channels:
+        raise invalid("channels", f"channels must be given, such as 'channels=[\"{names[0]}\"]': "
+                      "the configuration has no default one", "MissingParameter",
+                      "ValidationFailed")
+    for name in channels:
+        if name not in names:
+            raise invalid("channels", f"there is no channel {spell(name)} in the configuration, "
+                          f"but {first_of(names)}", kind="ValidationFailed")
     origin = manifest.get("origin") and ImageReader(config).read(
         manifest["origin"], os.path.join(config.serve_dir, ""), ())
     if origin and not origin.problem:
@@ -2956,12 +2968,8 @@ class Publisher:
         if others is None:
             others = self.dependents().get(uuid)
         if others:
-            more = len(others) - DEPENDENTS_NAMED
-            raise ApiError(
-                422, "ImageHasDependentImages",
-                f'image "{uuid}" has {len(others)} dependent incremental image(s): '
-                + ", ".join(others[:DEPENDENTS_NAMED])
-                + (f", and {more} more..." if more > 0 else "") + hint)
+            raise ApiError(422, "ImageHasDependentImages", f'image "{uuid}" has {len(others)} '
+                           f"dependent incremental image(s): {first_of(others)}{hint}")
 
     def manifest(self, uuid) -> dict:
         """The manifest of an image in any state, as stored.  Raises ApiError."""
@@ -3388,9 +3396,7 @@ class Users:
         with self._lock:
             if len(self._waiting) >= CHECKS_WAITING or request.peer and \
                     self._waiting.count(request.peer) >= CHECKS_OF_ONE:
-                raise ApiError(503, "ServiceUnavailableError",
-                               "too many passwords wait to be checked",
-                               fields=b"Retry-After: 1\r\n")
+                raise unavailable("too many passwords wait to be checked", 1)
             if not request.may_block:
                 raise NeedsThread
             self._waiting.append(request.peer)
@@ -4888,8 +4894,7 @@ class Dsapi:
 
 
 def unknown_channel(name) -> ApiError:
-    return ApiError(422, "ValidationFailed", f"unknown channel: {name}",
-                    [{"field": "channel", "code": "Invalid"}])
+    return invalid("channel", f"unknown channel: {name}", kind="ValidationFailed")
 
 
 class Imgapi:
@@ -4920,9 +4925,9 @@ class Imgapi:
         name = single_value(query, "channel")
         if name is None:
             if self.config.default_channel is None:
-                raise ApiError(422, "ValidationFailed",
-                               "channel not specified and the server has no default channel",
-                               [{"field": "channel", "code": "MissingParameter"}])
+                raise invalid("channel",
+                              "channel not specified and the server has no default channel",
+                              "MissingParameter", "ValidationFailed")
             return self.config.default_channel
         if name not in self.channels and name != "*":
             raise unknown_channel(name)
@@ -5255,8 +5260,7 @@ class ImgapiPublishing:
         """UpdateImage: null removes a field."""
         self._find(request, uuid, query)
         if request.length == 0:
-            raise ApiError(422, "InvalidParameter", "missing request body",
-                           [{"field": "body", "code": "MissingParameter"}])
+            raise invalid("body", "missing request body", "MissingParameter")
         self.publisher.update(uuid, read_json(request, dict))
         return self._answer(request, uuid)
 
@@ -5343,8 +5347,7 @@ class ImgapiPublishing:
             raise too_large
         self._check_space(request.length or 0)
         if not self._uploads.acquire(blocking=False):
-            raise ApiError(503, "ServiceUnavailableError", f"{UPLOADS} uploads are on their way",
-                           fields=b"Retry-After: 10\r\n")
+            raise unavailable(f"{UPLOADS} uploads are on their way", 10)
         unchecked = 0
         request.body.is_file = True
 
@@ -5669,8 +5672,7 @@ class Page:
     def _render(self, snapshot, view, zipped) -> Rendered:
         """A page, or its gzip form.  Raises ApiError (503) where too many are unread."""
         if sum(map(len, list(self._in_use.values()))) > PAGES_LIMIT:
-            raise ApiError(503, "ServiceUnavailableError", "too many pages are on their way",
-                           fields=b"Retry-After: 5\r\n")
+            raise unavailable("too many pages are on their way", 5)
         page = Rendered(PageView(self, snapshot, *view).render().encode())
         if zipped:
             page = gzipped([page])
@@ -5983,9 +5985,7 @@ class Site:
             target = printable(without_credentials(request.target))
             self.log.error(f"cannot answer {target} from serve_dir "
                            f"{printable(self.config.serve_dir)}: {error.strerror}")
-            response = error_response(ApiError(503, "ServiceUnavailableError",
-                                               "the image directory cannot be read",
-                                               fields=b"Retry-After: 10\r\n"))
+            response = error_response(unavailable("the image directory cannot be read", 10))
         if request.audience != EVERYBODY:
             self._restrict(request, response)
         return response
@@ -7140,8 +7140,7 @@ class EventLoop:
     def tell_to_come_back(self, connection, reason):
         """Answer 503 in place of any request."""
         self.log.warn(f"{connection.peer or 'unix'} is told to come back: {reason}")
-        connection.refuse(ApiError(503, "ServiceUnavailableError", reason,
-                                   fields=b"Retry-After: 5\r\n"))
+        connection.refuse(unavailable(reason, 5))
 
     def forget(self, connection):
         with contextlib.suppress(KeyError):       # it may be nobody's, or a thread's
@@ -7756,6 +7755,10 @@ def check_texts(texts):
 def given_fields(texts) -> dict:
     """The fields of FIELD=VALUE words.  Raises UserError."""
     check_texts(texts)
+    for text in texts:
+        if "=" not in text:
+            raise UserError(f"{spell(text)} is not FIELD=VALUE: a description of several words "
+                            "needs quotes", 2)
     try:
         return dict(map(parse_field, texts))
     except ValueError as error:

@@ -191,6 +191,23 @@ class TestWords(ImportCase):
                     words, process.returncode, process.stdout.read(), process.stderr.read())
                 self.assertRefused(result, pattern, left=[uuid_of(1)])
 
+    def test_a_description_without_its_quotes(self):
+        for words in (("web", "1.0", "A", "web", "server"), (*WORDS, "homepage"),
+                      (*WORDS, "description=A", "server")):
+            with self.subTest(words):
+                result = self.run_import(*words)
+                self.assertRefused(result, "is not FIELD=VALUE: a description .* needs quotes")
+                self.assertEqual(result.returncode, 2)
+
+    def test_a_refusal_names_few_channels(self):
+        config = os.path.join(self.directory, "config.json")
+        with open(config, "w") as file:
+            json.dump({"channels": [{"name": f"c{number}"} for number in range(100)]}, file)
+        self.assertRefused(
+            self.run_import("--config", config, *WORDS, f'channels=["{"x" * 1000}"]'),
+            r"there is no channel 'x{99}\.\.\. in the configuration, but c0, c1, c2, c3, c4, and "
+            r"95 more\.\.\.\n\Z")
+
     def test_fields_are_texts_or_json(self):
         cases = (
             ("homepage=https://example.com/?a=b", "homepage", "https://example.com/?a=b"),
