@@ -155,7 +155,7 @@ def not_found(message) -> ApiError:
 
 
 def invalid(field, message, code="Invalid", kind="InvalidParameter") -> ApiError:
-    """The answer to one parameter or field that is not understood; kind: or ValidationFailed."""
+    """The answer to one parameter or field that cannot be; kind: as IMGAPI's code of it all."""
     return ApiError(422, kind, message, [{"field": field, "code": code}])
 
 
@@ -340,6 +340,7 @@ SPELL_LIMIT = 100             # characters of a value in a message
 NAMES_LIMIT = 5               # names of a list there
 NESTING_LIMIT = 100           # levels of JSON, so that a parsed value can be rendered, too
 
+
 def _unique(pairs):
     value = dict(pairs)
     if len(value) != len(pairs):
@@ -504,17 +505,15 @@ def is_among(peer, networks) -> bool:
     return any(address in network for network in networks if network != "unix")
 
 
-def _channels(value):
-    """The official form: [{name, description, default?}], at most one default."""
+def _are_channels(value) -> bool:
+    """Whether it is the official form: [{name, description?, default?}], one default at most."""
     kinds = {"name": str, "description": str, "default": bool}
-    for item in value if isinstance(value, list) else [None]:
-        if not (isinstance(item, dict) and all(type(item[key]) is kinds.get(key) for key in item)
-                and re.fullmatch("[a-z][a-z0-9_-]*", item.get("name", ""))):
-            raise ValueError('must be a list of {"name", "description", "default"}')
-    if len({item["name"] for item in value}) < len(value) \
-            or sum(item.get("default", False) for item in value) > 1:
-        raise ValueError("must have each name once, and one default at most")
-    return value
+    return (isinstance(value, list)
+            and all(isinstance(item, dict)
+                    and all(type(item[key]) is kinds.get(key) for key in item)
+                    and re.fullmatch("[a-z][a-z0-9_-]*", item.get("name", "")) for item in value)
+            and len({item["name"] for item in value}) == len(value)
+            and sum(item.get("default", False) for item in value) <= 1)
 
 
 def _parse_address(value, any_port) -> list:
@@ -591,7 +590,8 @@ SETTINGS = {
     "idle_timeout": (300, _SECONDS),
     "stall_timeout": (300, _SECONDS),
     "drain_time": (30, _between(0.0, 3600)),
-    "channels": ([], _channels),
+    "channels": ([], _checked(_are_channels, 'must be a list of {"name", "description", '
+                              '"default"}, with each name once, and one default at most')),
     "metrics": (False, _YES_OR_NO),
     "users": ("", _TEXT),
     "read": ("anyone", _one_among("anyone", "public", "users")),
@@ -693,13 +693,9 @@ _ISO = re.compile(r"(\d{4})(?:(-?)(?:W(\d\d)(?:-?(\d))?|((?!000)[0-2]\d\d|3[0-5]
 
 def compression_of(head: bytes, name: str) -> str:
     """The compression of a file by its first bytes; of an empty one by its name."""
-    for magic, kind in MAGIC.items():
-        if head.startswith(magic):
-            return kind
-    if head:
-        return "none"
-    return {suffix: kind for kind, suffix in COMPRESSIONS.items()}.get(
-        os.path.splitext(name)[1], "none")
+    kinds = [kind for magic, kind in MAGIC.items() if head.startswith(magic)] if head else \
+        [kind for kind, suffix in COMPRESSIONS.items() if os.path.splitext(name)[1] == suffix]
+    return kinds[0] if kinds else "none"
 
 
 def is_file_name(name) -> bool:
@@ -742,14 +738,13 @@ def moment(text):
         match.groups()
     try:
         if week:
-            date = datetime.date.fromisocalendar(int(year), int(week), int(weekday or 1))
+            date = datetime.datetime.fromisocalendar(int(year), int(week), int(weekday or 1))
         else:
-            date = datetime.date(int(year), int(month or 1), int(day or 1))
-            date += datetime.timedelta(int(ordinal or 1) - 1)
+            date = datetime.datetime(int(year), int(month or 1), int(day or 1))
         unit = 1000 if second else 60_000 if minute else 3_600_000       # of the decimals, in ms
-        moment = datetime.datetime.combine(date, datetime.time()) + datetime.timedelta(
-            hours=int(hour or 0), minutes=int(minute or 0), seconds=int(second or 0),
-            milliseconds=unit * int(part or 0) // 10 ** len(part or ""))
+        moment = date + datetime.timedelta(
+            int(ordinal or 1) - 1, hours=int(hour or 0), minutes=int(minute or 0),
+            seconds=int(second or 0), milliseconds=unit * int(part or 0) // 10 ** len(part or ""))
         east = datetime.timedelta(hours=int(offset[0] or 0), minutes=int(offset[1] or 0))
         moment += east if sign and sign != "+" else -east
     except (ValueError, OverflowError):
@@ -834,11 +829,9 @@ def _any_object(value):
 
 
 def _tags(value):
-    if type(value) is not dict:
-        return None
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     units = len(text.encode("utf-16-le", "surrogatepass")) // 2     # as JavaScript counts
-    return value if units <= TAGS_LIMIT else None
+    return value if type(value) is dict and units <= TAGS_LIMIT else None
 
 
 def _one_file(value):
@@ -866,7 +859,7 @@ def mend(manifest: dict, fields: dict, prefix="") -> tuple[dict, list]:
         if field.members:
             mended, more = field.members(mended)
             invalid += more
-        if mended not in UNSET or mended == value:
+        if mended or mended not in UNSET or mended == value:
             result[name] = mended
     return result, invalid
 
@@ -966,7 +959,7 @@ FIELDS = {
                     "must be a JSON object of texts, flags and lists"),
     "error": Field(_any_object, "must be a JSON object"), "channels": _TEXTS,
 }
-# Those that are never given when an image is created, or updated (sdc-imgapi, lib/images.js).
+# Those that cannot be given when an image is created, or updated (sdc-imgapi, lib/images.js).
 NOT_CREATED = frozenset(("uuid", "state", "published_at", "icon", "urn", "error"))
 NOT_UPDATED = NOT_CREATED | {"v", "disabled", "type", "files", "origin"}
 
@@ -985,6 +978,7 @@ V1_ONLY = (V1_FIELDS.keys() - FIELDS.keys()) | {"creator_admin", "_url"}
 ZVOL_FIELDS = ("nic_driver", "disk_driver", "cpu_type", "image_size")
 ONLY_FOR = {**dict.fromkeys(ZVOL_FIELDS, ("type", "zvol")), "error": ("state", "failed"),
             "inherited_directories": ("type", "zone-dataset"), "bootrom": ("brand", "bhyve")}
+DEFAULTS = {"owner": NOBODY, "public": True, "disabled": False}
 REQUIRED = ("uuid", "name", "version", "type", "os", "files")
 # Fields that stay although they break our rule: imgadm does not mind.
 TOLERATED = frozenset(("name", "version", "creator_name", "cloud_name", "creator_uuid",
@@ -1181,13 +1175,12 @@ def downgrade(v2: dict) -> dict:
 
 
 def complete(manifest: dict, published_at: str) -> dict:
-    """The v2 form of a manifest, with the fields filled in that its author left to the server.
+    """The v2 form of a manifest, with the fields that imgadm create leaves to IMGAPI.
 
-    imgadm create writes no owner, state, public, disabled or published_at; IMGAPI fills
-    these in on import, and so does this.  A directory is active, unless its
-    manifest says that it is unactivated, disabled, or no image at all (creating, failed).
+    An image is active, unless its manifest says that it is unactivated, disabled, or none at
+    all (creating, failed).
     """
-    v2 = {"owner": NOBODY, "disabled": False, "public": True, "published_at": published_at,
+    v2 = {**DEFAULTS, "published_at": published_at,
           **(upgrade(manifest) if is_v1(manifest) else manifest)}
     state = v2.get("state")
     v2["disabled"] = v2["disabled"] or state == "disabled"
@@ -1198,12 +1191,10 @@ def complete(manifest: dict, published_at: str) -> dict:
 
 def public_fields(v2: dict) -> dict:
     """The fields of a manifest that IMGAPI shows, in its order, without unset ones."""
-    result = {key: v2[key] for key in FIELDS if v2.get(key) is not None}
+    result = {key: v2[key] for key in FIELDS if v2.get(key) is not None
+              and (v2[key] or key not in ("acl", "icon"))}
     result["files"] = [{key: item[key] for key in PUBLIC_FILE_FIELDS if key in item}
                        for item in v2["files"]]
-    for key in ("acl", "icon"):
-        if not result.get(key):
-            result.pop(key, None)
     return result
 
 
@@ -1216,9 +1207,8 @@ def order_of(published_at) -> str:
 def as_v1(manifest: dict, v2: dict, file: dict, creator: str) -> dict:
     """The manifest that DSAPI shows: v1, as stored if it is v1, without files[0].url.
 
-    Mended are faults that some imgadm refuses: no creator, a file without path or compression,
-    and the fields that imgadm 1 wants after the download (imgadm of 2012: urn,
-    description, creator_name, published_at).
+    Filled in are a creator, without which some imgadm refuse it, and the fields that imgadm 1
+    (2012) wants after the download: urn, description, creator_name, published_at.
     """
     urn = (v2.get("urn") or "").split(":")
     if is_v1(manifest):
@@ -5190,8 +5180,7 @@ class ImgapiPublishing:
 
     def _manifest(self, query, uuid, fields) -> dict:
         """A v2 manifest of checked fields, in its own channels, the query's or the default."""
-        manifest = {"v": 2, "uuid": uuid, "owner": NOBODY, "public": True, "disabled": False,
-                    **fields}
+        manifest = {"v": 2, "uuid": uuid, **DEFAULTS, **fields}
         if not self.imgapi.channels:
             manifest.pop("channels", None)
         elif "channel" in query or not manifest.get("channels"):
@@ -7789,8 +7778,8 @@ def manifest_to_import(config, options) -> dict:
         manifest = {**upgrade(manifest), **own}
     if not is_v1(manifest):
         manifest.pop("state", None)       # the server sets it
-        manifest = {"v": 2, "uuid": None, "owner": NOBODY, "public": True, "disabled": False,
-                    "published_at": stamp(time.time()), **manifest}
+        manifest = {"v": 2, "uuid": None, **DEFAULTS, "published_at": stamp(time.time()),
+                    **manifest}
     if not options.stream_check and manifest["type"] in STREAM_TYPES.values():
         raise UserError(f"a {manifest['type']} is a ZFS stream: --no-stream-check needs "
                       "another --type")
