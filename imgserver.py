@@ -457,7 +457,8 @@ def first_of(names) -> str:
 _PORT = "(?:[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
 
 
-def _checked(is_right, rule):
+def _check(is_right, rule):
+    """A check by a function of the value."""
     def check(value):
         if not is_right(value):
             raise ValueError(rule)
@@ -467,19 +468,19 @@ def _checked(is_right, rule):
 
 def _matching(pattern, rule):
     """A check for printable texts that match a pattern."""
-    return _checked(lambda value: isinstance(value, str) and value.isprintable()
-                    and re.fullmatch(pattern, value), rule)
+    return _check(lambda value: isinstance(value, str) and value.isprintable()
+                  and re.fullmatch(pattern, value), rule)
 
 
 def _one_among(*choices):
     texts = [json.dumps(choice) for choice in choices]
-    return _checked(lambda value: json.dumps(value) in texts, "must be " + " or ".join(texts))
+    return _check(lambda value: json.dumps(value) in texts, "must be " + " or ".join(texts))
 
 
 def _between(low, high):
     """A check for numbers; for whole ones where `low` is one."""
-    return _checked(lambda value: type(value) in (int, type(low)) and low <= value <= high,
-                    f"must be a number from {low} to {high}")
+    return _check(lambda value: type(value) in (int, type(low)) and low <= value <= high,
+                  f"must be a number from {low} to {high}")
 
 
 def _networks(value):
@@ -590,8 +591,8 @@ SETTINGS = {
     "idle_timeout": (300, _SECONDS),
     "stall_timeout": (300, _SECONDS),
     "drain_time": (30, _between(0.0, 3600)),
-    "channels": ([], _checked(_are_channels, 'must be a list of {"name", "description", '
-                              '"default"}, with each name once, and one default at most')),
+    "channels": ([], _check(_are_channels, 'must be a list of {"name", "description", '
+                            '"default"}, with each name once, and one default at most')),
     "metrics": (False, _YES_OR_NO),
     "users": ("", _TEXT),
     "read": ("anyone", _one_among("anyone", "public", "users")),
@@ -693,8 +694,11 @@ _ISO = re.compile(r"(\d{4})(?:(-?)(?:W(\d\d)(?:-?(\d))?|((?!000)[0-2]\d\d|3[0-5]
 
 def compression_of(head: bytes, name: str) -> str:
     """The compression of a file by its first bytes; of an empty one by its name."""
-    kinds = [kind for magic, kind in MAGIC.items() if head.startswith(magic)] if head else \
-        [kind for kind, suffix in COMPRESSIONS.items() if os.path.splitext(name)[1] == suffix]
+    if head:
+        kinds = [kind for magic, kind in MAGIC.items() if head.startswith(magic)]
+    else:
+        suffix = os.path.splitext(name)[1]
+        kinds = [kind for kind in COMPRESSIONS if COMPRESSIONS[kind] == suffix]
     return kinds[0] if kinds else "none"
 
 
