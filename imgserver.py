@@ -3154,9 +3154,7 @@ class Publisher:
             def begin(compression):
                 if compression == "xz":
                     if not self._xz.acquire(blocking=False):
-                        raise ApiError(503, "ServiceUnavailableError",
-                                       f"{XZ_AT_ONCE} xz files are on their way",
-                                       fields=b"Retry-After: 10\r\n")
+                        raise unavailable(f"{XZ_AT_ONCE} xz files are on their way", 10)
                     stack.callback(self._xz.release)
             yield FileScan(begin)
 
