@@ -1093,9 +1093,10 @@ def validate_changes(changes: dict) -> dict:
 def _refuse(subject, errors, code="ValidationFailed"):
     """Raise an ApiError where there are errors: (field, code, message)."""
     if errors:
-        raise ApiError(422, code, f"{subject}: " + ", ".join(field for field, *_ in errors),
-                       [{"field": field, "code": code, "message": text}
-                        for field, code, text in errors])
+        quote = '"' * (code == "InvalidParameter")        # as sdc-imgapi words the two
+        raise ApiError(422, code, f"{subject}: " + ", ".join(
+            f"{quote}{field}{quote}" for field, *_ in errors),
+            [{"field": field, "code": code, "message": text} for field, code, text in errors])
 
 
 def parse_field(text):

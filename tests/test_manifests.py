@@ -750,6 +750,9 @@ class Given(unittest.TestCase):
                 error = self.refused({**given, **change}, imgserver.validate_new)
                 self.assertEqual((error.code, error.errors[0]["field"], error.errors[0]["code"]),
                                  (code, field, entry))
+                self.assertEqual(error.message, f'invalid extra parameters: "{field}"'
+                                 if code == "InvalidParameter"
+                                 else f"invalid image data: {field}")
 
     def test_update(self):
         self.assertEqual(imgserver.validate_changes(
