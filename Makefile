@@ -63,13 +63,16 @@ check:
 bench: FORCE
 	@$(FIND_PYTHON); "$$python" bench/bench.py
 
-# A config.json that is there already stays; so do the images.
+# A config.json that is there already stays; so do the images.  Of these files only imgserver.py
+# and import-image must be here.
 install:
 	@$(FIND_PYTHON); directory='$(DESTDIR)$(PREFIX)'; \
 	trap 'rm -f "$$directory/.new"' 0; trap 'exit 1' 1 2 15; \
 	mkdir -p "$$directory" || exit 1; \
-	put() { cp "$$1" "$$directory/.new" && chmod "$$2" "$$directory/.new" && \
-	        mv -f "$$directory/.new" "$$directory/$$1" || exit 1; }; \
+	put() { if [ -f "$$1" ] || [ "$$1" = imgserver.py ]; then \
+	            cp "$$1" "$$directory/.new" && chmod "$$2" "$$directory/.new" && \
+	            mv -f "$$directory/.new" "$$directory/$$1" || exit 1; \
+	        fi; }; \
 	for file in $(PROGRAMS); do put $$file 755; done; \
 	for file in $(TEXTS); do put $$file 644; done; \
 	if [ ! -f "$$directory/config.json" ]; then put config.json 644; fi; \

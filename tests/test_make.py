@@ -340,6 +340,26 @@ class TestInstall(MakeCase):
                 self.assertEqual(sorted(os.listdir(target)), ["config.json", "image"])
 
 
+    def test_what_is_not_there_is_not_installed(self):
+        """Operators copy few files; the program and import-image, which finds a Python, must be."""
+        for make in MAKES:
+            need(make)
+            with self.subTest(make=make):
+                source, target = self.copy(make), os.path.join(self.directory, make + " installed")
+                for name in ("LICENSE", "README.md", "mkimg", "config.json",
+                             "image-server.smf.xml"):
+                    os.unlink(os.path.join(source, name))
+                self.run_make(make, source, "install", "PREFIX=" + target)
+                self.assertEqual(set(os.listdir(target)), {
+                    "imgserver.py", "import-image", "config.json", "image-server.smf.xml",
+                    "__pycache__"})
+                self.assertEqual(list(self.config(target)),
+                                 ["image-creator-uuid", "image-vendor-uuid"])
+                os.unlink(os.path.join(source, "imgserver.py"))
+                result = self.run_make(make, source, "install", "PREFIX=" + target, status=None)
+                self.assertNotEqual(result.returncode, 0)
+
+
 class TestFiles(unittest.TestCase):
     """The committed files."""
 
