@@ -7464,25 +7464,46 @@ LIST_COLUMNS = ("UUID", "NAME", "VERSION", "OS", "TYPE", "SIZE", "STATE", "PUBLI
 LIST_FILTERS = ("uuid", "name", "version", "os", "type", "state", "origin", "channels", "owner",
                 "public", "billing_tag")
 EXAMPLE = "f669428c-a939-11e2-a485-b790efc0f0c1"      # a uuid for --help
-NO_SHA1 = "0" * 40            # in place of a missing one
+NO_SHA1 = ""                  # in place of a missing one
+
+
+def program_risks():
+    """Yield a warning for each path by which another user could change the program.
+
+    Who may write to its directory, as to a serve_dir that is the same, can replace it, or what
+    `make` compiled of it.  Only root and its owner should.
+    """
+    program = os.path.abspath(__file__)
+    directory = os.path.dirname(program)
+    with contextlib.suppress(OSError):
+        owner = os.stat(program).st_uid
+        for path in (directory, program, os.path.join(directory, "__pycache__")):
+            status = os.stat(path)
+            if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or status.st_uid not in (0, owner):
+                yield ("others than root and the owner of imgserver.py may write "
+                       f"{printable(path)}, and so change the program: chmod go-w it, and give "
+                       "the images another directory")
 
 
 def start(config, log) -> EventLoop:
-    """An event loop with a server for each address.
+    """An event loop that is ready to run, with a server for each address.
 
-    Raises UserError where one cannot listen: status 96 where trying again will not help.
+    Raises UserError where it could not serve: status 96 where trying again will not help.
     """
+    for warning in (*config.warnings, *program_risks()):
+        log.warn(warning)
+    config.check_serve_dir()
     if config.accel and not any(isinstance(address, str) for address in config.listen_port):
         raise UserError("config: accel is for nginx on a Unix socket, and listen_port names none",
                         EXIT_CONFIG)
+    raise_file_limit(config, log)
     loop = EventLoop(config, log)
+    if loop.site.rights.publishing and not os.access(config.serve_dir, os.W_OK | os.X_OK):
+        log.warn("publishing over HTTP needs write access to serve_dir, which is missing")
     try:
-        before = None
-        for address in config.listen_port:
+        for before, address in zip([None, *config.listen_port], config.listen_port):
             # localhost: both addresses have one port, and there may be no IPv6.
-            second = before is not None and address[0] == "::1" and before == ("127.0.0.1",
-                                                                               address[1])
-            before = address
+            second = address[0] == "::1" and before == ("127.0.0.1", address[1])
             if second:
                 address = "::1", loop.servers[-1].server_address[1]
             add_server(loop, address, second)
@@ -7531,23 +7552,10 @@ def raise_file_limit(config, log):
         log.warn(f"{soft} files may be open: max_connections is {config.max_connections}")
 
 
-def prepare(config) -> EventLoop:
-    """An event loop that is ready to run.  Raises UserError as start() does."""
-    log = Log(config.loglevel, form=config.logformat)
-    for warning in config.warnings:
-        log.warn(warning)
-    config.check_serve_dir()
-    raise_file_limit(config, log)
-    loop = start(config, log)
-    if loop.site.rights.publishing and not os.access(config.serve_dir, os.W_OK | os.X_OK):
-        log.warn("publishing over HTTP needs write access to serve_dir, which is missing")
-    return loop
-
-
 def run_serve(config, _):
     """Serve until SIGTERM or SIGINT; a second one ends it at once."""
-    loop = prepare(config)
-    log = loop.log
+    log = Log(config.loglevel, form=config.logformat)
+    loop = start(config, log)
 
     def end(number, frame):
         loop.stop(at_once=loop.draining)
@@ -7575,11 +7583,8 @@ class Signals:
     """
 
     def __init__(self):
-        self._number = self._wakeup = None
-        self._may_raise = False
-
-    def arm(self):
         """From now on a signal is kept until check or wait is called."""
+        self._number, self._may_raise = None, False
         self._wakeup, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -7596,7 +7601,7 @@ class Signals:
 
     @contextlib.contextmanager
     def interrupting(self):
-        """A block that only waits for the network, and in which a signal raises UserError."""
+        """A block that only waits, for the network or a user, and in which a signal raises."""
         self._may_raise = True
         try:
             self.check()
@@ -7604,27 +7609,16 @@ class Signals:
         finally:
             self._may_raise = False
 
-    def pause(self, seconds):
-        """Wait.  Raises UserError once a signal has come."""
-        self.check()
-        select.select([self._wakeup], [], [], seconds)
-        self.check()
-
     def check(self):
         """Raise UserError if a signal has come."""
         if self._number:
             raise UserError(f"ended by {signal.Signals(self._number).name}", 128 + self._number)
 
-    def wait(self, fd, writing=False):
-        """Wait until fd can be read, or written.  Raises UserError once a signal has come."""
-        ready = []
-        while not ready:
+    def wait(self, seconds=None, reading=(), writing=()):
+        """Wait until a file is ready, or some seconds.  Raises UserError for a signal instead."""
+        found, written, _ = select.select([self._wakeup, *reading], writing, [], seconds)
+        if found == [self._wakeup] and not written:
             self.check()
-            reading, writable = [self._wakeup], []
-            (writable if writing else reading).append(fd)
-            read, written, _ = select.select(reading, writable, [])
-            ready = [each for each in read + written if each == fd]
-        self.check()
 
     def say(self, text):
         """Print a line on standard output, to a pager that may not read.
@@ -7633,8 +7627,7 @@ class Signals:
         """
         data = (text + "\n").encode("utf-8", "surrogateescape")
         while data:
-            if not select.select([], [1], [], 0)[1]:
-                self.wait(1, writing=True)
+            self.wait(writing=[1])
             with contextlib.suppress(BlockingIOError):
                 try:
                     data = data[os.write(1, data[:PIPE_WRITE]):]
@@ -7642,43 +7635,55 @@ class Signals:
                     self.check()          # it was SIGPIPE, too
                     raise
 
-    def finish(self, published):
+    def finish(self, succeeded):
         """The end of a command: no signal changes its exit status any more, or each ends it."""
-        if self._wakeup is None:
-            return
-        if published:
+        if succeeded:
             signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-        else:
-            for number in ENDING:
-                if signal.getsignal(number) == self._came and number != signal.SIGPIPE:
-                    signal.signal(number, signal.SIG_DFL)
+            return
+        for number in ENDING:
+            if signal.getsignal(number) == self._came and number != signal.SIGPIPE:
+                signal.signal(number, signal.SIG_DFL)
 
 
-class Input:
-    """A file, a FIFO, or standard input (path None), read so that a signal ends each wait."""
+def complain(text):
+    """One line on stderr, in printable ASCII."""
+    with contextlib.suppress(OSError, AttributeError):
+        sys.stderr.write(f"imgserver: {terminal_text(text)}\n")
+        sys.stderr.flush()
 
-    def __init__(self, path, signals):
-        """Open it.  Raises OSError."""
-        # A plain open() would block on a FIFO without a writer.
-        self._fd = 0 if path is None else os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        self._signals = signals
 
-    def read(self, size) -> bytes:
-        """Up to `size` bytes, b"" at the end.  Raises OSError, and UserError after a signal."""
+def terminal_text(text) -> str:
+    """A text as it may stand on a terminal: printable ASCII; a quote is a quote."""
+    return printable(text).replace('\\"', '"')
+
+
+def open_input(path, signals):
+    """read(size) of a file, a FIFO, or standard input (path None); a signal ends each wait.
+
+    It raises OSError, and UserError after a signal.  Raises UserError.
+    """
+    try:                                  # a plain open() would block on a FIFO without a writer
+        fd = 0 if path is None else os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}")
+
+    def read(size) -> bytes:
         while True:
-            self._signals.wait(self._fd)
+            signals.check()
+            signals.wait(reading=[fd])
             with contextlib.suppress(BlockingIOError):
-                return os.read(self._fd, size)
+                return os.read(fd, size)
+    return read
 
-    def read_all(self, limit) -> bytes:
-        """All of it, or a little more than `limit` bytes.  Raises as read does."""
-        data = b""
-        while len(data) <= limit:
-            more = self.read(CHUNK)
-            if not more:
-                break
-            data += more
-        return data
+
+def read_to_end(read, limit, end=None) -> bytes:
+    """All that read(size) gives, or up to `end`, or a little more than `limit` bytes of it."""
+    data = b""
+    for more in iter(lambda: read(CHUNK), b""):
+        data += more
+        if len(data) > limit or end and end in data:
+            break
+    return data
 
 
 class Progress:
@@ -7722,7 +7727,7 @@ def checked_uuid(text) -> str:
 def read_given_manifest(path, signals) -> dict:
     """The manifest in a file, alone or as `imgadm get` prints it.  Raises UserError."""
     try:
-        data = Input(path, signals).read_all(MANIFEST_LIMIT)
+        data = read_to_end(open_input(path, signals), MANIFEST_LIMIT)
         if len(data) > MANIFEST_LIMIT:
             raise UserError(f"{path} is larger than {MANIFEST_LIMIT} bytes")
         manifest = parse_object(data)
@@ -7735,46 +7740,39 @@ def read_given_manifest(path, signals) -> dict:
     return {key: value for key, value in manifest.items() if key not in ("state", "icon")}
 
 
-def check_texts(texts):
-    """Raise UserError for bytes of the command line that no manifest can have."""
+def given_fields(texts) -> dict:
+    """The fields of FIELD=VALUE words.  Raises UserError."""
+    fields = {}
     for text in texts:
         try:
             text.encode("utf-8")
+            if "=" not in text:
+                raise UserError(f"{spell(text)} is not FIELD=VALUE: a description of several "
+                                "words needs quotes", 2)
+            name, fields[name] = parse_field(text)
         except UnicodeEncodeError:
             raise UserError(f"{text!a} is not UTF-8")
-
-
-def given_fields(texts) -> dict:
-    """The fields of FIELD=VALUE words.  Raises UserError."""
-    check_texts(texts)
-    for text in texts:
-        if "=" not in text:
-            raise UserError(f"{spell(text)} is not FIELD=VALUE: a description of several words "
-                            "needs quotes", 2)
-    try:
-        return dict(map(parse_field, texts))
-    except ValueError as error:
-        raise UserError(str(error))
+        except ValueError as error:
+            raise UserError(str(error))
+    return fields
 
 
 def manifest_to_import(config, options) -> dict:
     """The manifest that the options of `import` ask for.  Raises UserError."""
-    texts = options.words
-    check_texts(texts)
-    if options.uuid and not is_uuid(options.uuid):
-        raise UserError(f"{options.uuid!a} is not a UUID in lower case")
+    words = import_words(options)
+    uuid = options.uuid and checked_uuid(options.uuid)
     given = {key: value for key, value in (("os", options.os), ("type", options.type),
                                            ("origin", options.origin)) if value is not None}
     if options.manifest:
-        given.update(given_fields(texts))
+        given.update(given_fields(words))
         manifest = {**read_given_manifest(options.manifest, options.signals), **given}
-        manifest["uuid"] = options.uuid or manifest.get("uuid") or new_uuid()
+        manifest["uuid"] = uuid or manifest.get("uuid") or new_uuid()
     else:
-        if len(texts) < 3:
+        if len(words) < 3:
             raise UserError("NAME VERSION DESCRIPTION are needed, or --manifest FILE", 2)
-        given.update(zip(("name", "version", "description"), texts))
-        given.update(given_fields(texts[3:]))
-        manifest = new_manifest(config, options.uuid or new_uuid(), given)
+        words[:3] = map("=".join, zip(("name", "version", "description"), words))
+        given.update(given_fields(words))
+        manifest = new_manifest(config, uuid or new_uuid(), given)
     manifest = validate(manifest)
     own = {key: manifest[key] for key in ("owner", "public") if given.get(key) is not None}
     if is_v1(manifest) and own:           # v1 does not have these
@@ -7783,12 +7781,12 @@ def manifest_to_import(config, options) -> dict:
         manifest.pop("state", None)       # the server sets it
         manifest = {"v": 2, "uuid": None, **DEFAULTS, "published_at": stamp(time.time()),
                     **manifest}
-    if not options.stream_check and manifest["type"] in STREAM_TYPES.values():
+    if options.no_stream_check and manifest["type"] in STREAM_TYPES.values():
         raise UserError(f"a {manifest['type']} is a ZFS stream: --no-stream-check needs "
                       "another --type")
     warning = choose_channels(config, manifest)
     if warning:
-        sys.stderr.write(f"imgserver: warning: {warning}\n")
+        complain(f"warning: {warning}")
     return manifest
 
 
@@ -7806,24 +7804,21 @@ def import_words(options) -> list:
 
 def run_import(config, options):
     """Take an image from standard input or --file, and print its uuid."""
-    options.words = import_words(options)
     manifest = manifest_to_import(config, options)
     uuid, path = manifest["uuid"], options.file if options.file != "-" else None
     if path is None and os.isatty(0):
         raise UserError("the image is read from standard input: `... < FILE`", 2)
-    try:
-        source = Input(path, options.signals)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}")
+    source = open_input(path, options.signals)
     progress = Progress("imported", options.quiet)
 
     def read(size):
-        chunk = source.read(size)
+        chunk = source(size)
         progress.add(len(chunk))
         return chunk
 
     try:
-        Publisher(config).import_image(manifest, read, options.activate, options.stream_check)
+        Publisher(config).import_image(manifest, read, not options.no_activate,
+                                       not options.no_stream_check)
     finally:
         progress.clear()
     try:
@@ -7841,17 +7836,10 @@ def mirror_source(config, options):
     try:
         return RemoteServer(
             options.url, options.channel, options.ca, options.insecure, config.stall_timeout,
-            options.signals.interrupting, options.signals.pause,
+            options.signals.interrupting, options.signals.wait,
             lambda text: options.quiet or complain(text))
     except ValueError as error:           # without the URL, which may have a password
         raise UserError(f"URL {error}", 2)
-
-
-def complain(text):
-    """One line on stderr, while a command goes on."""
-    with contextlib.suppress(OSError, AttributeError):
-        sys.stderr.write(f"imgserver: {printable(text)}\n")
-        sys.stderr.flush()
 
 
 def run_mirror(config, options):
@@ -7905,27 +7893,21 @@ def run_mirror(config, options):
     return 1 if mirror.failed else 0
 
 
-def run_activate(config, options):
-    """Put an image on show that `import -n` has left unactivated."""
-    Publisher(config).activate(checked_uuid(options.uuid))
-    return 0
-
-
-def run_discard(config, options):
-    """Remove an image that is not active."""
-    Publisher(config).discard(checked_uuid(options.uuid))
+def run_step(config, options):
+    """Activate or discard an image that is not active."""
+    getattr(Publisher(config), options.command)(checked_uuid(options.uuid))
     return 0
 
 
 def run_import_image(config, options):
     """The command behind the script import-image."""
-    if options.step is None:
+    if options.command == "import-image":
         return run_import(config, options)
     words = options.words[options.words[:1] == ["--"]:]
     if len(words) != 1:
         raise UserError("-a and -d take one UUID, behind all options", 2)
     options.uuid = words[0]
-    return options.step(config, options)
+    return run_step(config, options)
 
 
 def label(config, uuid) -> str:
@@ -7937,13 +7919,139 @@ def label(config, uuid) -> str:
     return printable(uuid)
 
 
-@contextlib.contextmanager
-def about(file):
-    """Convert each OSError and BadImage in the block to a BadImage that names the file."""
-    try:
-        yield
-    except (OSError, BadImage) as error:
-        raise BadImage(f"{file}: {getattr(error, 'strerror', error)}")
+class Unhashed:
+    """In the place of a Hasher: the commands need no sha1, or find it themselves."""
+
+    @staticmethod
+    def hashes(path, key):
+        return NO_SHA1, bytes(16)
+
+
+class Inventory:
+    """All images of serve_dir as they are now, for the commands: image files are not read.
+
+    by_uuid     the sound ones, in any state
+    images      the same, in the order of publishing
+    left_out    name of a directory: why the image there is not shown
+    """
+
+    def __init__(self, config, apis=()):
+        config.check_serve_dir()
+        self.config, self.apis = config, apis
+        self.reader = ImageReader(config, Unhashed())
+        self.by_uuid, self.left_out = {}, {}
+        for name in sorted(os.listdir(config.serve_dir), reverse=True):   # .incoming-* come last
+            image, reason = self.read(name)
+            if reason:
+                self.left_out[name] = reason
+            elif image and image.uuid not in self.by_uuid:
+                self.by_uuid[image.uuid] = image
+        self.cyclic = endless({uuid: image.origin for uuid, image in self.by_uuid.items()})
+        for uuid in self.cyclic:
+            del self.by_uuid[uuid]
+            self.left_out[uuid] = "its origins form a cycle"
+        self.images = sorted(self.by_uuid.values(), key=lambda image: image.order)
+
+    def read(self, name):
+        """(image, None) of a name in serve_dir, or (None, why one that is meant is not shown)."""
+        serve_dir = self.config.serve_dir
+        if name.startswith(INCOMING):
+            image = is_uuid(name[len(INCOMING):]) and self.reader.read_unactivated(
+                name[len(INCOMING):])
+            return image if image and not image.problem else None, None
+        image = is_uuid(name) and self.reader.read(name, os.path.join(serve_dir, ""), self.apis)
+        if image:
+            return (None, image.problem) if image.problem else (image, None)
+        reason = passed_over(serve_dir, name)
+        if reason is None and is_uuid(name) and os.path.isdir(os.path.join(serve_dir, name)):
+            reason = f"there is no {MANIFEST}"
+        return None, reason
+
+    def incoming(self):
+        """Yield (uuid, problem, seconds since its last change) of each that is not active.
+
+        As they are now; problem: why it cannot be activated, or None.
+        """
+        serve_dir = self.config.serve_dir
+        for name in sorted(os.listdir(serve_dir)):
+            uuid, path = name[len(INCOMING):], os.path.join(serve_dir, name)
+            if not name.startswith(INCOMING) or not is_uuid(uuid):
+                continue
+            try:
+                times = [os.stat(path).st_mtime, *(
+                    entry.stat(follow_symlinks=False).st_mtime for entry in os.scandir(path))]
+            except OSError:
+                continue                  # it has just been activated, or is no directory
+            image = self.reader.read(uuid, os.path.join(serve_dir, INCOMING), (IMGAPI,))
+            problem = image.problem if image else f"there is no {MANIFEST}"
+            if os.path.lexists(os.path.join(serve_dir, uuid)):
+                problem = "an image of this uuid is active"
+            yield uuid, problem, time.time() - max(times)
+
+    def problems(self):
+        """Yield a sentence for each image that is left out, not importable, waiting or stale."""
+        for name in sorted(self.left_out):
+            yield f"{label(self.config, name)} is left out: {terminal_text(self.left_out[name])}"
+        for image in self.images:
+            for text in (*image.notes, *self.reasons(image), *self.origin_problems(image)):
+                yield f"{image.uuid} {image.title}: {terminal_text(text)}"
+        for incoming in self.incoming():
+            yield self.incoming_text(*incoming)
+        for name in sorted(os.listdir(self.config.serve_dir)):
+            if name.startswith(DISCARDED):
+                yield f"{printable(name)}: is being removed, or else `check --clean` removes it"
+
+    def incoming_text(self, uuid, problem, age) -> str:
+        """A sentence about an image of `incoming`."""
+        name, last = label(self.config, uuid), f"last change {age / 3600:.0f} hours ago"
+        if problem is None:
+            return f"{name}: waits to be activated, {last}: imgserver.py activate {uuid}"
+        return f"{INCOMING}{name}: was never finished" + (
+            f" ({terminal_text(problem)}), {last}: `check --clean` removes it" if age > STALE else
+            f", or is still coming ({terminal_text(problem)}), {last}")
+
+    def reasons(self, image):
+        """Yield why a sound image is not seen by imgadm."""
+        if image.state not in ("active", "disabled") and not image.place.endswith(INCOMING):
+            yield (f"waits to be activated: its manifest has the state {image.state}"
+                   + (f": imgserver.py activate {image.uuid}" if image.state == "unactivated"
+                      else ""))
+        channels = [channel["name"] for channel in self.config.channels]
+        if channels and set(channels).isdisjoint(image.channels):
+            yield ("it is in no channel of the configuration, so that nobody sees it over IMGAPI: "
+                   f"imgserver.py update {image.uuid} "
+                   f"'channels=[\"{self.config.default_channel or channels[0]}\"]'")
+
+    def origin_problems(self, image):
+        """Yield why imgadm does not find the origin of a sound image."""
+        origin = self.by_uuid.get(image.origin)
+        if image.origin is None:
+            return
+        if image.uuid in self.cyclic:
+            yield "its origins form a cycle"
+        elif origin is None:
+            mirror = f": imgserver.py mirror URL {image.origin}"
+            yield (f"imgadm cannot import it until image {image.origin} is on this server, too"
+                   + (mirror if image.origin not in self.left_out else ""))
+        elif origin.state == "unactivated" != image.state:
+            yield f"imgadm cannot import it until image {image.origin} is activated"
+        elif self.config.channels and set(image.channels).isdisjoint(origin.channels):
+            yield no_common_channel(origin.uuid)
+
+
+def endless(origins) -> list:
+    """The uuids whose chain of origins never ends, of {uuid: origin or None}."""
+    result, finite = [], set()
+    for uuid in origins:
+        chain, link = set(), uuid
+        while link in origins and link not in chain and link not in finite:
+            chain.add(link)
+            link = origins[link]
+        if link in chain or link in result:
+            result.append(uuid)
+        else:
+            finite |= chain
+    return result
 
 
 class Check:
@@ -7951,44 +8059,38 @@ class Check:
 
     def __init__(self, config, options):
         self.config, self.options, self.signals = config, options, options.signals
-        self.reader, self.publisher = ImageReader(config), Publisher(config)
+        self.inventory, self.publisher = Inventory(config, (IMGAPI,)), Publisher(config)
 
     def image(self, uuid):
         """Check one image.  Raises BadImage, and ApiError where --record cannot write."""
-        directory = os.path.join(self.config.serve_dir, uuid)
-        image = self._read(uuid)
+        image, problem = self.inventory.read(uuid)        # as it is now
         if image is None:
-            if not os.path.isdir(directory):
-                raise BadImage("no such image")
-            raise BadImage(f"there is no {MANIFEST}")
-        found = None
-        if image.problem and self.options.record and image.file and lacks_facts(directory):
-            found = self._scan(image)
-            record_facts(directory, found)
-            image = self._read(uuid)
-        if image.problem:
-            raise BadImage(image.problem)
-        if self.options.fast:
-            self._check_head(image)
-        else:
-            found = found or self._scan(image)
-            with about(image.file):
-                self._compare(found, image)
-            if self.options.record:
-                record_facts(directory, found)
-        problem = origin_problem(image, self._read, with_channels=False)
-        if problem:
-            raise BadImage(problem)
+            raise BadImage(problem or "no such image")
+        try:
+            facts, stream = self._head(image) if self.options.fast else self._scan(image)
+            self._compare(image, facts, stream)
+        except (OSError, BadImage) as error:
+            raise BadImage(f"{image.file}: {getattr(error, 'strerror', error)}")
+        if self.options.record:
+            record_facts(image.directory, facts)
+        for text in self.inventory.origin_problems(image):
+            raise BadImage(text)
+        self.publisher.check_origin(image.origin, stream)
 
-    def _read(self, uuid):
-        return self.reader.read(uuid, os.path.join(self.config.serve_dir, ""), (IMGAPI,))
+    @staticmethod
+    def _head(image):
+        """(facts, stream) by the first bytes of an image's file.  Raises BadImage, OSError."""
+        path = os.path.join(image.directory, image.file)
+        with open(open_regular(path)[0], "rb", buffering=0) as file:
+            compression = compression_of(file.read(MAGIC_LENGTH), image.file)
+        return {"compression": compression}, read_stream(path, compression)
 
-    def _scan(self, image) -> FileScan:
-        """Read all of an image's file.  Raises BadImage, and UserError after a signal."""
+    def _scan(self, image):
+        """(facts, stream) by all of an image's file.  Raises BadImage, OSError and UserError."""
         found, progress = FileScan(), Progress(f"{image.uuid} {image.file}", self.options.quiet)
         try:
-            with about(image.file), open(open_regular(os.path.join(
-                    image.directory, image.file))[0], "rb", buffering=0) as file:
+            with open(open_regular(os.path.join(image.directory, image.file))[0], "rb",
+                      buffering=0) as file:
                 for chunk in iter(lambda: file.read(CHUNK), b""):
                     self.signals.check()
                     found.feed(chunk)
@@ -7996,43 +8098,29 @@ class Check:
                 found.finish()
         finally:
             progress.clear()
-        return found
+        return {"size": found.size, **found.hashes(),
+                "compression": found.compression}, found.stream
 
-    def _compare(self, found, image):
-        """Compare the facts of the file with the manifest.  Raises BadImage."""
-        hashes = found.hashes()
-        pairs = [("size", found.size, image.size), ("sha1", hashes["sha1"], image.sha1)]
-        if image.claimed_md5 is not None:
-            pairs.append(("md5", hashes["md5"], image.claimed_md5.hex()))
-        self._check_facts(pairs, found.compression, found.stream, image)
-
-    def _check_head(self, image):
-        """The same by the first bytes of the file alone.  Raises BadImage."""
-        with about(image.file):
-            found = scan_head(os.path.join(image.directory, image.file))
-        self._check_facts([], found.compression, found.stream, image, whole=False)
-
-    def _check_facts(self, pairs, compression, stream, image, whole=True):
-        """Compare pairs (name, found, promised), compression and stream.  Raises BadImage."""
+    def _compare(self, image, facts, stream):
+        """Compare the facts about a file with its manifest, and its stream.  Raises BadImage."""
         required = STREAM_TYPES.values()
-        if stream.type is not None or image.type in required:
-            file = image.fields()["files"][0]
-            pairs = [*pairs, ("compression", compression, file["compression"])]
-            if stream.type is not None:
-                pairs.append(("dataset_guid", str(stream.guid),
-                              file.get("dataset_guid", str(stream.guid))))
-        for name, value, promised in pairs:
-            if value != promised:
-                raise BadImage(f"its {name} is {value}, not {promised}")
-        problem = stream_problem(image.type, stream, required, whole)
+        promised = {**image.fields()["files"][0],
+                    "md5": image.claimed_md5 and image.claimed_md5.hex()}
+        if stream.type is not None:
+            facts["dataset_guid"] = str(stream.guid)
+        elif image.type not in required:
+            del promised["compression"]
+        for name, value in facts.items():
+            if (promised.get(name) or value) != value:
+                raise BadImage(f"its {name} is {value}, not {promised[name]}")
+        problem = stream_problem(image.type, stream, required, not self.options.fast)
         if problem:
             raise BadImage(problem)
-        self.publisher.check_origin(image.origin, stream)
 
     def leftovers(self):
         """Say which images are not active; with --clean remove the stale ones."""
-        for uuid, problem, age in list(incoming(self.config, self.reader)):
-            text = incoming_text(uuid, problem, age)
+        for uuid, problem, age in list(self.inventory.incoming()):
+            text = self.inventory.incoming_text(uuid, problem, age)
             removed = self.options.clean and problem is not None and age > STALE
             if removed:
                 try:
@@ -8049,87 +8137,42 @@ class Check:
         for name in os.listdir(serve_dir):
             self.signals.check()
             path = os.path.join(serve_dir, name)
-            if name.startswith(DISCARDED):
-                with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):
+                if name.startswith(DISCARDED):
                     remove_tree(path)
-            elif is_uuid(name):
-                with contextlib.suppress(OSError):
-                    for entry in os.scandir(path):
-                        if (_TEMPORARY.fullmatch(entry.name) and time.time()
-                                - entry.stat(follow_symlinks=False).st_mtime > STALE):
-                            os.unlink(entry.path)
+                for entry in os.scandir(path) if is_uuid(name) else ():
+                    if (_TEMPORARY.fullmatch(entry.name) and time.time()
+                            - entry.stat(follow_symlinks=False).st_mtime > STALE):
+                        os.unlink(entry.path)
 
 
-def stored_file(directory):
-    """(manifest, files[0]) of an image as stored; files[0] is None where there is none."""
-    with contextlib.suppress(OSError, BadImage, LookupError, TypeError):
-        manifest, _ = read_manifest(directory)
-        if isinstance(manifest["files"][0], dict):
-            return manifest, manifest["files"][0]
-    return {}, None
-
-
-def lacks_facts(directory) -> bool:
-    """Whether a manifest lacks the size or the sha1 of its file."""
-    file = stored_file(directory)[1]
-    return file is not None and not (file.get("size") and file.get("sha1"))
-
-
-def record_facts(directory, found):
-    """Write the md5 and sha256 of an image's file into its manifest, and a missing size or sha1.
+def record_facts(directory, facts):
+    """Write md5 and sha256 of an image's file into its manifest, and a missing size or sha1.
 
     By rename; its mtime stays, which may be shown as published_at.  Not where the manifest
     has become another since the file was read.  Raises ApiError where it cannot be written.
     """
-    manifest, file = stored_file(directory)
-    facts = {"size": found.size, **found.hashes()}
-    facts["md5_of"] = facts["sha1"]
-    if file is None or any(str(file.get(key) or facts[key]).lower() != str(facts[key])
-                           for key in ("size", "sha1")):
+    file, facts = None, {key: facts[key] for key in ("size", "sha1", "md5", "sha256")}
+    with contextlib.suppress(OSError, BadImage, LookupError, TypeError):
+        manifest, _ = read_manifest(directory)
+        file = manifest["files"][0]
+    if not isinstance(file, dict):
         return
     kept = {key: file[key] for key in ("size", "sha1") if file.get(key)}
-    if {**file, **facts, **kept} != file:
-        file.update(facts, **kept)
-        replace_file(os.path.join(directory, MANIFEST), manifest_bytes(manifest),
-                     keep_time=True)
-
-
-def incoming(config, reader):
-    """Yield (uuid, problem, seconds since its last change) of each image that is not active.
-
-    problem: why it cannot be activated, or None.
-    """
-    for name in sorted(os.listdir(config.serve_dir)):
-        uuid, path = name[len(INCOMING):], os.path.join(config.serve_dir, name)
-        if not name.startswith(INCOMING) or not is_uuid(uuid):
-            continue
-        try:
-            times = [os.stat(path).st_mtime]
-            times += [entry.stat(follow_symlinks=False).st_mtime for entry in os.scandir(path)]
-        except OSError:
-            continue                      # it has just been activated, or is no directory
-        image = reader.read(uuid, os.path.join(config.serve_dir, INCOMING), (IMGAPI,))
-        problem = image.problem if image else f"there is no {MANIFEST}"
-        if os.path.lexists(os.path.join(config.serve_dir, uuid)):
-            problem = "an image of this uuid is active"
-        yield uuid, problem, time.time() - max(times)
-
-
-def incoming_text(uuid, problem, age) -> str:
-    """A sentence about an image of `incoming`."""
-    text = "waits to be activated" if problem is None else (
-        f"was never finished ({problem}): `check --clean` removes it" if age > STALE else
-        f"was never finished, or is still coming ({problem})")
-    return f"{INCOMING}{uuid}: {printable(text)}; last change {age / 3600:.0f} hours ago"
+    if any(str(value).lower() != str(facts[key]) for key, value in kept.items()):
+        return
+    recorded = {**file, **facts, "md5_of": facts["sha1"], **kept}
+    if recorded != file:
+        manifest["files"][0] = recorded
+        replace_file(os.path.join(directory, MANIFEST), manifest_bytes(manifest), keep_time=True)
 
 
 def run_check(config, options):
     """Compare every image with its manifest, and report those that differ."""
-    config.check_serve_dir()
     if options.fast and options.record:
         raise UserError("--record must read all of an image: not with --fast", 2)
-    check, say = Check(config, options), options.signals.say
     uuids = [checked_uuid(text) for text in options.uuid]
+    check, say = Check(config, options), options.signals.say
     uuids = uuids or sorted(name for name in os.listdir(config.serve_dir)
                             if is_uuid(name.lower()))
     bad = 0
@@ -8139,7 +8182,7 @@ def run_check(config, options):
             check.image(uuid)
         except (BadImage, ApiError) as error:
             bad += 1
-            say(f"{label(config, uuid)}: {printable(str(error))}")
+            say(f"{label(config, uuid)}: {terminal_text(str(error))}")
     if options.clean:
         check.clean()
     if not options.uuid:
@@ -8148,70 +8191,6 @@ def run_check(config, options):
         say(f"{len(uuids) - bad} of {len(uuids)} images are sound"
             + ("" if uuids else f": there is none in {config.serve_dir}"))
     return 1 if bad else 0
-
-
-class Unhashed:
-    """In the place of a Hasher: a list needs no sha1, and so reads no image files."""
-
-    @staticmethod
-    def hashes(path, key):
-        return NO_SHA1, bytes(16)
-
-
-class Inventory:
-    """All images of serve_dir as they are now, for the commands: image files are not read.
-
-    images      the sound ones, in any state, in the order of publishing
-    left_out    name of a directory: why the image there is not shown
-    """
-
-    def __init__(self, config, apis=()):
-        config.check_serve_dir()
-        self.config, self.reader = config, ImageReader(config, Unhashed())
-        found, self.left_out = {}, {}
-        for name in sorted(os.listdir(config.serve_dir), reverse=True):   # .incoming-* come last
-            uuid = name[len(INCOMING):]
-            if name.startswith(INCOMING) and is_uuid(uuid) and uuid not in found:
-                image = self.reader.read_unactivated(uuid)
-                if image is not None and not image.problem:
-                    found[uuid] = image
-            elif is_uuid(name.lower()):
-                image = self.reader.read(name, os.path.join(config.serve_dir, ""), apis)
-                if image is not None and not image.problem:
-                    found[name] = image
-                elif image is not None or os.path.isdir(os.path.join(config.serve_dir, name)):
-                    self.left_out[name] = image.problem if image else f"there is no {MANIFEST}"
-        for uuid in endless({uuid: image.origin for uuid, image in found.items()}):
-            del found[uuid]
-            self.left_out[uuid] = "its origins form a cycle"
-        self.by_uuid = found
-        self.images = sorted(found.values(), key=lambda image: image.order)
-
-    def problems(self):
-        """Yield a sentence for each image that is left out, not importable, waiting or stale."""
-        for name in sorted(self.left_out):
-            yield f"{label(self.config, name)} is left out: {printable(self.left_out[name])}"
-        for image in self.images:
-            for text in (*image.notes, *self._problems_of(image)):
-                yield f"{image.uuid} {image.title}: {printable(text)}"
-        for uuid, problem, age in incoming(self.config, self.reader):
-            yield incoming_text(uuid, problem, age)
-        for name in sorted(os.listdir(self.config.serve_dir)):
-            if name.startswith(DISCARDED):
-                yield f"{printable(name)}: is being removed, or else `check --clean` removes it"
-
-    def _problems_of(self, image):
-        """Yield why imgadm does not see a sound image, or does not find its origin."""
-        if image.state not in ("active", "disabled") and not image.place.endswith(INCOMING):
-            yield f"waits to be activated: its manifest has the state {image.state}"
-        channels = [channel["name"] for channel in self.config.channels]
-        if channels and set(channels).isdisjoint(image.channels):
-            yield "it is in no channel of the configuration: nobody sees it over IMGAPI"
-        problem = origin_problem(image, self.by_uuid.get, bool(channels))
-        if problem:
-            mirror = f": imgserver.py mirror URL {image.origin}"
-            is_missing = image.origin not in self.by_uuid and image.origin not in self.left_out
-            yield problem + (mirror if is_missing else "")
 
 
 def list_filters(texts):
@@ -8292,9 +8271,8 @@ def run_state(config, options):
     uuids = list(dict.fromkeys(map(checked_uuid, options.uuid)))
     for uuid in uuids:
         publisher.manifest(uuid)
-    verb, done = ((publisher.enable, "Enabled") if options.enable else
-                  (publisher.disable, "Disabled"))
-    return change_images(config, options, uuids, verb, done)
+    return change_images(config, options, uuids, getattr(publisher, options.command),
+                         options.command.capitalize() + "d")
 
 
 def run_update(config, options):
@@ -8355,13 +8333,19 @@ def check_config(config, options):
 
     The same sentences and statuses; but an address in use is none of its mistakes.
     """
+    log, note, say = Log("warn"), "", options.signals.say
     try:
-        for server in prepare(config).servers:
+        for server in start(config, log).servers:
             server.server_close()
-        note = ""
     except AddressInUse as error:
         note = f" ({error}: the server that runs, perhaps)"
-    options.signals.say("the configuration is right" + printable(note))
+    say("configuration: " + (os.path.abspath(config.path) if config.path else
+                             f"the defaults, as there is no {default_config()}"))
+    say(f"serve_dir: {config.serve_dir}")
+    say("listen_port: " + ", ".join(map(listen_text, config.listen_port)))
+    warnings = log.counts["warn"]
+    say((f"the server would start, with {warnings} warning{'s' * (warnings > 1)}" if warnings
+         else "the configuration is right") + printable(note))
     return 0
 
 
@@ -8379,7 +8363,8 @@ def run_config(config, options):
         values[key] = values.get(key) or new_uuid()
     if values != before:
         replace_file(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
-    print(f"creator {values['image-creator-uuid']}, vendor {values['image-vendor-uuid']}")
+    options.signals.say(f"creator {values['image-creator-uuid']}, "
+                        f"vendor {values['image-vendor-uuid']}")
     return 0
 
 
@@ -8387,24 +8372,17 @@ def ask_password(name, signals) -> bytes:
     """A new password from the terminal, or a line of standard input.  Raises UserError."""
     if os.isatty(0):
         import getpass
-
-        def end(number, frame):           # getpass lets the terminal echo again
-            raise UserError(f"ended by {signal.Signals(number).name}", 128 + number)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, end)
         try:
-            password, again = (getpass.getpass(f"{text} for {name}: ").encode(
-                "utf-8", "surrogateescape") for text in ("Password", "Again, the password"))
+            with signals.interrupting():  # getpass lets the terminal echo again
+                password, again = (getpass.getpass(f"{text} for {name}: ").encode(
+                    "utf-8", "surrogateescape") for text in ("Password", "Again, the password"))
         except EOFError:
             raise UserError("no password was given")
         if password != again:
             raise UserError("the two passwords differ: nothing was changed")
     else:
-        source, password = Input(None, signals), b""
-        while b"\n" not in password and len(password) <= PASSWORD_LIMIT:
-            more = source.read(CHUNK)
-            password += more or b"\n"
-        password = password.partition(b"\n")[0].removesuffix(b"\r")
+        line = read_to_end(open_input(None, signals), PASSWORD_LIMIT, b"\n")
+        password = line.partition(b"\n")[0].removesuffix(b"\r")
     if not 1 <= len(password) <= PASSWORD_LIMIT or b"\0" in password:
         raise UserError(f"a password has 1 to {PASSWORD_LIMIT} bytes, and no NUL")
     return password
@@ -8424,6 +8402,8 @@ def run_user(config, options):
         for user in users.values():
             options.signals.say(f"{user.name} {user.rights}")
         return 0
+    if options.rights and options.delete:
+        raise UserError("either --rights or --delete", 2)
     if not re.fullmatch(_USER_NAME, name):
         raise UserError(f"{name!a} is no name for a user: 1 to 64 letters, digits and . _ @ -", 2)
     if options.delete and name not in users:
@@ -8482,8 +8462,7 @@ SMF_MANIFEST = """\
       <common_name><loctext xml:lang="C">image server for imgadm</loctext></common_name>
     </template>
   </service>
-</service_bundle>
-"""
+</service_bundle>"""
 
 
 # Runs it as __main__ from __pycache__, where `make` compiles it: compiling costs each start 8 MiB
@@ -8515,11 +8494,11 @@ def smf_credential(options):
     except KeyError:
         is_root = False
         if kept:
-            sys.stderr.write(f"imgserver: there is no user {printable(user)}, who is to run the "
-                             "service: make one, or name another with --user\n")
+            complain(f"there is no user {user}, who is to run the service: make one, or name "
+                     "another with --user")
     if is_root:
-        sys.stderr.write("imgserver: the service would run as root: name another user with "
-                         "--user (make SMF_FLAGS='--user U --group G')\n")
+        complain("the service would run as root: name another user with --user "
+                 "(make SMF_FLAGS='--user U --group G')")
     return user, group
 
 
@@ -8542,7 +8521,7 @@ def run_smf(config, options):
     values = {"directory": directory, "user": user, "group": group,
               "privileges": privileges, "command": command.replace("%", "%%"),
               "stop": int(config.drain_time) + 30}
-    sys.stdout.write(SMF_MANIFEST.format(
+    options.signals.say(SMF_MANIFEST.format(
         **{key: html.escape(str(value), quote=False).replace('"', "&quot;")
            for key, value in values.items()}))
     return 0
@@ -8569,66 +8548,11 @@ class CommandParser(argparse.ArgumentParser):
         return namespace, unknown
 
 
-def add_import_options(sub):
-    """The options and words of `import`.  Options end where NAME stands."""
-    sub.usage = ("%(prog)s [OPTION ...] NAME VERSION DESCRIPTION [FIELD=VALUE ...] < IMAGE\n"
-                 "       %(prog)s [OPTION ...] --manifest FILE [FIELD=VALUE ...] < IMAGE")
-    sub.add_argument("words", nargs=argparse.REMAINDER,
-                     metavar="NAME VERSION DESCRIPTION [FIELD=VALUE ...]",
-                     help="what it is; any field of a manifest, as JSON or a text")
-    sub.add_argument("--manifest", metavar="FILE", help="take the fields from this manifest")
-    sub.add_argument("--file", metavar="FILE", help="read the image from FILE")
-    sub.add_argument("--uuid", metavar="UUID", help="its uuid (default: a new one)")
-    sub.add_argument("--origin", metavar="UUID", help="the image an incremental one builds on")
-    sub.add_argument("--os", help="its operating system (default: smartos)")
-    sub.add_argument("--type", help="its type (default: zone-dataset)")
-    sub.add_argument("-n", "--no-activate", dest="activate", action="store_false",
-                     help="leave it unactivated, for `activate` or `discard`")
-    sub.add_argument("--no-stream-check", dest="stream_check", action="store_false",
-                     help="it is no ZFS send stream")
-    sub.add_argument("-q", "--quiet", action="store_true", help="no progress on a terminal")
-
-
 def at_least_one(text) -> int:
     """The N of --keep.  Raises ArgumentTypeError, which the parser reports."""
     if not re.fullmatch("0*[1-9][0-9]{0,8}", text):
         raise argparse.ArgumentTypeError(f"must be a number from 1 on, not {text!a}")
     return int(text)
-
-
-def add_managing_commands(command):
-    """The commands that list and change images; command() adds one."""
-    sub = command("list", run_list, "list the images, and their problems below",
-                  example="list name=~web state=disabled")
-    sub.add_argument("words", nargs="*", metavar="FIELD=VALUE",
-                     help="only those that have it: name=web, name=~part, type=!zvol, "
-                          "tag.role=db; fields: " + ", ".join(LIST_FILTERS))
-    sub.add_argument("-j", "--json", action="store_true", help="their manifests, as JSON")
-    sub.add_argument("-p", dest="parsable", action="store_true",
-                     help="the columns alone, whole and with a tab between them, for cut -f")
-    sub.add_argument("--problems", action="store_true",
-                     help="only the problems; exit status 1 where there are any")
-    for name, run, text in (
-            ("enable", run_state, "let disabled images be listed and imported again"),
-            ("disable", run_state, "take images off the lists; running downloads go on"),
-            ("delete", run_delete, "delete images; running downloads go on")):
-        sub = command(name, run, text, True, f"{name} {EXAMPLE}")
-        sub.set_defaults(enable=name == "enable")
-        sub.add_argument("uuid", nargs="+", metavar="UUID")
-    sub.add_argument("--force", action="store_true",
-                     help="even where other images build on them")
-    sub = command("update", run_update, "change fields of the manifest of an image",
-                  True, f"update {EXAMPLE} 'description=Web server' homepage=")
-    sub.add_argument("uuid", metavar="UUID")
-    sub.add_argument("words", nargs="+", metavar="FIELD=VALUE",
-                     help="as for import; FIELD= removes it")
-    sub = command("prune", run_prune, "delete old images: all but the newest of each "
-                  "name (and channel), if no other builds on them", True, "prune --keep 3 -n")
-    sub.add_argument("--keep", type=at_least_one, required=True, metavar="N",
-                     help="how many of each name stay, 1 or more")
-    sub.add_argument("--name", help="only the images of this name")
-    sub.add_argument("-n", dest="dry_run", action="store_true",
-                     help="delete none, but name those that would go")
 
 
 def add_mirror_options(sub):
@@ -8653,99 +8577,144 @@ def add_mirror_options(sub):
     sub.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
 
 
+GIVEN = {"default": argparse.SUPPRESS}        # may stand before the command, too
+EVERYWHERE = (
+    ("--config FILE  the configuration (default: config.json beside imgserver.py)", GIVEN),
+    ("--dir DIR  the directory of images (default: serve_dir of the configuration)", GIVEN))
+SERVING = (
+    ("--listen PORT|ADDRESS:PORT|/PATH  where to listen: TCP, or a Unix socket; port 0 takes any; "
+     "may be repeated (default: listen_port of the configuration, 80)",
+     {"action": "append", **GIVEN}),
+    (f"--loglevel LEVEL  least level to log: {', '.join(LEVELS)} (default: loglevel of the "
+     "configuration, info)", GIVEN))
+IMPORTING = (
+    "--manifest FILE  take the fields from this manifest",
+    "--file FILE  read the image from FILE",
+    "--uuid UUID  its uuid (default: a new one)",
+    "--origin UUID  the image an incremental one builds on",
+    "--os OS  its operating system (default: smartos)",
+    "--type TYPE  its type (default: zone-dataset)",
+    "-n --no-activate  leave it unactivated, for `activate` or `discard`",
+    "--no-stream-check  it is no ZFS send stream",
+    "-q --quiet  no progress on a terminal",
+    ("WORD  the image; any field of a manifest, as JSON or a text",
+     {"dest": "words", "metavar": "NAME VERSION DESCRIPTION [FIELD=VALUE ...]",
+      "nargs": argparse.REMAINDER}))
+WORDS = {"dest": "words"}
+
+# name, function, what it does with the images ("reads", "writes" or ""), help, example, options
+COMMANDS = (
+    ("serve", run_serve, "", "serve the images (the default)", "--listen 8080 --dir /images",
+     SERVING),
+    ("import", run_import, "writes", "publish an image, read from standard input",
+     "web 1.2.0 'Web server' < web.zfs.gz", IMPORTING),
+    ("mirror", run_mirror, "writes", "bring images of another server, with those they build on",
+     "https://images.smartos.org --name base-64-lts --latest 1", ()),
+    ("activate", run_step, "writes", "put an unactivated image on show", EXAMPLE, ("UUID",)),
+    ("discard", run_step, "writes", "throw an image away that is not active", EXAMPLE, ("UUID",)),
+    ("list", run_list, "reads", "list the images, and their problems below",
+     "name=~web state=disabled", (
+         ("[FIELD=VALUE...]  only those that have it: name=web, name=~part, type=!zvol, "
+          "tag.role=db; fields: " + ", ".join(LIST_FILTERS), WORDS),
+         "-j --json  their manifests, as JSON",
+         "-p --parsable  the columns alone, whole and with a tab between them, for cut -f",
+         "--problems  only the problems; exit status 1 where there are any")),
+    ("enable", run_state, "writes", "let disabled images be listed and imported again", EXAMPLE,
+     ("UUID...",)),
+    ("disable", run_state, "writes", "take images off the lists; running downloads go on",
+     EXAMPLE, ("UUID...",)),
+    ("delete", run_delete, "writes", "delete images; running downloads go on", EXAMPLE,
+     ("UUID...", "--force  even where other images build on them")),
+    ("update", run_update, "writes", "change fields of the manifest of an image",
+     f"{EXAMPLE} 'description=Web server' homepage=",
+     ("UUID", ("FIELD=VALUE...  as for import; FIELD= removes it", WORDS))),
+    ("prune", run_prune, "writes", "delete old images: all but the newest of each name (and "
+     "channel), if no other builds on them", "--keep 3 -n", (
+         ("--keep N  how many of each name stay, 1 or more",
+          {"type": at_least_one, "required": True}),
+         "--name NAME  only the images of this name",
+         "-n --dry-run  delete none, but name those that would go")),
+    ("check", run_check, "reads", "read every image again, and compare with its manifest",
+     "--fast -q", (
+         "[UUID...]  only these images",
+         "--fast  compare manifests, sizes, first bytes and origins only",
+         "--record  write missing sizes and hashes of sound images into their manifests",
+         "--clean  remove images that were never finished, a day after their last change",
+         "-q --quiet  print nothing when all is well, and no progress")),
+    ("user", run_user, "", "list the users, or make, change or delete one; a password is asked "
+     "for, or is a line of standard input", "joe --rights publish", (
+         "[NAME]",
+         ("--rights RIGHTS  read, publish or manage: what NAME may do, each with those before it "
+          "(default: read); the password of one who is there stays", {"choices": RIGHTS}),
+         "--delete  delete NAME")),
+    ("config", run_config, "", "write creator and vendor UUIDs into config.json, once", "--check",
+     ("--check  write nothing, but say whether the server would start",)),
+    ("smf", run_smf, "", "print the SMF manifest for this directory and Python",
+     "--user imgserver --group imgserver > image-server.smf.xml", (
+         "--directory DIRECTORY  where imgserver.py is installed (default: here)",
+         "--python PYTHON  the interpreter (default: this one)",
+         "--user USER  who runs it (default: you)",
+         "--group GROUP  the group (default: the user's)")),
+    # For the script import-image alone, which passes everything on: not listed.
+    ("import-image", run_import_image, "writes", "publish an image, read from standard input",
+     "--dir /images web 1.2.0 'Web server' < web.zfs.gz", (
+         *IMPORTING,
+         ("-a  activate an image that -n has left: -a UUID",
+          {"dest": "command", "action": "store_const", "const": "activate", **GIVEN}),
+         ("-d  discard an image that is not active, or was never finished: -d UUID",
+          {"dest": "command", "action": "store_const", "const": "discard", **GIVEN}),
+         "-p  print the Python that is used: $PYTHON, or the newest in /opt/local/bin, or "
+         "python3")))
+IMPORT_USAGE = ("%(prog)s [OPTION ...] NAME VERSION DESCRIPTION [FIELD=VALUE ...] < IMAGE\n"
+                "       %(prog)s [OPTION ...] --manifest FILE [FIELD=VALUE ...] < IMAGE")
+
+
+def add_options(parser, options):
+    """Add options and words to a parser, each "USAGE  HELP", or that and more for add_argument.
+
+    USAGE as --help has it: "-q --quiet", "--file FILE"; or "UUID", "[NAME]", "UUID...".
+    """
+    for option in options:
+        option, settings = option if isinstance(option, tuple) else (option, {})
+        usage, _, text = option.partition("  ")
+        *names, last = usage.split()
+        found = {"help": text}
+        if last[0] == "-":
+            names.append(last)
+            found["action"] = "store_true"
+        else:
+            found["metavar"] = last.strip("[.]")
+        if not names:
+            found["dest"] = found["metavar"].lower()
+            found["nargs"] = {"[X]": "?", "[X...]": "*", "X...": "+"}.get(
+                last.replace(found["metavar"], "X"))
+        parser.add_argument(*names, **{**found, **settings})
+
+
 def option_parser() -> argparse.ArgumentParser:
     """The parser of the command line; `run` of its result is the command's function."""
-    shared = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    shared.add_argument("--config", metavar="FILE",
-                        help="the configuration (default: config.json beside imgserver.py)")
-    shared.add_argument("--dir", metavar="DIR",
-                        help="the directory of images (default: serve_dir of the configuration)")
     parser = argparse.ArgumentParser(
-        prog="imgserver.py", parents=[shared],
+        prog="imgserver.py",
         description="An image server for SmartOS: serves a directory of images to imgadm.",
         epilog="Without a command it serves.  `imgserver.py COMMAND --help` tells more.")
-    parser.set_defaults(run=run_serve, writes=False)
+    parser.set_defaults(run=run_serve, use="")
+    add_options(parser, EVERYWHERE + SERVING)
     parser.add_argument("--version", action="version", help="print the version",
                         version=f"imgserver {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", title="commands",
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands", dest="command",
                                      parser_class=CommandParser)
-
-    def command(name, run, text, writes=False, example=""):
+    for name, run, use, text, example, options in COMMANDS:
+        program = name if name == "import-image" else f"imgserver.py {name}"
         sub = commands.add_parser(
-            name, parents=[shared], help=text, description=text[0].upper() + text[1:] + ".",
-            epilog=example and "example:\n  imgserver.py " + example,
-            formatter_class=argparse.RawDescriptionHelpFormatter)
-        sub.set_defaults(run=run, writes=writes)
-        return sub
-
-    serve = command("serve", run_serve, "serve the images (the default)",
-                    example="serve --listen 8080 --dir /images")
-    for each in (parser, serve):
-        each.add_argument("--listen", metavar="PORT|ADDRESS:PORT|/PATH", action="append",
-                          default=argparse.SUPPRESS,
-                          help="where to listen: TCP, or a Unix socket; port 0 takes any; may be "
-                               "repeated (default: listen_port of the configuration, 80)")
-        each.add_argument("--loglevel", metavar="LEVEL", default=argparse.SUPPRESS,
-                          help="least level to log: " + ", ".join(LEVELS)
-                               + " (default: loglevel of the configuration, info)")
-    sub = command("import", run_import, "publish an image, read from standard input",
-                  True, "import web 1.2.0 'Web server' < web.zfs.gz")
-    add_import_options(sub)
-    add_mirror_options(command(
-        "mirror", run_mirror, "bring images of another server, with those they build on", True,
-        "mirror https://images.smartos.org --name base-64-lts --latest 1"))
-    # For the script import-image alone, which passes everything on: without help, not listed.
-    sub = commands.add_parser("import-image", parents=[shared], prog="import-image",
-                              formatter_class=argparse.RawDescriptionHelpFormatter,
-                              description="Publish an image, read from standard input.",
-                              epilog="example:\n  import-image --dir /images web 1.2.0 "
-                                     "'Web server' < web.zfs.gz")
-    sub.set_defaults(run=run_import_image, writes=True)
-    add_import_options(sub)
-    sub.usage += ("\n       %(prog)s [--dir DIR] [--config FILE] -a UUID | -d UUID"
-                  "\n       %(prog)s -p | -h")
-    sub.add_argument("-a", dest="step", action="store_const", const=run_activate,
-                     help="activate an image that -n has left")
-    sub.add_argument("-d", dest="step", action="store_const", const=run_discard,
-                     help="discard an image that is not active, or was never finished")
-    sub.add_argument("-p", action="store_true",
-                     help="print the Python that is used: $PYTHON, or the newest in "
-                          "/opt/local/bin, or python3")
-    command("activate", run_activate, "put an unactivated image on show",
-            True, f"activate {EXAMPLE}").add_argument("uuid", metavar="UUID")
-    command("discard", run_discard, "throw an image away that is not active",
-            True, f"discard {EXAMPLE}").add_argument("uuid", metavar="UUID")
-    add_managing_commands(command)
-    sub = command("check", run_check, "read every image again, and compare with its manifest",
-                  example="check --fast -q")
-    sub.add_argument("uuid", nargs="*", metavar="UUID", help="only these images")
-    sub.add_argument("--fast", action="store_true",
-                     help="compare manifests, sizes, first bytes and origins only")
-    sub.add_argument("--record", action="store_true",
-                     help="write missing sizes and hashes of sound images into their manifests")
-    sub.add_argument("--clean", action="store_true",
-                     help="remove images that were never finished, a day after their last change")
-    sub.add_argument("-q", "--quiet", action="store_true",
-                     help="print nothing when all is well, and no progress")
-    sub = command("user", run_user, "list the users, or make, change or delete one; a password "
-                  "is asked for, or is a line of standard input",
-                  example="user joe --rights publish")
-    sub.add_argument("name", nargs="?", metavar="NAME")
-    choice = sub.add_mutually_exclusive_group()
-    choice.add_argument("--rights", choices=RIGHTS,
-                        help="what NAME may do, each with those before it (default: read); the "
-                             "password of one who is there stays")
-    choice.add_argument("--delete", action="store_true", help="delete NAME")
-    sub = command("config", run_config, "write creator and vendor UUIDs into config.json, once",
-                  example="config --check")
-    sub.add_argument("--check", action="store_true",
-                     help="write nothing, but say whether the server would start")
-    sub = command("smf", run_smf, "print the SMF manifest for this directory and Python",
-                  example="smf --user imgserver --group imgserver > image-server.smf.xml")
-    sub.add_argument("--directory", help="where imgserver.py is installed (default: here)")
-    sub.add_argument("--python", help="the interpreter (default: this one)")
-    sub.add_argument("--user", help="who runs it (default: you)")
-    sub.add_argument("--group", help="the group (default: the user's)")
+            name, prog=program, usage=IMPORT_USAGE if name.startswith("import") else None,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=f"example:\n  {program} {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **({} if name == "import-image" else {"help": text}))
+        sub.set_defaults(run=run, use=use)
+        add_options(sub, EVERYWHERE + options)
+        if run is run_mirror:
+            add_mirror_options(sub)
     return parser
 
 
@@ -8754,8 +8723,7 @@ def load_config(options) -> Config:
     config = Config.load(options.config or default_config(), options.config is not None)
     if options.dir == "":
         raise UserError("--dir must name the directory of images (serve_dir), not ''", EXIT_CONFIG)
-    if (options.writes or options.run in (run_list, run_check)) \
-            and config.path is None and options.dir is None:
+    if options.use and config.path is None and options.dir is None:
         raise UserError(f"there is no {default_config()} that names the directory of images: "
                         "say --dir DIR", EXIT_CONFIG)
     if options.dir is not None:
@@ -8773,6 +8741,17 @@ def load_config(options) -> Config:
     return config
 
 
+def error_text(error) -> str:
+    """The sentence of an error: each field that is wrong, and the path that a disk refused."""
+    text, errors, cause = str(error), getattr(error, "errors", None), error.__cause__
+    if errors and all("message" in each for each in errors):
+        text = "; ".join(each["message"] if each["field"] in each["message"] else
+                         f"{each['field']}: {each['message']}" for each in errors)
+    if isinstance(cause, OSError) and os.path.isabs(cause.filename or ""):
+        text += f" ({cause.filename})"
+    return text
+
+
 def main(arguments=None) -> int:
     """Run a command.  Returns its exit status; user mistakes are one sentence on stderr."""
     for fd in (0, 1, 2):                  # or the next socket would be taken for stderr
@@ -8783,36 +8762,23 @@ def main(arguments=None) -> int:
     # Given here and not as defaults of the parser, where a command would set them once more.
     options = option_parser().parse_args(arguments, argparse.Namespace(
         config=None, dir=None, listen=None, loglevel=None))
-    options.signals, status = Signals(), 1
+    options.signals, message, status = None, None, 1
     try:
         config = load_config(options)
         if options.run is not run_serve:
-            options.signals.arm()
+            options.signals = Signals()
         status = options.run(config, options)
-        if sys.stdout is not None:        # it is where there was none at the start
-            sys.stdout.flush()
-        options.signals.finish(published=True)
-        return status
     except (UserError, ApiError) as error:
-        message, status = str(error), getattr(error, "exit_status", 1)
-        if getattr(error, "errors", None) and all("message" in each for each in error.errors):
-            message = "; ".join(each["message"] if each["field"] in each["message"] else
-                                f"{each['field']}: {each['message']}" for each in error.errors)
-        cause = error.__cause__
-        if isinstance(cause, OSError) and os.path.isabs(cause.filename or ""):
-            message += f" ({cause.filename})"
-        message = printable(message).replace('\\"', '"')
+        message, status = error_text(error), getattr(error, "exit_status", 1)
     except RuntimeError as error:         # can't start new thread
         message = str(error)
-    except OSError as error:              # commands make an ApiError of theirs, but for print
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)      # or Python would fail at its end again
+    except OSError as error:              # commands make an ApiError of theirs, but for say
         message = str(error.strerror or error)
-    options.signals.finish(published=False)
-    with contextlib.suppress(OSError, AttributeError):    # only the status can tell
-        if status != 128 + signal.SIGPIPE or options.writes:      # not after `list | head`
-            sys.stderr.write(f"imgserver: {message}\n")
-    if status > 128:                      # a signal: no unread line delays the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if options.signals is not None:
+        options.signals.finish(message is None)
+    # Not after `list | head`; else, if stderr is closed, only the status can tell.
+    if message is not None and (status != 128 + signal.SIGPIPE or options.use == "writes"):
+        complain(message)
     return status
 
 

@@ -84,6 +84,27 @@ class TestCheck(CheckCase):
                 self.assertRegex(lines[number],
                                  f"^{uuid_of(number)} .* 1.0.0: .*({pattern})")
 
+    def test_an_origin_is_missed_in_the_words_of_list(self):
+        """Of an image with an incremental stream, too, and never behind the name of its file."""
+        data = streams.pack(streams.stream(from_guid=5))
+        write_v2(self.serve_dir, uuid_of(1), data, origin=uuid_of(9))
+        write_v2(self.serve_dir, uuid_of(2), IMAGE, origin=uuid_of(9))
+        write_v2(self.serve_dir, uuid_of(3), IMAGE, origin=uuid_of(4))
+        write_v2(self.serve_dir, uuid_of(4), IMAGE, origin=uuid_of(3))
+        mirror = (f"imgadm cannot import it until image {uuid_of(9)} is on this server, too: "
+                  f"imgserver.py mirror URL {uuid_of(9)}")
+        sentences = [f"{uuid_of(1)} test 2.0.0: {mirror}", f"{uuid_of(2)} test 2.0.0: {mirror}"]
+        cycles = [f"{uuid_of(number)} test 2.0.0{{}}: its origins form a cycle"
+                  for number in (3, 4)]
+        for words in ((), ("--fast",)):
+            status, lines = self.check(*words)
+            self.assertEqual((status, lines), (1, [
+                *sentences, *(line.format("") for line in cycles), "0 of 4 images are sound"]))
+        listed = subprocess.run(command("list", "--problems", "--dir", self.serve_dir),
+                                stdout=subprocess.PIPE, text=True, timeout=PATIENCE)
+        self.assertEqual(listed.stdout.splitlines(), [
+            *(line.format(" is left out") for line in cycles), *sentences])
+
     def test_one_flipped_bit(self):
         write_image(self.serve_dir, uuid_of(1), IMAGE)
         with open(self.path(uuid_of(1), "image.zfs.gz"), "r+b") as file:
@@ -165,8 +186,9 @@ class TestIncoming(CheckCase):
         self.incoming(3, 3 * DAY, whole=True)
         status, lines = self.check()
         self.assertEqual(status, 0)
-        for number, text in ((1, "never finished"), (2, "never finished"), (3, "waits to be")):
-            self.assertRegex(lines[number - 1], f"^.incoming-{uuid_of(number)}: .*{text}")
+        for number, text in ((1, "was never finished"), (2, "was never finished"),
+                             (3, "waits to be activated")):
+            self.assertRegex(lines[number - 1], f"^(.incoming-)?{uuid_of(number)}.*: {text}")
         self.assertEqual(len(os.listdir(self.serve_dir)), 3)
 
     def test_clean_takes_the_abandoned_alone(self):

@@ -1,5 +1,6 @@
 """import-image and imgserver.py import: what is published, what is refused, what is left."""
 
+import argparse
 import concurrent.futures
 import contextlib
 import glob
@@ -251,8 +252,8 @@ class TestWords(ImportCase):
 
     def test_every_option_of_import(self):
         """import-image passes on all that `imgserver.py import` knows, with its value."""
-        sub = imgserver.CommandParser()
-        imgserver.add_import_options(sub)
+        sub = argparse.ArgumentParser()
+        imgserver.add_options(sub, imgserver.IMPORTING)
         values = {"--os": "linux", "--type": "other", "--uuid": uuid_of(7),
                   "--file": os.path.join(self.directory, "image")}
         with open(values["--file"], "wb") as file:
@@ -662,9 +663,8 @@ class TestTrouble(ImportCase):
 
             threading.Thread(target=end, daemon=True).start()
             signals = imgserver.Signals()
-            signals.arm()
             try:
-                signals.wait(os.pipe()[0])
+                signals.wait(reading=[os.pipe()[0]])
             except imgserver.UserError as error:
                 sys.exit(error.exit_status)
             """], cwd=ROOT, timeout=PATIENCE)

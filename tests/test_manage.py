@@ -3,10 +3,12 @@
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from unittest import mock
 
@@ -100,7 +102,8 @@ class TestList(ManageCase):
             f"{U} test  1.0.0   smartos zone-dataset 5    active      2013-01-01T00:00:00Z -",
             f"{W} web 2 2.0.0   smartos zone-dataset 17   unactivated -                    {U}"])
         self.assertEqual(lines[4], "")
-        self.assertRegex(lines[5], f"^.incoming-{W}: waits to be activated")
+        self.assertRegex(lines[5], f"^{W} web 2 2.0.0: waits to be activated, .*: "
+                                   f"imgserver.py activate {W}$")
         self.assertEqual(len(lines), 6)
         rows = [line.split("\t") for line in self.manage("list", "-p", channels=CHANNELS)[1]]
         self.assertEqual([(row[1], row[9]) for row in rows],
@@ -251,10 +254,14 @@ class TestProblems(ManageCase):
         write_v2(self.serve_dir, X, state="unactivated")
         os.mkdir(os.path.join(self.serve_dir, ".discarded-" + U))
         for line, pattern in zip(self.problems(), (
-                f"{X} test 2.0.0: waits to be activated: .* state unactivated",
-                f".incoming-{U}: waits to be activated; last change 48 hours ago",
-                f".incoming-{V}: was never finished, or is still coming .*1 hours ago",
-                f".incoming-{W}: was never finished .*`check --clean` removes it; last change 48",
+                f"{X} test 2.0.0: waits to be activated: its manifest has the state unactivated: "
+                f"imgserver.py activate {X}$",
+                f"{U} test 2.0.0: waits to be activated, last change 48 hours ago: "
+                f"imgserver.py activate {U}$",
+                f".incoming-{V} test 2.0.0: was never finished, or is still coming "
+                r"\(.*\), last change 1 hours ago$",
+                f".incoming-{W} test 2.0.0: was never finished .*, last change 48 hours ago: "
+                "`check --clean` removes it$",
                 f".discarded-{U}: .*`check --clean` removes it")):
             self.assertRegex(line, "^" + pattern)
         self.assertEqual(len(self.problems()), 5)
@@ -267,8 +274,8 @@ class TestProblems(ManageCase):
         self.assertEqual(self.problems(channels=CHANNELS), [
             f"{V} test 2.0.0: its origin {U} is in none of its channels: imgadm cannot import it "
             "from there",
-            f"{W} test 2.0.0: it is in no channel of the configuration: nobody sees it over "
-            "IMGAPI"])
+            f"{W} test 2.0.0: it is in no channel of the configuration, so that nobody sees it "
+            f"over IMGAPI: imgserver.py update {W} 'channels=[\"release\"]'"])
 
 
 class TestChanges(ManageCase):
@@ -489,6 +496,16 @@ class TestPrune(ManageCase):
         self.image(4)
         self.assertEqual(self.prune("--keep", "1"), [3])
 
+    def test_of_one_moment_the_last_in_lists_stays(self):
+        for number in (3, 1, 4, 2, 5):
+            write_v2(self.serve_dir, uuid_of(number), name="web", published_at=(
+                "2020-01-01T00:00:00.000Z" if number % 2 else "2020-01-01T00:00:00Z"))
+        for newest in (self.listed(), [image["uuid"] for image in ask(
+                self.site(), "/images").json()]):
+            self.assertEqual(newest, [uuid_of(number) for number in range(1, 6)])
+        self.assertEqual(self.prune("--keep", "3"), [1, 2])
+        self.assertEqual(self.prune("--keep", "1"), [3, 4])
+
     def test_keep_is_a_number_from_1(self):
         self.image(1)
         for words in ((), ("--keep", "0"), ("--keep", "-1"), ("--keep", "x"), ("--keep", "1.5")):
@@ -518,18 +535,71 @@ class TestConfigCheck(ManageCase):
         self.assertEqual(results[0], results[1], "not as the server itself says it")
         return results[0]
 
+    def said(self, listen, verdict="the configuration is right", directory=None):
+        """The lines of a check that ends well."""
+        return (f"configuration: {os.path.join(self.directory, 'config.json')}\n"
+                f"serve_dir: {directory or self.serve_dir}\nlisten_port: {listen}\n{verdict}\n")
+
     def test_what_would_start(self):
         self.assertEqual(self.check({}, "--listen", "127.0.0.1:0"),
-                         (0, "the configuration is right\n", ""))
+                         (0, self.said("127.0.0.1:0"), ""))
         path = os.path.join(self.directory, "s.sock")
-        self.assertEqual(self.check({"listen_port": path})[:2],
-                         (0, "the configuration is right\n"))
+        self.assertEqual(self.check({"listen_port": path}), (0, self.said(path), ""))
         self.assertFalse(os.path.exists(path))
+        self.assertEqual(
+            self.check({"listen_port": path}, "--dir", self.directory, "--listen", "127.0.0.1:0",
+                       "--listen", "[::1]:0")[:2],
+            (0, self.said("127.0.0.1:0, [::1]:0", directory=self.directory)))
+
+    def test_no_file_of_the_configuration(self):
+        path = os.path.join(self.directory, "none.json")
+        result = subprocess.run(
+            command("--listen", "127.0.0.1:0", "--dir", self.serve_dir, "config", "--check",
+                    prelude=f"imgserver.default_config = lambda: {path!r}"),
+            capture_output=True, timeout=PATIENCE)
+        self.assertEqual(result.stdout.decode().splitlines()[0],
+                         f"configuration: the defaults, as there is no {path}")
 
     def test_warnings_are_those_of_the_log(self):
-        status, said, warned = self.check({"colour": 1}, "--listen", "127.0.0.1:0")
-        self.assertEqual((status, said), (0, "the configuration is right\n"))
-        self.assertRegex(warned, r"^\S+Z warn config: 'colour' is no key of the configuration\n$")
+        for level in ("info", "fatal"):           # with fatal the server itself says nothing
+            status, said, warned = self.check({"colour": 1, "loglevel": level},
+                                              "--listen", "127.0.0.1:0")
+            self.assertEqual((status, said), (0, self.said(
+                "127.0.0.1:0", "the server would start, with 1 warning")))
+            self.assertRegex(warned,
+                             r"^\S+Z warn config: 'colour' is no key of the configuration\n$")
+        self.assertIn("would start, with 2 warnings\n", self.check(
+            {"colour": 1, "size": 2}, "--listen", "127.0.0.1:0")[1])
+
+    def test_a_program_that_others_may_change(self):
+        """Who may write the directory of the program, as one of images, could plant code there."""
+        home = os.path.join(self.directory, "home")
+        os.mkdir(home)
+        program = shutil.copy(imgserver.__file__, home)
+        compiled = os.path.join(home, "__pycache__")
+        os.mkdir(compiled)
+
+        def risks():
+            """The paths of the warnings of config --check there."""
+            result = subprocess.run(
+                [sys.executable, "-I", program, "--listen", "127.0.0.1:0", "--dir",
+                 self.serve_dir, "config", "--check"], capture_output=True, text=True, timeout=PATIENCE)
+            self.assertEqual(result.returncode, 0, result.stderr)
+            found = re.findall("may write (.*), and so change the program", result.stderr)
+            self.assertIn(f"with {len(found)} warning" if found else "is right", result.stdout)
+            return found
+        self.assertEqual(risks(), [])
+        for path, mode in ((home, 0o775), (home, 0o1777), (program, 0o664), (compiled, 0o757)):
+            with self.subTest(path, mode=oct(mode)):
+                before = os.stat(path).st_mode & 0o7777
+                os.chmod(path, mode)
+                self.assertEqual(risks(), [path])
+                os.chmod(path, before)
+        if os.getuid() == 0:
+            os.chown(home, 65534, 65534)
+            self.assertEqual(risks(), [home])
+            os.chown(program, 65534, 65534)       # the same user: nobody else
+            self.assertEqual(risks(), [])
 
     def test_what_would_not(self):
         for values, status, pattern in (
@@ -550,7 +620,7 @@ class TestConfigCheck(ManageCase):
             listen = server.address if unix else "{}:{}".format(*server.address)
             status, said, error = self.check({"listen_port": listen})
             self.assertEqual((status, error), (0, ""))
-            self.assertRegex(said, r"^the configuration is right \(.*the server that runs")
+            self.assertRegex(said, r"\nthe configuration is right \(.*the server that runs")
             self.assertEqual(server.get("/ping").status, 200)
             self.assertEqual(server.stop(signal.SIGTERM), 0)
 

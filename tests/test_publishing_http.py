@@ -1267,8 +1267,9 @@ class Uploads(ServerCase):
         for words, left in (((), [U, V]), (("--clean",), [V])):
             lines = subprocess.run(command("--dir", self.serve_dir, "check", *words),
                                    capture_output=True, timeout=PATIENCE).stdout.decode()
-            self.assertIn(f".incoming-{U}: was never finished", lines)
-            self.assertIn(f".incoming-{V}: waits to be activated; last change 24 hours", lines)
+            self.assertRegex(lines, rf"(?m)^\.incoming-{U}.*: was never finished")
+            self.assertRegex(lines, rf"(?m)^{V} .*: waits to be activated, last change 24 hours "
+                                    rf"ago: imgserver\.py activate {V}$")
             self.assertEqual(sorted(os.listdir(self.serve_dir)),
                              [".incoming-" + uuid for uuid in left])
 

@@ -262,7 +262,7 @@ class BadConfigs(Starting):
         self.assertEqual(sorted(os.listdir(self.directory)), before)
         with mock.patch.object(imgserver, "default_config", lambda: self.config({})):
             options = argparse.Namespace(config=None, dir=None, listen=None, loglevel=None,
-                                         writes=True)
+                                         use="writes")
             config = imgserver.load_config(options)
             self.assertEqual((config.serve_dir, config.path), (self.serve_dir, path))
 
