@@ -7464,7 +7464,6 @@ LIST_COLUMNS = ("UUID", "NAME", "VERSION", "OS", "TYPE", "SIZE", "STATE", "PUBLI
 LIST_FILTERS = ("uuid", "name", "version", "os", "type", "state", "origin", "channels", "owner",
                 "public", "billing_tag")
 EXAMPLE = "f669428c-a939-11e2-a485-b790efc0f0c1"      # a uuid for --help
-NO_SHA1 = ""                  # in place of a missing one
 
 
 def program_risks():
@@ -7919,14 +7918,6 @@ def label(config, uuid) -> str:
     return printable(uuid)
 
 
-class Unhashed:
-    """In the place of a Hasher: the commands need no sha1, or find it themselves."""
-
-    @staticmethod
-    def hashes(path, key):
-        return NO_SHA1, bytes(16)
-
-
 class Inventory:
     """All images of serve_dir as they are now, for the commands: image files are not read.
 
@@ -7937,56 +7928,73 @@ class Inventory:
 
     def __init__(self, config, apis=()):
         config.check_serve_dir()
-        self.config, self.apis = config, apis
-        self.reader = ImageReader(config, Unhashed())
+        self.config, self.apis, self.reader = config, apis, ImageReader(config, self)
         self.by_uuid, self.left_out = {}, {}
         for name in sorted(os.listdir(config.serve_dir), reverse=True):   # .incoming-* come last
-            image, reason = self.read(name)
-            if reason:
-                self.left_out[name] = reason
-            elif image and image.uuid not in self.by_uuid:
-                self.by_uuid[image.uuid] = image
+            try:
+                image = self.read(name)
+                if image is not None:
+                    self.by_uuid.setdefault(image.uuid, image)
+            except BadImage as error:
+                self.left_out[name] = str(error)
         self.cyclic = endless({uuid: image.origin for uuid, image in self.by_uuid.items()})
         for uuid in self.cyclic:
             del self.by_uuid[uuid]
             self.left_out[uuid] = "its origins form a cycle"
         self.images = sorted(self.by_uuid.values(), key=lambda image: image.order)
 
-    def read(self, name):
-        """(image, None) of a name in serve_dir, or (None, why one that is meant is not shown)."""
-        serve_dir = self.config.serve_dir
+    @staticmethod
+    def hashes(path, key):
+        """In the place of a Hasher: no sha1 is needed where a manifest has none."""
+        return "", bytes(16)
+
+    def read(self, name) -> Image | None:
+        """The image of a name in serve_dir, as it is now; None where the name means none.
+
+        Raises BadImage where it is not shown.
+        """
+        uuid, serve_dir = name[len(INCOMING):], self.config.serve_dir
         if name.startswith(INCOMING):
-            image = is_uuid(name[len(INCOMING):]) and self.reader.read_unactivated(
-                name[len(INCOMING):])
-            return image if image and not image.problem else None, None
-        image = is_uuid(name) and self.reader.read(name, os.path.join(serve_dir, ""), self.apis)
-        if image:
-            return (None, image.problem) if image.problem else (image, None)
-        reason = passed_over(serve_dir, name)
-        if reason is None and is_uuid(name) and os.path.isdir(os.path.join(serve_dir, name)):
-            reason = f"there is no {MANIFEST}"
-        return None, reason
+            image = self.reader.read_unactivated(uuid) if is_uuid(uuid) else None
+            return None if image is None or image.problem else image
+        image = self.reader.read(name, os.path.join(serve_dir, ""), self.apis) \
+            if is_uuid(name) else None
+        problem = image.problem if image else passed_over(serve_dir, name)
+        if not (image or problem) and is_uuid(name) and os.path.isdir(f"{serve_dir}/{name}"):
+            problem = f"there is no {MANIFEST}"
+        if problem:
+            raise BadImage(problem)
+        return image
 
-    def incoming(self):
-        """Yield (uuid, problem, seconds since its last change) of each that is not active.
+    def leftovers(self):
+        """Yield (name, stale, sentence) of each directory of an image that is not active.
 
-        As they are now; problem: why it cannot be activated, or None.
+        As they are now.  stale: of no use to anybody, so that --clean removes it.
         """
         serve_dir = self.config.serve_dir
         for name in sorted(os.listdir(serve_dir)):
             uuid, path = name[len(INCOMING):], os.path.join(serve_dir, name)
+            if name.startswith(DISCARDED):
+                yield name, True, (f"{printable(name)}: is being removed, or else: imgserver.py "
+                                   "check --clean")
             if not name.startswith(INCOMING) or not is_uuid(uuid):
                 continue
             try:
-                times = [os.stat(path).st_mtime, *(
-                    entry.stat(follow_symlinks=False).st_mtime for entry in os.scandir(path))]
+                age = time.time() - max(os.lstat(each).st_mtime for each in (
+                    path, *(entry.path for entry in os.scandir(path))))
             except OSError:
                 continue                  # it has just been activated, or is no directory
             image = self.reader.read(uuid, os.path.join(serve_dir, INCOMING), (IMGAPI,))
             problem = image.problem if image else f"there is no {MANIFEST}"
             if os.path.lexists(os.path.join(serve_dir, uuid)):
                 problem = "an image of this uuid is active"
-            yield uuid, problem, time.time() - max(times)
+            stale = problem is not None and age > STALE
+            text = f"is not whole ({terminal_text(problem)})" if problem else \
+                "waits to be activated"
+            command = f"activate {uuid}" if not problem else "check --clean" if stale else None
+            yield name, stale, (
+                f"{label(self.config, uuid)}: {text}, last change {age / 3600:.0f} hours ago"
+                + (f": imgserver.py {command}" if command else ""))
 
     def problems(self):
         """Yield a sentence for each image that is left out, not importable, waiting or stale."""
@@ -7995,20 +8003,8 @@ class Inventory:
         for image in self.images:
             for text in (*image.notes, *self.reasons(image), *self.origin_problems(image)):
                 yield f"{image.uuid} {image.title}: {terminal_text(text)}"
-        for incoming in self.incoming():
-            yield self.incoming_text(*incoming)
-        for name in sorted(os.listdir(self.config.serve_dir)):
-            if name.startswith(DISCARDED):
-                yield f"{printable(name)}: is being removed, or else `check --clean` removes it"
-
-    def incoming_text(self, uuid, problem, age) -> str:
-        """A sentence about an image of `incoming`."""
-        name, last = label(self.config, uuid), f"last change {age / 3600:.0f} hours ago"
-        if problem is None:
-            return f"{name}: waits to be activated, {last}: imgserver.py activate {uuid}"
-        return f"{INCOMING}{name}: was never finished" + (
-            f" ({terminal_text(problem)}), {last}: `check --clean` removes it" if age > STALE else
-            f", or is still coming ({terminal_text(problem)}), {last}")
+        for _, _, text in self.leftovers():
+            yield text
 
     def reasons(self, image):
         """Yield why a sound image is not seen by imgadm."""
@@ -8054,96 +8050,63 @@ def endless(origins) -> list:
     return result
 
 
-class Check:
-    """Compares the images of serve_dir with their manifests; one run of `check`."""
+def check_image(inventory, uuid, options):
+    """Compare an image with its manifest.
 
-    def __init__(self, config, options):
-        self.config, self.options, self.signals = config, options, options.signals
-        self.inventory, self.publisher = Inventory(config, (IMGAPI,)), Publisher(config)
+    Raises BadImage, ApiError where --record cannot write, and UserError after a signal.
+    """
+    image = inventory.read(uuid)
+    if image is None:
+        raise BadImage("no such image")
+    try:
+        facts, stream = read_facts(image, options)
+        compare_facts(image, facts, stream, not options.fast)
+    except (OSError, BadImage) as error:
+        raise BadImage(f"{image.file}: {getattr(error, 'strerror', error)}")
+    if options.record:
+        record_facts(image.directory, facts)
+    for text in inventory.origin_problems(image):
+        raise BadImage(text)
+    Publisher(inventory.config).check_origin(image.origin, stream)
 
-    def image(self, uuid):
-        """Check one image.  Raises BadImage, and ApiError where --record cannot write."""
-        image, problem = self.inventory.read(uuid)        # as it is now
-        if image is None:
-            raise BadImage(problem or "no such image")
-        try:
-            facts, stream = self._head(image) if self.options.fast else self._scan(image)
-            self._compare(image, facts, stream)
-        except (OSError, BadImage) as error:
-            raise BadImage(f"{image.file}: {getattr(error, 'strerror', error)}")
-        if self.options.record:
-            record_facts(image.directory, facts)
-        for text in self.inventory.origin_problems(image):
-            raise BadImage(text)
-        self.publisher.check_origin(image.origin, stream)
 
-    @staticmethod
-    def _head(image):
-        """(facts, stream) by the first bytes of an image's file.  Raises BadImage, OSError."""
-        path = os.path.join(image.directory, image.file)
-        with open(open_regular(path)[0], "rb", buffering=0) as file:
+def read_facts(image, options):
+    """(facts, stream) of an image's file: by all of it, or with --fast by its first bytes.
+
+    Raises BadImage, OSError, and UserError after a signal.
+    """
+    path = os.path.join(image.directory, image.file)
+    with open(open_regular(path)[0], "rb", buffering=0) as file:
+        if options.fast:
             compression = compression_of(file.read(MAGIC_LENGTH), image.file)
-        return {"compression": compression}, read_stream(path, compression)
-
-    def _scan(self, image):
-        """(facts, stream) by all of an image's file.  Raises BadImage, OSError and UserError."""
-        found, progress = FileScan(), Progress(f"{image.uuid} {image.file}", self.options.quiet)
+            return {"compression": compression}, read_stream(path, compression)
+        found, progress = FileScan(), Progress(f"{image.uuid} {image.file}", options.quiet)
         try:
-            with open(open_regular(os.path.join(image.directory, image.file))[0], "rb",
-                      buffering=0) as file:
-                for chunk in iter(lambda: file.read(CHUNK), b""):
-                    self.signals.check()
-                    found.feed(chunk)
-                    progress.add(len(chunk))
-                found.finish()
+            for chunk in iter(lambda: file.read(CHUNK), b""):
+                options.signals.check()
+                found.feed(chunk)
+                progress.add(len(chunk))
+            found.finish()
         finally:
             progress.clear()
-        return {"size": found.size, **found.hashes(),
-                "compression": found.compression}, found.stream
+    return {"size": found.size, **found.hashes(), "compression": found.compression}, found.stream
 
-    def _compare(self, image, facts, stream):
-        """Compare the facts about a file with its manifest, and its stream.  Raises BadImage."""
-        required = STREAM_TYPES.values()
-        promised = {**image.fields()["files"][0],
-                    "md5": image.claimed_md5 and image.claimed_md5.hex()}
-        if stream.type is not None:
-            facts["dataset_guid"] = str(stream.guid)
-        elif image.type not in required:
-            del promised["compression"]
-        for name, value in facts.items():
-            if (promised.get(name) or value) != value:
-                raise BadImage(f"its {name} is {value}, not {promised[name]}")
-        problem = stream_problem(image.type, stream, required, not self.options.fast)
-        if problem:
-            raise BadImage(problem)
 
-    def leftovers(self):
-        """Say which images are not active; with --clean remove the stale ones."""
-        for uuid, problem, age in list(self.inventory.incoming()):
-            text = self.inventory.incoming_text(uuid, problem, age)
-            removed = self.options.clean and problem is not None and age > STALE
-            if removed:
-                try:
-                    self.publisher.discard(uuid)
-                    text = f"{INCOMING}{uuid}: was never finished: removed"
-                except ApiError as error:
-                    text = f"{INCOMING}{uuid}: was never finished: {error.message}"
-            if removed or not self.options.quiet:
-                self.signals.say(text)
-
-    def clean(self):
-        """Remove the remains of commands that were killed: set aside, or half written."""
-        serve_dir = self.config.serve_dir
-        for name in os.listdir(serve_dir):
-            self.signals.check()
-            path = os.path.join(serve_dir, name)
-            with contextlib.suppress(OSError):
-                if name.startswith(DISCARDED):
-                    remove_tree(path)
-                for entry in os.scandir(path) if is_uuid(name) else ():
-                    if (_TEMPORARY.fullmatch(entry.name) and time.time()
-                            - entry.stat(follow_symlinks=False).st_mtime > STALE):
-                        os.unlink(entry.path)
+def compare_facts(image, facts, stream, whole):
+    """Raise BadImage where the facts about a file, or its stream, are not as its manifest says."""
+    required = STREAM_TYPES.values()
+    promised = {**image.fields()["files"][0],
+                "md5": image.claimed_md5 and image.claimed_md5.hex()}
+    if stream.type is not None:
+        facts["dataset_guid"] = str(stream.guid)
+    elif image.type not in required:
+        del promised["compression"]
+    for name, value in facts.items():
+        if (promised.get(name) or value) != value:
+            raise BadImage(f"its {name} is {value}, not {promised[name]}")
+    problem = stream_problem(image.type, stream, required, whole)
+    if problem:
+        raise BadImage(problem)
 
 
 def record_facts(directory, facts):
@@ -8171,26 +8134,46 @@ def run_check(config, options):
     """Compare every image with its manifest, and report those that differ."""
     if options.fast and options.record:
         raise UserError("--record must read all of an image: not with --fast", 2)
-    uuids = [checked_uuid(text) for text in options.uuid]
-    check, say = Check(config, options), options.signals.say
+    uuids, say = [checked_uuid(text) for text in options.uuid], options.signals.say
+    inventory, publisher = Inventory(config, (IMGAPI,)), Publisher(config)
     uuids = uuids or sorted(name for name in os.listdir(config.serve_dir)
                             if is_uuid(name.lower()))
     bad = 0
     for uuid in uuids:
         options.signals.check()
         try:
-            check.image(uuid)
+            check_image(inventory, uuid, options)
         except (BadImage, ApiError) as error:
             bad += 1
             say(f"{label(config, uuid)}: {terminal_text(str(error))}")
-    if options.clean:
-        check.clean()
-    if not options.uuid:
-        check.leftovers()
+        if options.clean:
+            remove_temporaries(os.path.join(config.serve_dir, uuid))
+    for name, stale, text in () if options.uuid else list(inventory.leftovers()):
+        if stale and options.clean:
+            try:
+                if name.startswith(INCOMING):
+                    publisher.discard(name[len(INCOMING):])
+                else:
+                    with storing("it cannot be removed"):
+                        remove_tree(os.path.join(config.serve_dir, name))
+                text = f"{name}: removed"
+            except ApiError as error:
+                text = f"{name}: {error.message}"
+        if (stale and options.clean) or not options.quiet:
+            say(text)
     if bad or not options.quiet:
         say(f"{len(uuids) - bad} of {len(uuids)} images are sound"
             + ("" if uuids else f": there is none in {config.serve_dir}"))
     return 1 if bad else 0
+
+
+def remove_temporaries(directory):
+    """Remove files that killed commands left half written in an image's directory."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(directory):
+            if (_TEMPORARY.fullmatch(entry.name)
+                    and time.time() - entry.stat(follow_symlinks=False).st_mtime > STALE):
+                os.unlink(entry.path)
 
 
 def list_filters(texts):
@@ -8210,13 +8193,6 @@ def list_filters(texts):
     return filters + image_filters(query, None)
 
 
-def list_row(image, config) -> list:
-    published = image.order[0].partition(".")[0] + "Z"
-    row = [image.uuid, image.name, image.version, image.os, image.type, str(image.size),
-           image.state, "-" if image.state == "unactivated" else published, image.origin or "-"]
-    return row + ([printable(",".join(image.channels)) or "-"] if config.channels else [])
-
-
 def list_text(images, config, options) -> str:
     """The images of `list` as a table, as lines for `cut`, or as JSON."""
     if options.json:
@@ -8224,17 +8200,20 @@ def list_text(images, config, options) -> str:
         for image in images:
             values.append(image.fields())
             for file in values[-1]["files"]:
-                if file["sha1"] == NO_SHA1:
+                if not file["sha1"]:
                     del file["sha1"]
             if config.channels:
                 values[-1]["channels"] = list(image.channels)
         return render_json(values)
-    rows = [list_row(image, config) for image in images]
+    columns = LIST_COLUMNS[:None if config.channels else -1]
+    rows = [[image.uuid, image.name, image.version, image.os, image.type, str(image.size),
+             image.state, "-" if image.state == "unactivated" else
+             image.order[0].partition(".")[0] + "Z", image.origin or "-",
+             printable(",".join(image.channels)) or "-"][:len(columns)] for image in images]
     if options.parsable:
         return "\n".join(map("\t".join, rows))
-    rows = [LIST_COLUMNS[:9 + bool(config.channels)]] + [
-        [text if len(text) <= COLUMN_LIMIT else text[:COLUMN_LIMIT - 3] + "..." for text in row]
-        for row in rows]
+    rows = [columns] + [[text if len(text) <= COLUMN_LIMIT else text[:COLUMN_LIMIT - 3] + "..."
+                         for text in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join(" ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
@@ -8477,29 +8456,26 @@ def smf_credential(options):
     A line on stderr names a user that may surprise the operator.
     """
     import pwd
-    kept = {}
-    if not options.user:
-        with contextlib.suppress(OSError, UnicodeError), open(
+    user, group = options.user, ":default"
+    if not user:
+        with contextlib.suppress(OSError, UnicodeError, TypeError), open(
                 os.path.join(os.path.dirname(default_config()), "image-server.smf.xml"),
                 encoding="utf-8") as file:
-            credential = re.search("<method_credential[^>]*>", file.read())
-            kept = dict(re.findall(r'(\w+)="([^"]*)"', credential[0] if credential else ""))
-    user = options.user or html.unescape(kept.get("user", ""))
-    group = options.group or html.unescape(kept.get("group", ":default"))
+            user, group = map(html.unescape, re.search(
+                '<method_credential user="([^"]*)" group="([^"]*)"', file.read()).groups())
+    with contextlib.suppress(KeyError):
+        user = user or pwd.getpwuid(os.getuid()).pw_name
+    user = user or str(os.getuid())       # which SMF takes as well as a name
     try:
-        if not user:
-            user = str(os.getuid())       # which SMF takes as well as a name
-            user = pwd.getpwuid(os.getuid()).pw_name
-        is_root = (int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid) == 0
+        uid = int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid
     except KeyError:
-        is_root = False
-        if kept:
-            complain(f"there is no user {user}, who is to run the service: make one, or name "
-                     "another with --user")
-    if is_root:
+        uid = None
+        complain(f"there is no user {user}, who is to run the service: make one, or name another "
+                 "with --user")
+    if uid == 0:
         complain("the service would run as root: name another user with --user "
                  "(make SMF_FLAGS='--user U --group G')")
-    return user, group
+    return user, options.group or group
 
 
 def run_smf(config, options):

@@ -151,7 +151,7 @@ class TestCheck(CheckCase):
              "def check(*_):\n"
              f"    open({looked!r}, 'w').close()\n"
              "    raise imgserver.BadImage('bad')\n"
-             "imgserver.Check.image = check\n"
+             "imgserver.check_image = check\n"
              "sys.exit(imgserver.main())", "check", "--dir", self.serve_dir],
             stdout=writer, stderr=subprocess.PIPE, cwd=ROOT,
             env={**os.environ, "PYTHONUNBUFFERED": ""})       # the line is in Python's buffer
@@ -186,9 +186,9 @@ class TestIncoming(CheckCase):
         self.incoming(3, 3 * DAY, whole=True)
         status, lines = self.check()
         self.assertEqual(status, 0)
-        for number, text in ((1, "was never finished"), (2, "was never finished"),
+        for number, text in ((1, "is not whole"), (2, "is not whole"),
                              (3, "waits to be activated")):
-            self.assertRegex(lines[number - 1], f"^(.incoming-)?{uuid_of(number)}.*: {text}")
+            self.assertRegex(lines[number - 1], f"^{uuid_of(number)}.*: {text}")
         self.assertEqual(len(os.listdir(self.serve_dir)), 3)
 
     def test_clean_takes_the_abandoned_alone(self):

@@ -256,13 +256,12 @@ class TestProblems(ManageCase):
         for line, pattern in zip(self.problems(), (
                 f"{X} test 2.0.0: waits to be activated: its manifest has the state unactivated: "
                 f"imgserver.py activate {X}$",
+                f".discarded-{U}: is being removed, or else: imgserver.py check --clean$",
                 f"{U} test 2.0.0: waits to be activated, last change 48 hours ago: "
                 f"imgserver.py activate {U}$",
-                f".incoming-{V} test 2.0.0: was never finished, or is still coming "
-                r"\(.*\), last change 1 hours ago$",
-                f".incoming-{W} test 2.0.0: was never finished .*, last change 48 hours ago: "
-                "`check --clean` removes it$",
-                f".discarded-{U}: .*`check --clean` removes it")):
+                rf"{V} test 2.0.0: is not whole \(.*\), last change 1 hours ago$",
+                rf"{W} test 2.0.0: is not whole \(.*\), last change 48 hours ago: "
+                "imgserver.py check --clean$")):
             self.assertRegex(line, "^" + pattern)
         self.assertEqual(len(self.problems()), 5)
 

@@ -1267,7 +1267,7 @@ class Uploads(ServerCase):
         for words, left in (((), [U, V]), (("--clean",), [V])):
             lines = subprocess.run(command("--dir", self.serve_dir, "check", *words),
                                    capture_output=True, timeout=PATIENCE).stdout.decode()
-            self.assertRegex(lines, rf"(?m)^\.incoming-{U}.*: was never finished")
+            self.assertRegex(lines, rf"(?m)^{U}.*: is not whole")
             self.assertRegex(lines, rf"(?m)^{V} .*: waits to be activated, last change 24 hours "
                                     rf"ago: imgserver\.py activate {V}$")
             self.assertEqual(sorted(os.listdir(self.serve_dir)),
