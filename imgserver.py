@@ -7574,16 +7574,21 @@ def run_serve(config, _):
     return 0
 
 
-class Signals:
-    """The signals that end a command, as a flag: nothing is interrupted by them.
+class Console:
+    """Standard output and the terminal of a command, and the signals that end it.
 
-    A command asks for the flag between two pieces of its work, and waits with `wait`.  The
-    wake-up descriptor becomes readable with a signal, so that none is lost just before a wait.
+    Nothing is interrupted by a signal: it is a flag, which a command asks for between two pieces
+    of its work, and at each wait.  The wake-up descriptor becomes readable with a signal, so
+    that none is lost just before a wait.
     """
 
-    def __init__(self):
+    def __init__(self, quiet=False):
+        self._number, self._wakeup, self._may_raise = None, None, False
+        self._is_dirty = False            # a progress is on the terminal
+        self._has_progress = not quiet and sys.stderr is not None and sys.stderr.isatty()
+
+    def arm(self):
         """From now on a signal is kept until check or wait is called."""
-        self._number, self._may_raise = None, False
         self._wakeup, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -7624,6 +7629,7 @@ class Signals:
 
         Raises UserError where it must wait and a signal has come, and OSError.
         """
+        self._show_progress("")
         data = (text + "\n").encode("utf-8", "surrogateescape")
         while data:
             self.wait(writing=[1])
@@ -7634,8 +7640,44 @@ class Signals:
                     self.check()          # it was SIGPIPE, too
                     raise
 
+    def complain(self, text):
+        """Print a line on stderr, in printable ASCII; where that is closed, nothing."""
+        self._show_progress("")
+        with contextlib.suppress(OSError, AttributeError):
+            sys.stderr.write(f"imgserver: {terminal_text(text)}\n")
+            sys.stderr.flush()
+
+    def progress(self, action, total=None):
+        """Show bytes and rate on a terminal's stderr, some times a second, until the next line.
+
+        Returns a function of the size of each piece that has come, which raises UserError after
+        a signal.  total: the bytes that will come, from which the seconds follow that are left.
+        """
+        size, began, last = 0, time.monotonic(), time.monotonic()
+
+        def count(more):
+            nonlocal size, last
+            self.check()
+            size, now = size + more, time.monotonic()
+            if self._has_progress and now - last >= PROGRESS_EVERY:
+                last, rate = now, size / (now - began) / 1e6
+                left = f", {(total - size) / 1e6 / rate:.0f} s left" if total and rate else ""
+                self._show_progress(f"{action}: {size / 1e6:.0f}"
+                                    + (f" of {total / 1e6:.0f}" if total else "")
+                                    + f" MB, {rate:.0f} MB/s{left}")
+        return count
+
+    def _show_progress(self, text):
+        """Replace it.  A terminal that is stopped (^S) shows nothing, and stops nothing."""
+        if (text or self._is_dirty) and select.select([], [2], [], 0)[1]:
+            self._is_dirty = text != ""
+            sys.stderr.write(f"\r{text}\033[K")
+            sys.stderr.flush()
+
     def finish(self, succeeded):
         """The end of a command: no signal changes its exit status any more, or each ends it."""
+        if self._wakeup is None:
+            return
         if succeeded:
             signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
             return
@@ -7644,19 +7686,12 @@ class Signals:
                 signal.signal(number, signal.SIG_DFL)
 
 
-def complain(text):
-    """One line on stderr, in printable ASCII."""
-    with contextlib.suppress(OSError, AttributeError):
-        sys.stderr.write(f"imgserver: {terminal_text(text)}\n")
-        sys.stderr.flush()
-
-
 def terminal_text(text) -> str:
     """A text as it may stand on a terminal: printable ASCII; a quote is a quote."""
     return printable(text).replace('\\"', '"')
 
 
-def open_input(path, signals):
+def open_input(path, console):
     """read(size) of a file, a FIFO, or standard input (path None); a signal ends each wait.
 
     It raises OSError, and UserError after a signal.  Raises UserError.
@@ -7668,8 +7703,8 @@ def open_input(path, signals):
 
     def read(size) -> bytes:
         while True:
-            signals.check()
-            signals.wait(reading=[fd])
+            console.check()
+            console.wait(reading=[fd])
             with contextlib.suppress(BlockingIOError):
                 return os.read(fd, size)
     return read
@@ -7685,37 +7720,6 @@ def read_to_end(read, limit, end=None) -> bytes:
     return data
 
 
-class Progress:
-    """Bytes and rate on a terminal's stderr, some times a second; nothing anywhere else.
-
-    total: the bytes that will come, from which the seconds follow that are left.
-    """
-
-    def __init__(self, action, quiet=False, total=None):
-        self.action, self.size, self.total = action, 0, total
-        self.shown = not quiet and sys.stderr is not None and sys.stderr.isatty()
-        self.began = self.last = time.monotonic()
-
-    def add(self, size):
-        """Count bytes.  A terminal that is stopped (^S) shows nothing, and stops nothing."""
-        self.size += size
-        now = time.monotonic()
-        if self.shown and now - self.last >= PROGRESS_EVERY and select.select([], [2], [], 0)[1]:
-            self.last = now
-            rate = self.size / (now - self.began) / 1e6
-            whole = f" of {self.total / 1e6:.0f}" if self.total else ""
-            left = f", {(self.total - self.size) / 1e6 / rate:.0f} s left" \
-                if self.total and rate else ""
-            sys.stderr.write(f"\r{self.action}: {self.size / 1e6:.0f}{whole} MB, "
-                             f"{rate:.0f} MB/s{left}\033[K")
-            sys.stderr.flush()
-
-    def clear(self):
-        if self.shown and select.select([], [2], [], 0)[1]:
-            sys.stderr.write("\r\033[K")
-            sys.stderr.flush()
-
-
 def checked_uuid(text) -> str:
     """`text`, if it is a UUID as imgadm has them.  Raises UserError."""
     if not is_uuid(text):
@@ -7723,10 +7727,10 @@ def checked_uuid(text) -> str:
     return text
 
 
-def read_given_manifest(path, signals) -> dict:
+def read_given_manifest(path, console) -> dict:
     """The manifest in a file, alone or as `imgadm get` prints it.  Raises UserError."""
     try:
-        data = read_to_end(open_input(path, signals), MANIFEST_LIMIT)
+        data = read_to_end(open_input(path, console), MANIFEST_LIMIT)
         if len(data) > MANIFEST_LIMIT:
             raise UserError(f"{path} is larger than {MANIFEST_LIMIT} bytes")
         manifest = parse_object(data)
@@ -7764,7 +7768,7 @@ def manifest_to_import(config, options) -> dict:
                                            ("origin", options.origin)) if value is not None}
     if options.manifest:
         given.update(given_fields(words))
-        manifest = {**read_given_manifest(options.manifest, options.signals), **given}
+        manifest = {**read_given_manifest(options.manifest, options.console), **given}
         manifest["uuid"] = uuid or manifest.get("uuid") or new_uuid()
     else:
         if len(words) < 3:
@@ -7785,7 +7789,7 @@ def manifest_to_import(config, options) -> dict:
                       "another --type")
     warning = choose_channels(config, manifest)
     if warning:
-        complain(f"warning: {warning}")
+        options.console.complain(f"warning: {warning}")
     return manifest
 
 
@@ -7807,21 +7811,17 @@ def run_import(config, options):
     uuid, path = manifest["uuid"], options.file if options.file != "-" else None
     if path is None and os.isatty(0):
         raise UserError("the image is read from standard input: `... < FILE`", 2)
-    source = open_input(path, options.signals)
-    progress = Progress("imported", options.quiet)
+    source, count = open_input(path, options.console), options.console.progress("imported")
 
     def read(size):
         chunk = source(size)
-        progress.add(len(chunk))
+        count(len(chunk))
         return chunk
 
+    Publisher(config).import_image(manifest, read, not options.no_activate,
+                                   not options.no_stream_check)
     try:
-        Publisher(config).import_image(manifest, read, not options.no_activate,
-                                       not options.no_stream_check)
-    finally:
-        progress.clear()
-    try:
-        options.signals.say(uuid)
+        options.console.say(uuid)
     except (OSError, UserError) as error:     # no status of a signal: the image is there
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"image {uuid} is stored, but that cannot be printed: {reason}")
@@ -7835,8 +7835,8 @@ def mirror_source(config, options):
     try:
         return RemoteServer(
             options.url, options.channel, options.ca, options.insecure, config.stall_timeout,
-            options.signals.interrupting, options.signals.wait,
-            lambda text: options.quiet or complain(text))
+            options.console.interrupting, options.console.wait,
+            lambda text: options.quiet or options.console.complain(text))
     except ValueError as error:           # without the URL, which may have a password
         raise UserError(f"URL {error}", 2)
 
@@ -7851,29 +7851,15 @@ def run_mirror(config, options):
         raise UserError("either UUIDs are needed, or --name, --version, --os, --type, --latest "
                         "or --all", 2)
     config.check_serve_dir()
-    shown = Progress("", options.quiet)
-
-    def progress(text, size):
-        nonlocal shown
-        shown = Progress(text, options.quiet, size)
-        return count
-
-    def count(size):
-        options.signals.check()
-        shown.add(size)
 
     def say(text):
-        shown.clear()
         if not options.quiet:
-            options.signals.say(text)
-
-    def fail(text):
-        shown.clear()
-        complain(text)
+            options.console.say(text)
 
     try:
         source = mirror_source(config, options)
-        mirror = Mirror(config, source, say, fail, progress, options.stream_check)
+        mirror = Mirror(config, source, say, options.console.complain,
+                        options.console.progress, options.stream_check)
         if by_list:
             uuids = mirror.select(filters, options.latest)
             if not uuids and not options.quiet:
@@ -7884,8 +7870,8 @@ def run_mirror(config, options):
     plan = mirror.plan(uuids, follow=not options.dry)
     if options.dry:
         for size, text in plan.values():
-            options.signals.say(f"{text}  {size / 1e6:.1f} MB")
-        options.signals.say(f"{len(plan)} images, "
+            options.console.say(f"{text}  {size / 1e6:.1f} MB")
+        options.console.say(f"{len(plan)} images, "
                             f"{sum(size for size, _ in plan.values()) / 1e6:.1f} MB")
     else:
         mirror.bring(plan)
@@ -7953,17 +7939,16 @@ class Inventory:
 
         Raises BadImage where it is not shown.
         """
-        uuid, serve_dir = name[len(INCOMING):], self.config.serve_dir
-        if name.startswith(INCOMING):
-            image = self.reader.read_unactivated(uuid) if is_uuid(uuid) else None
+        image, uuid = None, name[len(INCOMING):]
+        if name.startswith(INCOMING) and is_uuid(uuid):
+            image = self.reader.read_unactivated(uuid)
             return None if image is None or image.problem else image
-        image = self.reader.read(name, os.path.join(serve_dir, ""), self.apis) \
-            if is_uuid(name) else None
-        problem = image.problem if image else passed_over(serve_dir, name)
-        if not (image or problem) and is_uuid(name) and os.path.isdir(f"{serve_dir}/{name}"):
-            problem = f"there is no {MANIFEST}"
-        if problem:
-            raise BadImage(problem)
+        if is_uuid(name.lower()):
+            image = self.reader.read(name, os.path.join(self.config.serve_dir, ""), self.apis)
+            if image is None and os.path.isdir(os.path.join(self.config.serve_dir, name)):
+                raise BadImage(f"there is no {MANIFEST}")
+            if image is not None and image.problem:
+                raise BadImage(image.problem)
         return image
 
     def leftovers(self):
@@ -8001,8 +7986,9 @@ class Inventory:
         for name in sorted(self.left_out):
             yield f"{label(self.config, name)} is left out: {terminal_text(self.left_out[name])}"
         for image in self.images:
-            for text in (*image.notes, *self.reasons(image), *self.origin_problems(image)):
-                yield f"{image.uuid} {image.title}: {terminal_text(text)}"
+            for text in (*image.notes, *self.reasons(image), self.origin_problem(image)):
+                if text:
+                    yield f"{image.uuid} {image.title}: {terminal_text(text)}"
         for _, _, text in self.leftovers():
             yield text
 
@@ -8018,36 +8004,14 @@ class Inventory:
                    f"imgserver.py update {image.uuid} "
                    f"'channels=[\"{self.config.default_channel or channels[0]}\"]'")
 
-    def origin_problems(self, image):
-        """Yield why imgadm does not find the origin of a sound image."""
-        origin = self.by_uuid.get(image.origin)
-        if image.origin is None:
-            return
+    def origin_problem(self, image) -> str | None:
+        """Why imgadm does not find the origin of a sound image; None: it does."""
         if image.uuid in self.cyclic:
-            yield "its origins form a cycle"
-        elif origin is None:
-            mirror = f": imgserver.py mirror URL {image.origin}"
-            yield (f"imgadm cannot import it until image {image.origin} is on this server, too"
-                   + (mirror if image.origin not in self.left_out else ""))
-        elif origin.state == "unactivated" != image.state:
-            yield f"imgadm cannot import it until image {image.origin} is activated"
-        elif self.config.channels and set(image.channels).isdisjoint(origin.channels):
-            yield no_common_channel(origin.uuid)
-
-
-def endless(origins) -> list:
-    """The uuids whose chain of origins never ends, of {uuid: origin or None}."""
-    result, finite = [], set()
-    for uuid in origins:
-        chain, link = set(), uuid
-        while link in origins and link not in chain and link not in finite:
-            chain.add(link)
-            link = origins[link]
-        if link in chain or link in result:
-            result.append(uuid)
-        else:
-            finite |= chain
-    return result
+            return "its origins form a cycle"
+        problem = origin_problem(image, self.by_uuid.get, bool(self.config.channels))
+        if problem and image.origin not in self.by_uuid and image.origin not in self.left_out:
+            problem += f": imgserver.py mirror URL {image.origin}"
+        return problem
 
 
 def check_image(inventory, uuid, options):
@@ -8059,63 +8023,60 @@ def check_image(inventory, uuid, options):
     if image is None:
         raise BadImage("no such image")
     try:
-        facts, stream = read_facts(image, options)
-        compare_facts(image, facts, stream, not options.fast)
+        found = scan_image(image, options)
+        compare_image(image, found, whole=not options.fast)
     except (OSError, BadImage) as error:
         raise BadImage(f"{image.file}: {getattr(error, 'strerror', error)}")
     if options.record:
-        record_facts(image.directory, facts)
-    for text in inventory.origin_problems(image):
-        raise BadImage(text)
-    Publisher(inventory.config).check_origin(image.origin, stream)
+        record_facts(image.directory, found)
+    problem = inventory.origin_problem(image)
+    if problem:
+        raise BadImage(problem)
+    Publisher(inventory.config).check_origin(image.origin, found.stream)
 
 
-def read_facts(image, options):
-    """(facts, stream) of an image's file: by all of it, or with --fast by its first bytes.
+def scan_image(image, options) -> FileScan:
+    """A scan of an image's file, with --fast of its beginning alone.
 
     Raises BadImage, OSError, and UserError after a signal.
     """
     path = os.path.join(image.directory, image.file)
+    if options.fast:
+        return scan_head(path)
+    found, count = FileScan(), options.console.progress(f"{image.uuid} {image.file}")
     with open(open_regular(path)[0], "rb", buffering=0) as file:
-        if options.fast:
-            compression = compression_of(file.read(MAGIC_LENGTH), image.file)
-            return {"compression": compression}, read_stream(path, compression)
-        found, progress = FileScan(), Progress(f"{image.uuid} {image.file}", options.quiet)
-        try:
-            for chunk in iter(lambda: file.read(CHUNK), b""):
-                options.signals.check()
-                found.feed(chunk)
-                progress.add(len(chunk))
-            found.finish()
-        finally:
-            progress.clear()
-    return {"size": found.size, **found.hashes(), "compression": found.compression}, found.stream
+        for chunk in iter(lambda: file.read(CHUNK), b""):
+            found.feed(chunk)
+            count(len(chunk))
+    found.finish()
+    return found
 
 
-def compare_facts(image, facts, stream, whole):
-    """Raise BadImage where the facts about a file, or its stream, are not as its manifest says."""
-    required = STREAM_TYPES.values()
-    promised = {**image.fields()["files"][0],
-                "md5": image.claimed_md5 and image.claimed_md5.hex()}
-    if stream.type is not None:
-        facts["dataset_guid"] = str(stream.guid)
-    elif image.type not in required:
-        del promised["compression"]
+def compare_image(image, found, whole):
+    """Raise BadImage where a file, or the stream inside, is not as its manifest says."""
+    promised, required = image.fields()["files"][0], STREAM_TYPES.values()
+    facts = {"size": found.size, **found.hashes()} if whole else {}
+    if image.claimed_md5 is not None:
+        promised["md5"] = image.claimed_md5.hex()
+    if found.stream.type is not None or image.type in required:
+        facts["compression"] = found.compression
+    if found.stream.type is not None:
+        facts["dataset_guid"] = str(found.stream.guid)
     for name, value in facts.items():
         if (promised.get(name) or value) != value:
             raise BadImage(f"its {name} is {value}, not {promised[name]}")
-    problem = stream_problem(image.type, stream, required, whole)
+    problem = stream_problem(image.type, found.stream, required, whole)
     if problem:
         raise BadImage(problem)
 
 
-def record_facts(directory, facts):
+def record_facts(directory, found):
     """Write md5 and sha256 of an image's file into its manifest, and a missing size or sha1.
 
     By rename; its mtime stays, which may be shown as published_at.  Not where the manifest
     has become another since the file was read.  Raises ApiError where it cannot be written.
     """
-    file, facts = None, {key: facts[key] for key in ("size", "sha1", "md5", "sha256")}
+    file, facts = None, {"size": found.size, **found.hashes()}
     with contextlib.suppress(OSError, BadImage, LookupError, TypeError):
         manifest, _ = read_manifest(directory)
         file = manifest["files"][0]
@@ -8134,13 +8095,13 @@ def run_check(config, options):
     """Compare every image with its manifest, and report those that differ."""
     if options.fast and options.record:
         raise UserError("--record must read all of an image: not with --fast", 2)
-    uuids, say = [checked_uuid(text) for text in options.uuid], options.signals.say
+    uuids, say = [checked_uuid(text) for text in options.uuid], options.console.say
     inventory, publisher = Inventory(config, (IMGAPI,)), Publisher(config)
     uuids = uuids or sorted(name for name in os.listdir(config.serve_dir)
                             if is_uuid(name.lower()))
     bad = 0
     for uuid in uuids:
-        options.signals.check()
+        options.console.check()
         try:
             check_image(inventory, uuid, options)
         except (BadImage, ApiError) as error:
@@ -8230,17 +8191,17 @@ def run_list(config, options):
     parts = [] if options.problems else [list_text(images, config, options)]
     text = "\n\n".join(filter(None, parts + ["\n".join(problems)]))
     if text:
-        options.signals.say(text)
+        options.console.say(text)
     return 1 if options.problems and problems else 0
 
 
 def change_images(config, options, uuids, change, done):
     """Call change(uuid) for each image, and say `done` of it."""
     for uuid in uuids:
-        options.signals.check()
+        options.console.check()
         text = label(config, uuid)
         change(uuid)
-        options.signals.say(f"{done} image {text}")
+        options.console.say(f"{done} image {text}")
     return 0
 
 
@@ -8257,7 +8218,7 @@ def run_state(config, options):
 def run_update(config, options):
     uuid = checked_uuid(options.uuid)
     Publisher(config).update(uuid, given_fields(options.words))
-    options.signals.say(f"Updated image {label(config, uuid)}")
+    options.console.say(f"Updated image {label(config, uuid)}")
     return 0
 
 
@@ -8312,7 +8273,7 @@ def check_config(config, options):
 
     The same sentences and statuses; but an address in use is none of its mistakes.
     """
-    log, note, say = Log("warn"), "", options.signals.say
+    log, note, say = Log("warn"), "", options.console.say
     try:
         for server in start(config, log).servers:
             server.server_close()
@@ -8342,17 +8303,17 @@ def run_config(config, options):
         values[key] = values.get(key) or new_uuid()
     if values != before:
         replace_file(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
-    options.signals.say(f"creator {values['image-creator-uuid']}, "
+    options.console.say(f"creator {values['image-creator-uuid']}, "
                         f"vendor {values['image-vendor-uuid']}")
     return 0
 
 
-def ask_password(name, signals) -> bytes:
+def ask_password(name, console) -> bytes:
     """A new password from the terminal, or a line of standard input.  Raises UserError."""
     if os.isatty(0):
         import getpass
         try:
-            with signals.interrupting():  # getpass lets the terminal echo again
+            with console.interrupting():  # getpass lets the terminal echo again
                 password, again = (getpass.getpass(f"{text} for {name}: ").encode(
                     "utf-8", "surrogateescape") for text in ("Password", "Again, the password"))
         except EOFError:
@@ -8360,7 +8321,7 @@ def ask_password(name, signals) -> bytes:
         if password != again:
             raise UserError("the two passwords differ: nothing was changed")
     else:
-        line = read_to_end(open_input(None, signals), PASSWORD_LIMIT, b"\n")
+        line = read_to_end(open_input(None, console), PASSWORD_LIMIT, b"\n")
         password = line.partition(b"\n")[0].removesuffix(b"\r")
     if not 1 <= len(password) <= PASSWORD_LIMIT or b"\0" in password:
         raise UserError(f"a password has 1 to {PASSWORD_LIMIT} bytes, and no NUL")
@@ -8379,7 +8340,7 @@ def run_user(config, options):
         if options.rights or options.delete:
             raise UserError("say the NAME of the user, too", 2)
         for user in users.values():
-            options.signals.say(f"{user.name} {user.rights}")
+            options.console.say(f"{user.name} {user.rights}")
         return 0
     if options.rights and options.delete:
         raise UserError("either --rights or --delete", 2)
@@ -8389,7 +8350,7 @@ def run_user(config, options):
         raise UserError(f"there is no user {name}")
     password = None
     if not options.delete and not (options.rights and name in users):
-        password = ask_password(name, options.signals)
+        password = ask_password(name, options.console)
     # Another command may change the file while a password is typed.
     lock = lock_directory(os.path.dirname(os.path.realpath(path)),
                           UserError(f"somebody else changes {path}"), LOCK_PATIENCE)
@@ -8470,11 +8431,11 @@ def smf_credential(options):
         uid = int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid
     except KeyError:
         uid = None
-        complain(f"there is no user {user}, who is to run the service: make one, or name another "
-                 "with --user")
+        options.console.complain(f"there is no user {user}, who is to run the service: make one, "
+                                 "or name another with --user")
     if uid == 0:
-        complain("the service would run as root: name another user with --user "
-                 "(make SMF_FLAGS='--user U --group G')")
+        options.console.complain("the service would run as root: name another user with --user "
+                                 "(make SMF_FLAGS='--user U --group G')")
     return user, options.group or group
 
 
@@ -8497,7 +8458,7 @@ def run_smf(config, options):
     values = {"directory": directory, "user": user, "group": group,
               "privileges": privileges, "command": command.replace("%", "%%"),
               "stop": int(config.drain_time) + 30}
-    options.signals.say(SMF_MANIFEST.format(
+    options.console.say(SMF_MANIFEST.format(
         **{key: html.escape(str(value), quote=False).replace('"', "&quot;")
            for key, value in values.items()}))
     return 0
@@ -8738,11 +8699,12 @@ def main(arguments=None) -> int:
     # Given here and not as defaults of the parser, where a command would set them once more.
     options = option_parser().parse_args(arguments, argparse.Namespace(
         config=None, dir=None, listen=None, loglevel=None))
-    options.signals, message, status = None, None, 1
+    console = options.console = Console(getattr(options, "quiet", False))
+    message, status = None, 1
     try:
         config = load_config(options)
         if options.run is not run_serve:
-            options.signals = Signals()
+            console.arm()
         status = options.run(config, options)
     except (UserError, ApiError) as error:
         message, status = error_text(error), getattr(error, "exit_status", 1)
@@ -8750,11 +8712,10 @@ def main(arguments=None) -> int:
         message = str(error)
     except OSError as error:              # commands make an ApiError of theirs, but for say
         message = str(error.strerror or error)
-    if options.signals is not None:
-        options.signals.finish(message is None)
+    console.finish(message is None)
     # Not after `list | head`; else, if stderr is closed, only the status can tell.
     if message is not None and (status != 128 + signal.SIGPIPE or options.use == "writes"):
-        complain(message)
+        console.complain(message)
     return status
 
 

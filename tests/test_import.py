@@ -662,9 +662,10 @@ class TestTrouble(ImportCase):
                 signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
 
             threading.Thread(target=end, daemon=True).start()
-            signals = imgserver.Signals()
+            console = imgserver.Console()
+            console.arm()
             try:
-                signals.wait(reading=[os.pipe()[0]])
+                console.wait(reading=[os.pipe()[0]])
             except imgserver.UserError as error:
                 sys.exit(error.exit_status)
             """], cwd=ROOT, timeout=PATIENCE)

@@ -23,7 +23,7 @@ CHANNELS = [{"name": "release", "default": True}, {"name": "dev"}]
 
 
 class Said:
-    """In the place of Signals: no signal comes, and what is said is kept."""
+    """In the place of a Console: no signal comes, and what is said is kept."""
 
     def __init__(self):
         self.text = ""
@@ -41,10 +41,10 @@ class ManageCase(ServerCase):
         """(exit status, lines) of a command that ends well.  Raises UserError and ApiError."""
         options = imgserver.option_parser().parse_args(words, argparse.Namespace(
             config=None, dir=self.serve_dir, listen=None, loglevel=None))
-        options.signals = Said()
+        options.console = Said()
         config = imgserver.Config({"serve_dir": self.serve_dir, **config})
         status = options.run(config, options)
-        return status, options.signals.text.splitlines()
+        return status, options.console.text.splitlines()
 
     def refused(self, pattern, *words, **config):
         """A command is refused in these words, and changes nothing."""

@@ -156,8 +156,7 @@ class Checks(PublishCase):
                        b"not JSON any more", {"files": 5}):
             with self.subTest(spoilt):
                 write_manifest(self.serve_dir, U, spoilt)
-                imgserver.record_facts(os.path.join(self.serve_dir, U),
-                                       {"size": found.size, **found.hashes()})
+                imgserver.record_facts(os.path.join(self.serve_dir, U), found)
                 path = os.path.join(self.serve_dir, U, "manifest.json")
                 with open(path, "rb") as file:
                     self.assertNotRegex(file.read(), b"md5|sha256")

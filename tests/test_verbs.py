@@ -741,7 +741,7 @@ class TestCheck(VerbCase):
             status, lines = self.run_check(*words)
             self.assertEqual(status, 1)
             self.assertEqual(lines[0], f"{U} test 1.0.0: imgadm cannot import it until image {V} "
-                                       "is on this server, too")
+                                       f"is on this server, too: imgserver.py mirror URL {V}")
 
     def test_fast_reads_the_first_bytes_alone(self):
         big = streams.pack(streams.stream(streams.noise(3 << 20)))
