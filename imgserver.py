@@ -7463,6 +7463,7 @@ LIST_COLUMNS = ("UUID", "NAME", "VERSION", "OS", "TYPE", "SIZE", "STATE", "PUBLI
                 "CHANNELS")
 LIST_FILTERS = ("uuid", "name", "version", "os", "type", "state", "origin", "channels", "owner",
                 "public", "billing_tag")
+CREATOR_KEYS = "image-creator-uuid", "image-vendor-uuid"     # that `make config` fills in
 EXAMPLE = "f669428c-a939-11e2-a485-b790efc0f0c1"      # a uuid for --help
 
 
@@ -7536,17 +7537,16 @@ def add_server(loop, address, may_be_missing):
 def raise_file_limit(config, log):
     """Raise the limit of file descriptors as far as connections and their files need it."""
     import resource
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * config.max_connections + SPARE_FILES
-    if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in limits)
+    wanted = min(2 * config.max_connections + SPARE_FILES, hard)
+    if soft < wanted:
         try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, limits[1]))
             soft = wanted
         except (ValueError, OSError) as error:
             log.warn(f"cannot raise the limit of open files: {error}")
-    if soft != resource.RLIM_INFINITY and soft - SPARE_FILES < config.max_connections:
+    if soft - SPARE_FILES < config.max_connections:
         config.max_connections = max(1, soft - SPARE_FILES)
         log.warn(f"{soft} files may be open: max_connections is {config.max_connections}")
 
@@ -8095,8 +8095,8 @@ def run_check(config, options):
     """Compare every image with its manifest, and report those that differ."""
     if options.fast and options.record:
         raise UserError("--record must read all of an image: not with --fast", 2)
-    uuids, say = [checked_uuid(text) for text in options.uuid], options.console.say
-    inventory, publisher = Inventory(config, (IMGAPI,)), Publisher(config)
+    uuids, say = list(map(checked_uuid, options.uuid)), options.console.say
+    inventory = Inventory(config, (IMGAPI,))
     uuids = uuids or sorted(name for name in os.listdir(config.serve_dir)
                             if is_uuid(name.lower()))
     bad = 0
@@ -8111,21 +8111,25 @@ def run_check(config, options):
             remove_temporaries(os.path.join(config.serve_dir, uuid))
     for name, stale, text in () if options.uuid else list(inventory.leftovers()):
         if stale and options.clean:
-            try:
-                if name.startswith(INCOMING):
-                    publisher.discard(name[len(INCOMING):])
-                else:
-                    with storing("it cannot be removed"):
-                        remove_tree(os.path.join(config.serve_dir, name))
-                text = f"{name}: removed"
-            except ApiError as error:
-                text = f"{name}: {error.message}"
-        if (stale and options.clean) or not options.quiet:
+            say(f"{name}: {remove_leftover(config, name)}")
+        elif not options.quiet:
             say(text)
     if bad or not options.quiet:
         say(f"{len(uuids) - bad} of {len(uuids)} images are sound"
             + ("" if uuids else f": there is none in {config.serve_dir}"))
     return 1 if bad else 0
+
+
+def remove_leftover(config, name) -> str:
+    """Remove a directory of Inventory.leftovers; "removed", or why it is not."""
+    try:
+        if name.startswith(INCOMING):
+            Publisher(config).discard(name[len(INCOMING):])
+        else:
+            remove_tree(os.path.join(config.serve_dir, name))
+        return "removed"
+    except (ApiError, OSError) as error:
+        return getattr(error, "strerror", None) or str(error)
 
 
 def remove_temporaries(directory):
@@ -8157,14 +8161,12 @@ def list_filters(texts):
 def list_text(images, config, options) -> str:
     """The images of `list` as a table, as lines for `cut`, or as JSON."""
     if options.json:
-        values = []
-        for image in images:
-            values.append(image.fields())
-            for file in values[-1]["files"]:
-                if not file["sha1"]:
-                    del file["sha1"]
+        values = [image.fields() for image in images]
+        for image, value in zip(images, values):
+            if image.sha1 == "" and value["files"]:
+                del value["files"][0]["sha1"]
             if config.channels:
-                values[-1]["channels"] = list(image.channels)
+                value["channels"] = list(image.channels)
         return render_json(values)
     columns = LIST_COLUMNS[:None if config.channels else -1]
     rows = [[image.uuid, image.name, image.version, image.os, image.type, str(image.size),
@@ -8181,18 +8183,20 @@ def list_text(images, config, options) -> str:
 
 def run_list(config, options):
     """List the images in any state, and their problems below."""
-    if options.problems and (options.words or options.json or options.parsable):
+    plain = options.json or options.parsable
+    if options.problems and (options.words or plain):
         raise UserError("--problems goes with nothing else", 2)
     filters = list_filters(options.words)
     inventory = Inventory(config, (IMGAPI,) if options.json or any(
         text.startswith("tag.") for text in options.words) else ())
     images = [image for image in inventory.images if all(check(image) for check in filters)]
-    problems = [] if filters or options.json or options.parsable else list(inventory.problems())
     parts = [] if options.problems else [list_text(images, config, options)]
-    text = "\n\n".join(filter(None, parts + ["\n".join(problems)]))
+    if not filters and not plain:
+        parts.append("\n".join(inventory.problems()))
+    text = "\n\n".join(filter(None, parts))
     if text:
         options.console.say(text)
-    return 1 if options.problems and problems else 0
+    return 1 if options.problems and text else 0
 
 
 def change_images(config, options, uuids, change, done):
@@ -8293,18 +8297,14 @@ def run_config(config, options):
     """Write a creator's and a vendor's UUID into config.json, unless it has them."""
     if options.check:
         return check_config(config, options)
-    path = os.path.abspath(options.config or default_config())
-    values = {}
-    if os.path.exists(path):
-        with open(path, "rb") as file:    # main has read it, so that it is sound
-            values = parse_json(file.read())
-    before = dict(values)
-    for key in ("image-creator-uuid", "image-vendor-uuid"):
-        values[key] = values.get(key) or new_uuid()
-    if values != before:
+    path, values = os.path.abspath(options.config or default_config()), {}
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        values = parse_json(file.read())  # main has read it, so that it is sound
+    creator, vendor = made = [values.get(key) or new_uuid() for key in CREATOR_KEYS]
+    if made != [values.get(key) for key in CREATOR_KEYS]:
+        values.update(zip(CREATOR_KEYS, made))
         replace_file(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
-    options.console.say(f"creator {values['image-creator-uuid']}, "
-                        f"vendor {values['image-vendor-uuid']}")
+    options.console.say(f"creator {creator}, vendor {vendor}")
     return 0
 
 
