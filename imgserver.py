@@ -7583,13 +7583,14 @@ class Console:
     """
 
     def __init__(self, quiet=False):
-        self._number, self._wakeup, self._may_raise = None, None, False
+        self._number, self._wakeup, self._may_raise = None, [], False
         self._is_dirty = False            # a progress is on the terminal
         self._has_progress = not quiet and sys.stderr is not None and sys.stderr.isatty()
 
     def arm(self):
         """From now on a signal is kept until check or wait is called."""
-        self._wakeup, writer = os.pipe()
+        reader, writer = os.pipe()
+        self._wakeup = [reader]
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in ENDING:
@@ -7620,11 +7621,11 @@ class Console:
 
     def wait(self, seconds=None, reading=(), writing=()):
         """Wait until a file is ready, or some seconds.  Raises UserError for a signal instead."""
-        found, written, _ = select.select([self._wakeup, *reading], writing, [], seconds)
-        if found == [self._wakeup] and not written:
+        found, written, _ = select.select([*self._wakeup, *reading], writing, [], seconds)
+        if found == self._wakeup and not written:
             self.check()
 
-    def say(self, text):
+    def say(self, text, fd=1):
         """Print a line on standard output, to a pager that may not read.
 
         Raises UserError where it must wait and a signal has come, and OSError.
@@ -7632,20 +7633,18 @@ class Console:
         self._show_progress("")
         data = (text + "\n").encode("utf-8", "surrogateescape")
         while data:
-            self.wait(writing=[1])
+            self.wait(writing=[fd])
             with contextlib.suppress(BlockingIOError):
                 try:
-                    data = data[os.write(1, data[:PIPE_WRITE]):]
+                    data = data[os.write(fd, data[:PIPE_WRITE]):]
                 except BrokenPipeError:
                     self.check()          # it was SIGPIPE, too
                     raise
 
     def complain(self, text):
-        """Print a line on stderr, in printable ASCII; where that is closed, nothing."""
-        self._show_progress("")
-        with contextlib.suppress(OSError, AttributeError):
-            sys.stderr.write(f"imgserver: {terminal_text(text)}\n")
-            sys.stderr.flush()
+        """Print a line on stderr, in printable ASCII, if anybody reads it."""
+        with contextlib.suppress(OSError, UserError):
+            self.say(f"imgserver: {terminal_text(text)}", 2)
 
     def progress(self, action, total=None):
         """Show bytes and rate on a terminal's stderr, some times a second, until the next line.
@@ -7673,17 +7672,6 @@ class Console:
             self._is_dirty = text != ""
             sys.stderr.write(f"\r{text}\033[K")
             sys.stderr.flush()
-
-    def finish(self, succeeded):
-        """The end of a command: no signal changes its exit status any more, or each ends it."""
-        if self._wakeup is None:
-            return
-        if succeeded:
-            signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-            return
-        for number in ENDING:
-            if signal.getsignal(number) == self._came and number != signal.SIGPIPE:
-                signal.signal(number, signal.SIG_DFL)
 
 
 def terminal_text(text) -> str:
@@ -8712,9 +8700,9 @@ def main(arguments=None) -> int:
         message = str(error)
     except OSError as error:              # commands make an ApiError of theirs, but for say
         message = str(error.strerror or error)
-    console.finish(message is None)
-    # Not after `list | head`; else, if stderr is closed, only the status can tell.
-    if message is not None and (status != 128 + signal.SIGPIPE or options.use == "writes"):
+    if message is None:                   # no signal changes the exit status any more
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    elif status != 128 + signal.SIGPIPE or options.use == "writes":       # not after `list | head`
         console.complain(message)
     return status
 

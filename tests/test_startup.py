@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import fcntl
-import io
 import json
 import os
 import re
@@ -169,18 +168,19 @@ class Starting(ServerCase):
 
 # Starts with each list of arguments on stdin, and prints what each would have ended with.
 ONE_BY_ONE = """
-import io, json, sys, traceback
+import json, sys, traceback
 sys.path.insert(0, sys.argv[1])
 import imgserver
 imgserver.ImageServer.serve_forever = lambda self: self.server_close()
+imgserver.Console.say = lambda self, text, fd: said.append(text + "\\n")
 results = []
 for arguments in json.load(sys.stdin):
-    sys.stderr = io.StringIO()
+    said = []
     try:
         status = imgserver.main(arguments)
     except BaseException:
         status = traceback.format_exc()
-    results.append((status, sys.stderr.getvalue()))
+    results.append((status, "".join(said)))
 print(json.dumps(results))
 """
 
@@ -254,11 +254,11 @@ class BadConfigs(Starting):
         path = os.path.join(self.directory, "config.json")
         for words in (("import", "name", "1.0", "text"), ("activate", uuid_of(1)),
                       ("discard", uuid_of(1))):
-            with self.subTest(words[0]), contextlib.redirect_stderr(io.StringIO()) as error, \
+            with self.subTest(words[0]), mock.patch.object(imgserver.Console, "say") as say, \
                     mock.patch.object(imgserver, "default_config", lambda: path):
                 self.assertEqual(imgserver.main(words), CONFIG_ERROR)
-                self.assertEqual(error.getvalue(), f"imgserver: there is no {path} that names "
-                                                   "the directory of images: say --dir DIR\n")
+                say.assert_called_once_with(f"imgserver: there is no {path} that names the "
+                                            "directory of images: say --dir DIR", 2)
         self.assertEqual(sorted(os.listdir(self.directory)), before)
         with mock.patch.object(imgserver, "default_config", lambda: self.config({})):
             options = argparse.Namespace(config=None, dir=None, listen=None, loglevel=None,
