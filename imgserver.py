@@ -7459,10 +7459,8 @@ ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE)     # en
 PIPE_WRITE = 512              # bytes that a writable pipe takes at once (POSIX, _POSIX_PIPE_BUF)
 PROGRESS_EVERY = 0.25         # seconds between two figures on a terminal
 COLUMN_LIMIT = 36             # characters of a column of `list`: a uuid
-LIST_COLUMNS = ("UUID", "NAME", "VERSION", "OS", "TYPE", "SIZE", "STATE", "PUBLISHED", "ORIGIN",
-                "CHANNELS")
-LIST_FILTERS = ("uuid", "name", "version", "os", "type", "state", "origin", "channels", "owner",
-                "public", "billing_tag")
+LIST_COLUMNS = "UUID NAME VERSION OS TYPE SIZE STATE PUBLISHED ORIGIN CHANNELS".split()
+LIST_FILTERS = "uuid name version os type state origin channels owner public billing_tag".split()
 CREATOR_KEYS = "image-creator-uuid", "image-vendor-uuid"     # that `make config` fills in
 EXAMPLE = "f669428c-a939-11e2-a485-b790efc0f0c1"      # a uuid for --help
 
@@ -7847,16 +7845,16 @@ def run_mirror(config, options):
     try:
         source = mirror_source(config, options)
         mirror = Mirror(config, source, say, options.console.complain,
-                        options.console.progress, options.stream_check)
+                        options.console.progress, not options.no_stream_check)
         if by_list:
             uuids = mirror.select(filters, options.latest)
             if not uuids and not options.quiet:
-                fail("no image is listed there that fits")
+                options.console.complain("no image is listed there that fits")
             uuids = list(dict.fromkeys(uuids + mirror.brought()))
     except SourceError as error:
         raise UserError(f"{printable(options.url.rpartition('@')[2])}: {error}")
-    plan = mirror.plan(uuids, follow=not options.dry)
-    if options.dry:
+    plan = mirror.plan(uuids, follow=not options.dry_run)
+    if options.dry_run:
         for size, text in plan.values():
             options.console.say(f"{text}  {size / 1e6:.1f} MB")
         options.console.say(f"{len(plan)} images, "
@@ -8324,14 +8322,12 @@ def run_user(config, options):
                         f'"users": "users", to {options.config or default_config()}', EXIT_CONFIG)
     config.check_serve_dir()
     users = read_users(path) if os.path.lexists(path) else {}
+    if options.delete and options.rights or name is None and (options.delete or options.rights):
+        raise UserError("say the NAME of the user, and either --rights or --delete", 2)
     if name is None:
-        if options.rights or options.delete:
-            raise UserError("say the NAME of the user, too", 2)
         for user in users.values():
             options.console.say(f"{user.name} {user.rights}")
         return 0
-    if options.rights and options.delete:
-        raise UserError("either --rights or --delete", 2)
     if not re.fullmatch(_USER_NAME, name):
         raise UserError(f"{name!a} is no name for a user: 1 to 64 letters, digits and . _ @ -", 2)
     if options.delete and name not in users:
@@ -8407,7 +8403,7 @@ def smf_credential(options):
     import pwd
     user, group = options.user, ":default"
     if not user:
-        with contextlib.suppress(OSError, UnicodeError, TypeError), open(
+        with contextlib.suppress(OSError, ValueError, AttributeError), open(
                 os.path.join(os.path.dirname(default_config()), "image-server.smf.xml"),
                 encoding="utf-8") as file:
             user, group = map(html.unescape, re.search(
@@ -8480,28 +8476,6 @@ def at_least_one(text) -> int:
     return int(text)
 
 
-def add_mirror_options(sub):
-    """Add the options and words of `mirror` to its parser."""
-    sub.add_argument("url", metavar="URL",
-                     help="http[s]://[USER:PASSWORD@]HOST[:PORT], with /datasets at its end for "
-                          "DSAPI, or a directory of images")
-    sub.add_argument("uuid", nargs="*", metavar="UUID", help="these images, and their origins")
-    for name, text in (("name", "images of this name, or with ~PART in it"),
-                       ("version", "of this version, or with ~PART in it"),
-                       ("os", "of this operating system"), ("type", "of this type"),
-                       ("channel", "in this channel of the other server")):
-        sub.add_argument(f"--{name}", help=text)
-    sub.add_argument("--latest", type=at_least_one, metavar="K", help="the K newest of each name")
-    sub.add_argument("--all", action="store_true", help="all that are listed there")
-    sub.add_argument("--ca", metavar="FILE", help="certificates to trust, as PEM")
-    sub.add_argument("--insecure", action="store_true", help="trust any certificate")
-    sub.add_argument("-n", "--dry-run", dest="dry", action="store_true",
-                     help="print what would come, with sizes")
-    sub.add_argument("--no-stream-check", dest="stream_check", action="store_false",
-                     help="take files that are no ZFS send streams")
-    sub.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
-
-
 GIVEN = {"default": argparse.SUPPRESS}        # may stand before the command, too
 EVERYWHERE = (
     ("--config FILE  the configuration (default: config.json beside imgserver.py)", GIVEN),
@@ -8525,6 +8499,22 @@ IMPORTING = (
     ("WORD  the image; any field of a manifest, as JSON or a text",
      {"dest": "words", "metavar": "NAME VERSION DESCRIPTION [FIELD=VALUE ...]",
       "nargs": argparse.REMAINDER}))
+MIRRORING = (
+    "URL  http[s]://[USER:PASSWORD@]HOST[:PORT], with /datasets at its end for DSAPI, or a "
+    "directory of images",
+    "[UUID...]  these images, and their origins",
+    "--name NAME  images of this name, or with ~PART in it",
+    "--version VERSION  of this version, or with ~PART in it",
+    "--os OS  of this operating system",
+    "--type TYPE  of this type",
+    "--channel CHANNEL  in this channel of the other server",
+    ("--latest K  the K newest of each name", {"type": at_least_one}),
+    "--all  all that are listed there",
+    "--ca FILE  certificates to trust, as PEM",
+    "--insecure  trust any certificate",
+    "-n --dry-run  print what would come, with sizes",
+    "--no-stream-check  take files that are no ZFS send streams",
+    "-q --quiet  print nothing but errors")
 WORDS = {"dest": "words"}
 
 # name, function, what it does with the images ("reads", "writes" or ""), help, example, options
@@ -8534,7 +8524,7 @@ COMMANDS = (
     ("import", run_import, "writes", "publish an image, read from standard input",
      "web 1.2.0 'Web server' < web.zfs.gz", IMPORTING),
     ("mirror", run_mirror, "writes", "bring images of another server, with those they build on",
-     "https://images.smartos.org --name base-64-lts --latest 1", ()),
+     "https://images.smartos.org --name base-64-lts --latest 1", MIRRORING),
     ("activate", run_step, "writes", "put an unactivated image on show", EXAMPLE, ("UUID",)),
     ("discard", run_step, "writes", "throw an image away that is not active", EXAMPLE, ("UUID",)),
     ("list", run_list, "reads", "list the images, and their problems below",
@@ -8638,8 +8628,6 @@ def option_parser() -> argparse.ArgumentParser:
             **({} if name == "import-image" else {"help": text}))
         sub.set_defaults(run=run, use=use)
         add_options(sub, EVERYWHERE + options)
-        if run is run_mirror:
-            add_mirror_options(sub)
     return parser
 
 
@@ -8653,16 +8641,15 @@ def load_config(options) -> Config:
                         "say --dir DIR", EXIT_CONFIG)
     if options.dir is not None:
         config.serve_dir = os.path.abspath(options.dir)
-    if options.listen is not None:
+    for option, key, check in (
+            ("listen", "listen_port", lambda words: parse_listen(words, any_port=True)),
+            ("loglevel", "loglevel", SETTINGS["loglevel"][1])):
+        value = getattr(options, option)
         try:
-            config.listen_port = parse_listen(options.listen, any_port=True)
+            if value is not None:
+                setattr(config, key, check(value))
         except ValueError as error:
-            raise UserError(f"--listen {error}, not {', '.join(map(ascii, options.listen))}",
-                            EXIT_CONFIG)
-    if options.loglevel is not None:
-        if options.loglevel not in LEVELS:
-            raise UserError(f"--loglevel must be one of {', '.join(LEVELS)}", EXIT_CONFIG)
-        config.loglevel = options.loglevel
+            raise UserError(f"--{option} {error}, not {value!a}", EXIT_CONFIG)
     return config
 
 

@@ -761,6 +761,32 @@ imgserver.main = ended
         self.assertIn(b"is stored, but that cannot be printed: ended by SIGTERM",
                       process.stderr.read())
 
+    def test_a_signal_while_nobody_reads_the_complaint(self):
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, reader)
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, bytes(4096))
+        os.set_blocking(writer, True)
+        flag = os.path.join(self.directory, "flag")
+        process = subprocess.Popen(command(
+            "import", "--dir", self.serve_dir, *WORDS, prelude=f"""
+complain = imgserver.Console.complain
+def complaining(console, text):
+    open({flag!r}, "w").close()
+    complain(console, text)
+imgserver.Console.complain = complaining
+"""), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=writer)
+        os.close(writer)
+        self.addCleanup(process.kill)
+        wait_for(lambda: os.path.exists(flag), "the complaint")
+        with self.assertRaises(subprocess.TimeoutExpired):
+            process.wait(0.1)
+        process.terminate()
+        self.assertEqual(process.wait(PATIENCE), 1)
+        self.assertEqual(os.listdir(self.serve_dir), [])
+
     def test_a_signal_where_an_exception_would_be_lost(self):
         # Python drops what is raised in __del__; the command must end all the same.
         code = """if True:

@@ -157,9 +157,14 @@ class TestMake(MakeCase):
         self.run_make("make", directory, "smf", "SMF_FLAGS=--user no-such-user")
         result = self.run_make("make", directory, "smf")
         self.assertIn("there is no user no-such-user", result.stderr)
-        os.unlink(os.path.join(directory, "image-server.smf.xml"))
-        self.run_make("make", directory, "smf")
-        self.assertEqual(self.credential(directory)[1], ":default")
+        for data in (b"<no_credential/>", b"\xff", None):
+            path = os.path.join(directory, "image-server.smf.xml")
+            os.unlink(path)
+            if data is not None:
+                with open(path, "wb") as file:
+                    file.write(data)
+            self.run_make("make", directory, "smf")
+            self.assertEqual(self.credential(directory)[1], ":default")
 
     def test_a_manifest_that_cannot_be_written_fails_make(self):
         directory = self.copy()
