@@ -7462,6 +7462,7 @@ COLUMN_LIMIT = 36             # characters of a column of `list`: a uuid
 LIST_COLUMNS = "UUID NAME VERSION OS TYPE SIZE STATE PUBLISHED ORIGIN CHANNELS".split()
 LIST_FILTERS = "uuid name version os type state origin channels owner public billing_tag".split()
 CREATOR_KEYS = "image-creator-uuid", "image-vendor-uuid"     # that `make config` fills in
+CLEAN = "check --clean"       # the command that removes what nobody can use
 EXAMPLE = "f669428c-a939-11e2-a485-b790efc0f0c1"      # a uuid for --help
 
 
@@ -7890,6 +7891,11 @@ def label(config, uuid) -> str:
     return printable(uuid)
 
 
+def advised(text, command) -> str:
+    """A sentence about a problem, with the command that helps if there is one."""
+    return f"{text}: imgserver.py {command}" if command else text
+
+
 class Inventory:
     """All images of serve_dir as they are now, for the commands: image files are not read.
 
@@ -7938,16 +7944,15 @@ class Inventory:
         return image
 
     def leftovers(self):
-        """Yield (name, stale, sentence) of each directory of an image that is not active.
+        """Yield (name, sentence, command) of each directory of an image that is not active.
 
-        As they are now.  stale: of no use to anybody, so that --clean removes it.
+        As they are now.  command: that which helps; None: nothing is to be done yet.
         """
         serve_dir = self.config.serve_dir
         for name in sorted(os.listdir(serve_dir)):
             uuid, path = name[len(INCOMING):], os.path.join(serve_dir, name)
             if name.startswith(DISCARDED):
-                yield name, True, (f"{printable(name)}: is being removed, or else: imgserver.py "
-                                   "check --clean")
+                yield name, f"{printable(name)}: is being removed, or was half removed", CLEAN
             if not name.startswith(INCOMING) or not is_uuid(uuid):
                 continue
             try:
@@ -7959,13 +7964,12 @@ class Inventory:
             problem = image.problem if image else f"there is no {MANIFEST}"
             if os.path.lexists(os.path.join(serve_dir, uuid)):
                 problem = "an image of this uuid is active"
-            stale = problem is not None and age > STALE
-            text = f"is not whole ({terminal_text(problem)})" if problem else \
-                "waits to be activated"
-            command = f"activate {uuid}" if not problem else "check --clean" if stale else None
-            yield name, stale, (
-                f"{label(self.config, uuid)}: {text}, last change {age / 3600:.0f} hours ago"
-                + (f": imgserver.py {command}" if command else ""))
+            if problem:
+                text, command = f"is not whole ({problem})", CLEAN if age > STALE else None
+            else:
+                text, command = "waits to be activated", f"activate {uuid}"
+            yield name, (f"{label(self.config, uuid)}: {terminal_text(text)}, last change "
+                         f"{age / 3600:.0f} hours ago"), command
 
     def problems(self):
         """Yield a sentence for each image that is left out, not importable, waiting or stale."""
@@ -7975,20 +7979,19 @@ class Inventory:
             for text in (*image.notes, *self.reasons(image), self.origin_problem(image)):
                 if text:
                     yield f"{image.uuid} {image.title}: {terminal_text(text)}"
-        for _, _, text in self.leftovers():
-            yield text
+        for _, text, command in self.leftovers():
+            yield advised(text, command)
 
     def reasons(self, image):
         """Yield why a sound image is not seen by imgadm."""
         if image.state not in ("active", "disabled") and not image.place.endswith(INCOMING):
-            yield (f"waits to be activated: its manifest has the state {image.state}"
-                   + (f": imgserver.py activate {image.uuid}" if image.state == "unactivated"
-                      else ""))
+            yield advised(f"waits to be activated: its manifest has the state {image.state}",
+                          image.state == "unactivated" and f"activate {image.uuid}")
         channels = [channel["name"] for channel in self.config.channels]
         if channels and set(channels).isdisjoint(image.channels):
-            yield ("it is in no channel of the configuration, so that nobody sees it over IMGAPI: "
-                   f"imgserver.py update {image.uuid} "
-                   f"'channels=[\"{self.config.default_channel or channels[0]}\"]'")
+            channel = self.config.default_channel or channels[0]
+            yield advised("it is in no channel of the configuration, so that nobody sees it over "
+                          "IMGAPI", f"update {image.uuid} 'channels=[\"{channel}\"]'")
 
     def origin_problem(self, image) -> str | None:
         """Why imgadm does not find the origin of a sound image; None: it does."""
@@ -7996,7 +7999,7 @@ class Inventory:
             return "its origins form a cycle"
         problem = origin_problem(image, self.by_uuid.get, bool(self.config.channels))
         if problem and image.origin not in self.by_uuid and image.origin not in self.left_out:
-            problem += f": imgserver.py mirror URL {image.origin}"
+            return advised(problem, f"mirror URL {image.origin}")
         return problem
 
 
@@ -8095,11 +8098,11 @@ def run_check(config, options):
             say(f"{label(config, uuid)}: {terminal_text(str(error))}")
         if options.clean:
             remove_temporaries(os.path.join(config.serve_dir, uuid))
-    for name, stale, text in () if options.uuid else list(inventory.leftovers()):
-        if stale and options.clean:
-            say(f"{name}: {remove_leftover(config, name)}")
+    for name, text, command in () if options.uuid else list(inventory.leftovers()):
+        if options.clean and command == CLEAN:
+            say(f"{text}: {remove_leftover(config, name)}")
         elif not options.quiet:
-            say(text)
+            say(advised(text, command))
     if bad or not options.quiet:
         say(f"{len(uuids) - bad} of {len(uuids)} images are sound"
             + ("" if uuids else f": there is none in {config.serve_dir}"))
@@ -8275,7 +8278,7 @@ def check_config(config, options):
     say("listen_port: " + ", ".join(map(listen_text, config.listen_port)))
     warnings = log.counts["warn"]
     say((f"the server would start, with {warnings} warning{'s' * (warnings > 1)}" if warnings
-         else "the configuration is right") + printable(note))
+         else "the configuration is right") + terminal_text(note))
     return 0
 
 

@@ -256,7 +256,8 @@ class TestProblems(ManageCase):
         for line, pattern in zip(self.problems(), (
                 f"{X} test 2.0.0: waits to be activated: its manifest has the state unactivated: "
                 f"imgserver.py activate {X}$",
-                f".discarded-{U}: is being removed, or else: imgserver.py check --clean$",
+                f".discarded-{U}: is being removed, or was half removed: "
+                "imgserver.py check --clean$",
                 f"{U} test 2.0.0: waits to be activated, last change 48 hours ago: "
                 f"imgserver.py activate {U}$",
                 rf"{V} test 2.0.0: is not whole \(.*\), last change 1 hours ago$",
@@ -582,7 +583,8 @@ class TestConfigCheck(ManageCase):
             """The paths of the warnings of config --check there."""
             result = subprocess.run(
                 [sys.executable, "-I", program, "--listen", "127.0.0.1:0", "--dir",
-                 self.serve_dir, "config", "--check"], capture_output=True, text=True, timeout=PATIENCE)
+                 self.serve_dir, "config", "--check"], capture_output=True, text=True,
+                timeout=PATIENCE)
             self.assertEqual(result.returncode, 0, result.stderr)
             found = re.findall("may write (.*), and so change the program", result.stderr)
             self.assertIn(f"with {len(found)} warning" if found else "is right", result.stdout)
