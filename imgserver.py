@@ -7873,7 +7873,8 @@ def run_step(config, options):
 
 def run_import_image(config, options):
     """The command behind the script import-image."""
-    if options.command == "import-image":
+    options.command = "activate" if options.a else "discard" if options.d else "import"
+    if options.command == "import":
         return run_import(config, options)
     words = options.words[options.words[:1] == ["--"]:]
     if len(words) != 1:
@@ -8577,10 +8578,8 @@ COMMANDS = (
     ("import-image", run_import_image, "writes", "publish an image, read from standard input",
      "--dir /images web 1.2.0 'Web server' < web.zfs.gz", (
          *IMPORTING,
-         ("-a  activate an image that -n has left: -a UUID",
-          {"dest": "command", "action": "store_const", "const": "activate", **GIVEN}),
-         ("-d  discard an image that is not active, or was never finished: -d UUID",
-          {"dest": "command", "action": "store_const", "const": "discard", **GIVEN}),
+         "-a  activate an image that -n has left: -a UUID",
+         "-d  discard an image that is not active, or was never finished: -d UUID",
          "-p  print the Python that is used: $PYTHON, or the newest in /opt/local/bin, or "
          "python3")))
 IMPORT_USAGE = ("%(prog)s [OPTION ...] NAME VERSION DESCRIPTION [FIELD=VALUE ...] < IMAGE\n"
