@@ -7997,7 +7997,7 @@ class Inventory:
     def origin_problem(self, image) -> str | None:
         """Why imgadm does not find the origin of a sound image; None: it does."""
         if image.uuid in self.cyclic:
-            return "its origins form a cycle"
+            return self.left_out[image.uuid]
         problem = origin_problem(image, self.by_uuid.get, bool(self.config.channels))
         if problem and image.origin not in self.by_uuid and image.origin not in self.left_out:
             return advised(problem, f"mirror URL {image.origin}")
