@@ -7200,9 +7200,9 @@ class EventLoop:
     # threads
 
     def in_slices(self, job):
-        """Run a generator between the turns of the loop, and from where it yields True in a thread.
+        """Run a generator between the turns of the loop; where it yields True, go on in a thread.
 
-        For any thread.
+        May be called by any thread.
         """
         self._jobs.append(job)
         self._wake()
