@@ -29,6 +29,7 @@ A class that takes seconds says so in `seconds`: the runner (run.py) begins with
 """
 
 import contextlib
+import gc
 import hashlib
 import io
 import json
@@ -42,7 +43,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 import unittest
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -359,6 +362,74 @@ def command(*words, prelude="", python=sys.executable):
                                 f"{prelude or ''}\nsys.exit(imgserver.main())", *words]
 
 
+def become_imgserver(words, prelude):
+    """In a forked process: run imgserver.py with these words as a new one would, and end."""
+    status = 1
+    try:
+        gc.freeze()               # nothing of the test is ever finalized here
+        for fd in map(int, os.listdir("/dev/fd")):
+            if fd > 2:            # the test's; one of them tells Popen that all is well
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+        signal.set_wakeup_fd(-1)
+        for number in signal.valid_signals():
+            if callable(signal.getsignal(number)):
+                signal.signal(number, signal.SIG_DFL)
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_IGN)
+        for fd, name in enumerate(("stdin", "stdout", "stderr")):
+            setattr(sys, name, None)
+            with contextlib.suppress(OSError):        # it is closed
+                setattr(sys, name, open(fd, "w" if fd else "r", closefd=False,
+                                        errors=getattr(sys, f"__{name}__").errors))
+        sys.argv = ["imgserver.py", *map(os.fsdecode, words)]
+        exec(prelude or "", {"imgserver": imgserver, "sys": sys})
+        status = imgserver.main()
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread() and not thread.daemon:
+                thread.join()
+    except SystemExit as end:     # argparse's
+        status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+class Program(subprocess.Popen):
+    """imgserver.py with these words, in a process of its own; `options` are Popen's.
+
+    The quick tests fork it from their own process, which has imported the module: an
+    interpreter that starts and loads it costs ten times as much.  `make check` runs `command`.
+    """
+
+    def __init__(self, *words, prelude="", preexec_fn=None, **options):
+        def become():
+            if preexec_fn is not None:
+                preexec_fn()
+            become_imgserver(words, prelude)
+        line = command(*words, prelude=prelude)
+        super().__init__(line, preexec_fn=preexec_fn if CHECK else become, **options)
+
+
+def run_program(*words, data=b"", timeout=PATIENCE * 3, **options):
+    """Run imgserver.py to its end with `data` as its standard input; a CompletedProcess."""
+    for name in ("stdin", "stdout", "stderr"):
+        options.setdefault(name, subprocess.PIPE)
+    with Program(*words, **options) as process:
+        try:
+            output, errors = process.communicate(data or None, timeout)
+        except BaseException:
+            process.kill()
+            raise
+        return subprocess.CompletedProcess(words, process.returncode, output, errors)
+
+
 class Server:
     """imgserver.py in a process of its own.
 
@@ -380,9 +451,13 @@ class Server:
             json.dump(config or {}, file)
         arguments += ["--config", config_path]
         with open(self.log_path, "wb") as log:
-            self.process = subprocess.Popen(
-                [*wrapper, *command(*arguments, prelude=prelude, python=python)], stderr=log,
-                stdin=subprocess.DEVNULL, env={**os.environ, **(environment or {})})
+            if wrapper or environment or python != sys.executable:
+                self.process = subprocess.Popen(
+                    [*wrapper, *command(*arguments, prelude=prelude, python=python)], stderr=log,
+                    stdin=subprocess.DEVNULL, env={**os.environ, **(environment or {})})
+            else:
+                self.process = Program(*arguments, prelude=prelude, stderr=log,
+                                       stdin=subprocess.DEVNULL)
         try:
             match = self.wait_log(r"imgserver \S+ serves .* on .*")
         except AssertionError:

@@ -11,8 +11,8 @@ import sys
 import time
 
 from tests import streams
-from tests.support import (IMGSERVER, PATIENCE, ROOT, ServerCase, command, uuid_of, wait_for,
-                           write_image, write_v2)
+from tests.support import (IMGSERVER, PATIENCE, ROOT, ServerCase, run_program, uuid_of,
+                           wait_for, write_image, write_v2)
 
 IMAGE = streams.pack(streams.stream())
 DAY = 24 * 3600
@@ -25,9 +25,8 @@ class CheckCase(ServerCase):
 
     def check(self, *words, prelude=None):
         """Run it; returns (exit status, lines)."""
-        result = subprocess.run(
-            command("check", "--dir", self.serve_dir, *words, prelude=prelude),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", timeout=PATIENCE)
+        result = run_program("check", "--dir", self.serve_dir, *words, prelude=prelude,
+                             encoding="utf-8")
         self.assertEqual(result.stderr, "")
         return result.returncode, result.stdout.splitlines()
 
@@ -50,8 +49,7 @@ class TestCheck(CheckCase):
 
     def test_options_before_the_command(self):
         write_image(self.serve_dir, uuid_of(1), IMAGE)
-        result = subprocess.run([sys.executable, IMGSERVER, "--dir", self.serve_dir, "check"],
-                                stdout=subprocess.PIPE, encoding="utf-8", timeout=PATIENCE)
+        result = run_program("--dir", self.serve_dir, "check", encoding="utf-8")
         self.assertEqual(result.stdout, "1 of 1 images are sound\n")
 
     def test_each_fault_is_a_line(self):
@@ -100,8 +98,7 @@ class TestCheck(CheckCase):
             status, lines = self.check(*words)
             self.assertEqual((status, lines), (1, [
                 *sentences, *(line.format("") for line in cycles), "0 of 4 images are sound"]))
-        listed = subprocess.run(command("list", "--problems", "--dir", self.serve_dir),
-                                stdout=subprocess.PIPE, text=True, timeout=PATIENCE)
+        listed = run_program("list", "--problems", "--dir", self.serve_dir, text=True)
         self.assertEqual(listed.stdout.splitlines(), [
             *(line.format(" is left out") for line in cycles), *sentences])
 
@@ -123,9 +120,7 @@ class TestCheck(CheckCase):
                          f"{uuid_of(1)}: there is no manifest.json")
 
     def test_what_is_no_uuid(self):
-        result = subprocess.run(
-            [sys.executable, IMGSERVER, "check", "--dir", self.serve_dir, "../x"],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", timeout=PATIENCE)
+        result = run_program("check", "--dir", self.serve_dir, "../x", encoding="utf-8")
         self.assertEqual((result.returncode, result.stdout), (2, ""))
         self.assertRegex(result.stderr, r"\A[^\n]+is not a UUID[^\n]+\n\Z")
 

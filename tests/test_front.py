@@ -435,9 +435,7 @@ class Listeners(ServerCase):
 
     def fails(self, status, *arguments):
         """The one sentence with which it ends."""
-        done = support.subprocess.run(
-            support.command("--dir", self.serve_dir, *arguments), capture_output=True,
-            stdin=support.subprocess.DEVNULL, timeout=support.PATIENCE, encoding="ascii")
+        done = support.run_program("--dir", self.serve_dir, *arguments, encoding="ascii")
         self.assertEqual(done.returncode, status, done.stderr)
         self.assertNotIn("Traceback", done.stderr)
         return done.stderr
@@ -472,9 +470,8 @@ class Listeners(ServerCase):
 
     def test_list_of_the_configuration(self):
         port = support.free_port()
-        process = support.subprocess.Popen(
-            support.command("--config", self.config(listen_port=[f"127.0.0.1:{port}",
-                                                                 self.path()])),
+        process = support.Program(
+            "--config", self.config(listen_port=[f"127.0.0.1:{port}", self.path()]),
             stdin=support.subprocess.DEVNULL, stderr=support.subprocess.DEVNULL)
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
@@ -524,14 +521,12 @@ class Listeners(ServerCase):
     def test_smf_manifest(self):
         for listen, privileged in (([8080, "/run/s"], False), (["/run/s", 80], True),
                                    ([8080, "10.0.0.1:443"], True), ("/run/s", False)):
-            done = support.subprocess.run(
-                support.command("smf", "--user", "nobody", "--config",
-                                self.config(listen_port=listen)),
-                capture_output=True, check=True, encoding="utf-8")
+            done = support.run_program("smf", "--user", "nobody", "--config",
+                                       self.config(listen_port=listen), encoding="utf-8")
+            self.assertEqual(done.returncode, 0, done.stderr)
             self.assertEqual("net_privaddr" in done.stdout, privileged, listen)
-        done = support.subprocess.run(
-            support.command("--listen", "8080", "--listen", "/run/s", "smf", "--user", "nobody"),
-            capture_output=True, check=True, encoding="utf-8")
+        done = support.run_program("--listen", "8080", "--listen", "/run/s", "smf", "--user",
+                                   "nobody", encoding="utf-8")
         self.assertIn("--listen 8080 --listen /run/s", done.stdout)
 
 

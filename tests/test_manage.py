@@ -14,8 +14,8 @@ from unittest import mock
 
 import imgserver
 from tests import streams
-from tests.support import (PATIENCE, ServerCase, ask, command, readable, uuid_of, write_image,
-                           write_manifest, write_v2)
+from tests.support import (PATIENCE, Program, ServerCase, ask, readable, run_program, uuid_of,
+                           write_image, write_manifest, write_v2)
 
 U, V, W, X = map(uuid_of, range(1, 5))
 DAY = 24 * 3600
@@ -171,8 +171,7 @@ class TestList(ManageCase):
         self.fill()
         for words, status in (((), 0), (("--problems",), 1), (("--problems", "name=web"), 2)):
             with self.subTest(words):
-                result = subprocess.run(command("list", "--dir", self.serve_dir, *words),
-                                        capture_output=True, timeout=PATIENCE)
+                result = run_program("list", "--dir", self.serve_dir, *words)
                 self.assertEqual(result.returncode, status, result.stderr)
                 self.assertIn(b"waits" if status < 2 else b"nothing else",
                               result.stdout + result.stderr)
@@ -181,8 +180,8 @@ class TestList(ManageCase):
     def test_a_reader_that_has_read_enough(self):
         for number in range(2000):
             write_v2(self.serve_dir, uuid_of(number))
-        process = subprocess.Popen(command("list", "--dir", self.serve_dir),
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = Program("list", "--dir", self.serve_dir, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE)
         self.assertEqual(process.stdout.read(4), b"UUID")
         process.stdout.close()
         with process.stderr:
@@ -406,22 +405,19 @@ imgserver.{call} = refuse
 
     def test_published_beside_them(self):
         """What import made, the commands change; the file stays as it is."""
-        result = subprocess.run(
-            command("import", "--dir", self.serve_dir, "--uuid", U, "web", "1", "d"),
-            input=streams.pack(streams.stream()), capture_output=True, timeout=PATIENCE)
+        result = run_program("import", "--dir", self.serve_dir, "--uuid", U, "web", "1", "d",
+                             data=streams.pack(streams.stream()))
         self.assertEqual(result.returncode, 0, result.stderr)
         files = self.stored(U)["files"]
         for words in (("update", U, "version=2"), ("disable", U), ("enable", U)):
-            result = subprocess.run(command("--dir", self.serve_dir, *words),
-                                    capture_output=True, timeout=PATIENCE)
+            result = run_program("--dir", self.serve_dir, *words)
             self.assertEqual((result.returncode, result.stderr), (0, b""))
             self.assertRegex(result.stdout.decode(), rf"^[A-Z][a-z]+d image {U} web 2\n$")
         self.assertEqual(self.stored(U)["files"], files)
         for words, error in ((("disable", V), f"image {V} not found"),
                              (("update", U, f"origin={V}"),
                               "origin: Parameter cannot be updated")):
-            result = subprocess.run(command("--dir", self.serve_dir, *words),
-                                    capture_output=True, timeout=PATIENCE)
+            result = run_program("--dir", self.serve_dir, *words)
             self.assertEqual((result.returncode, result.stderr.decode()),
                              (1, f"imgserver: {error}\n"))
 
@@ -528,8 +524,7 @@ class TestConfigCheck(ManageCase):
         for last in (("config", "--check"), ()):
             if results and results[0][0] == 0:
                 return results[0]             # the server itself would serve
-            result = subprocess.run(command("--config", path, *words, *last), timeout=PATIENCE,
-                                    capture_output=True, stdin=subprocess.DEVNULL)
+            result = run_program("--config", path, *words, *last)
             results.append((result.returncode, result.stdout.decode(), result.stderr.decode()))
         self.assertEqual((os.stat(path).st_mtime_ns, os.listdir(self.directory)), before)
         self.assertEqual(results[0], results[1], "not as the server itself says it")
@@ -553,10 +548,8 @@ class TestConfigCheck(ManageCase):
 
     def test_no_file_of_the_configuration(self):
         path = os.path.join(self.directory, "none.json")
-        result = subprocess.run(
-            command("--listen", "127.0.0.1:0", "--dir", self.serve_dir, "config", "--check",
-                    prelude=f"imgserver.default_config = lambda: {path!r}"),
-            capture_output=True, timeout=PATIENCE)
+        result = run_program("--listen", "127.0.0.1:0", "--dir", self.serve_dir, "config",
+                             "--check", prelude=f"imgserver.default_config = lambda: {path!r}")
         self.assertEqual(result.stdout.decode().splitlines()[0],
                          f"configuration: the defaults, as there is no {path}")
 

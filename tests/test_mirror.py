@@ -23,7 +23,7 @@ from unittest import mock
 
 import imgserver
 from tests import streams
-from tests.support import (PATIENCE, ServerCase, check_only, command, need, uuid_of,
+from tests.support import (PATIENCE, Program, ServerCase, check_only, need, run_program, uuid_of,
                            wait_for, write_image, write_v2)
 
 U, V, W = uuid_of(1), uuid_of(2), uuid_of(3)
@@ -821,8 +821,7 @@ class TestServers(ServerCase):
         os.mkdir(self.here)
 
     def run_mirror(self, *words):
-        return subprocess.run(command("--dir", self.here, "mirror", *words), text=True,
-                              capture_output=True, timeout=PATIENCE)
+        return run_program("--dir", self.here, "mirror", *words, text=True)
 
     def fill(self):
         write_image(self.serve_dir, U, IMAGE, name="base")
@@ -843,8 +842,7 @@ class TestServers(ServerCase):
                 done = self.run_mirror("-q", url, "--all")
                 self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
                 self.assertEqual(sorted(os.listdir(self.here)), [U, V, W])
-                check = subprocess.run(command("--dir", self.here, "check", "-q"),
-                                       capture_output=True, text=True)
+                check = run_program("--dir", self.here, "check", "-q", text=True)
                 self.assertEqual((check.returncode, check.stdout), (0, ""))
                 for uuid in (U, V, W):
                     shutil.rmtree(os.path.join(self.here, uuid))
@@ -952,8 +950,8 @@ class TestServers(ServerCase):
         self.addCleanup(up.close)
         up.add(U)
         up.script[f"/images/{U}/file"] = [[answer(IMAGE)[:200_000], STALL]]
-        process = subprocess.Popen(command("--dir", self.here, "mirror", up.url, U),
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = Program("--dir", self.here, "mirror", up.url, U, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.addCleanup(process.kill)
         partial = os.path.join(self.here, ".incoming-" + U, ".partial")
         wait_for(lambda: os.path.exists(partial) and os.path.getsize(partial), "the file")
@@ -981,8 +979,7 @@ class TestServers(ServerCase):
         self.assertGreater(os.path.getsize(partial), 0)
 
     def test_import_says_how_an_origin_comes(self):
-        done = subprocess.run(command("--dir", self.here, "import", "--origin", U, "a", "1", "b"),
-                              input=b"", capture_output=True)
+        done = run_program("--dir", self.here, "import", "--origin", U, "a", "1", "b")
         self.assertIn(f"`imgserver.py mirror URL {U}` brings it".encode(), done.stderr)
 
     @check_only("random")
@@ -992,15 +989,14 @@ class TestServers(ServerCase):
         server = self.serve()
         url = f"http://127.0.0.1:{server.address[1]}"
         for _ in range(20):
-            process = subprocess.Popen(command("--dir", self.here, "mirror", url, U),
-                                       stdout=subprocess.DEVNULL)
+            process = Program("--dir", self.here, "mirror", url, U, stdout=subprocess.DEVNULL)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(random.uniform(0.05, 0.5))
             process.kill()
             process.wait()
         self.assertEqual(self.run_mirror("-q", url, U).returncode, 0)
         self.assertEqual(os.listdir(self.here), [U])
-        check = subprocess.run(command("--dir", self.here, "check", "-q"), capture_output=True)
+        check = run_program("--dir", self.here, "check", "-q")
         self.assertEqual((check.returncode, check.stdout), (0, b""))
 
     @check_only("large")
@@ -1010,9 +1006,9 @@ class TestServers(ServerCase):
         server = self.serve()
         report = ("import atexit, re; atexit.register(lambda: print(re.search("
                   "'VmHWM:\\\\s+([0-9]+)', open('/proc/self/status').read())[1]))")
-        done = subprocess.run(command(
+        done = run_program(
             "--dir", self.here, "mirror", "-q", f"http://127.0.0.1:{server.address[1]}", U,
-            prelude=report), capture_output=True, text=True)
+            prelude=report, text=True)
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertLess(int(done.stdout), 40 << 10)
 

@@ -4,12 +4,11 @@ import hashlib
 import json
 import os
 import re
-import subprocess
 import unittest
 
 import imgserver
 from tests import streams
-from tests.support import ServerCase, command, uuid_of, write_image, write_manifest
+from tests.support import ServerCase, run_program, uuid_of, write_image, write_manifest
 
 U = uuid_of(1)
 DATA = streams.pack(streams.stream())
@@ -19,8 +18,7 @@ class PublishCase(ServerCase):
 
     def run_command(self, *words, data=b"", prelude=None):
         """Run imgserver.py on this serve_dir; returns (status, stdout, stderr)."""
-        result = subprocess.run(command("--dir", self.serve_dir, *words, prelude=prelude),
-                                input=data, capture_output=True, timeout=60)
+        result = run_program("--dir", self.serve_dir, *words, prelude=prelude, data=data)
         return result.returncode, result.stdout.decode().strip(), result.stderr.decode().strip()
 
     def stored(self, uuid):

@@ -20,8 +20,8 @@ from unittest import mock
 
 import imgserver
 from tests import streams
-from tests.support import (PATIENCE, ROOT, BodyBytes, ServerCase, ask, check_only, command, log_of,
-                           need, uuid_of, wait_for, write_image, write_v2)
+from tests.support import (PATIENCE, ROOT, BodyBytes, ServerCase, ask, check_only, log_of, need,
+                           run_program, uuid_of, wait_for, write_image, write_v2)
 from tests.test_nginx import NginxCase
 
 U, V, W = uuid_of(1), uuid_of(2), uuid_of(3)
@@ -877,8 +877,7 @@ class Clients:
             self.assertEqual((answer.status, answer.json()["state"]), (200, "active"))
             self.assertEqual(connection.request(f"/images/{uuid}/file").body, data)
             self.assertIn(uuid, [image["uuid"] for image in connection.request("/images").json()])
-        result = subprocess.run(command("--dir", self.serve_dir, "check", "-q", uuid),
-                                capture_output=True, timeout=PATIENCE)
+        result = run_program("--dir", self.serve_dir, "check", "-q", uuid)
         self.assertEqual((result.returncode, result.stdout), (0, b""))
 
     def test_imgadm_publish(self):
@@ -1265,8 +1264,7 @@ class Uploads(ServerCase):
             for name in (*os.listdir(path), "."):
                 os.utime(os.path.join(path, name), (old, old))
         for words, left in (((), [U, V]), (("--clean",), [V])):
-            lines = subprocess.run(command("--dir", self.serve_dir, "check", *words),
-                                   capture_output=True, timeout=PATIENCE).stdout.decode()
+            lines = run_program("--dir", self.serve_dir, "check", *words).stdout.decode()
             self.assertRegex(lines, rf"(?m)^{U}.*: is not whole")
             self.assertRegex(lines, rf"(?m)^{V} .*: waits to be activated, last change 24 hours "
                                     rf"ago: imgserver\.py activate {V}$")
@@ -1336,8 +1334,7 @@ class TwoServers(ServerCase):
         ImgadmPublish(self.servers[0].connect).publish(manifest_of(V), DATA)
         for server in self.servers:
             self.assertIn(V, [image["uuid"] for image in server.get("/images").json()])
-        status = subprocess.run(command("--dir", self.serve_dir, "check", "-q"),
-                                capture_output=True, timeout=PATIENCE)
+        status = run_program("--dir", self.serve_dir, "check", "-q")
         self.assertEqual(status.returncode, 0, status.stdout)
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import threading
 import unittest
 
@@ -80,9 +79,8 @@ class Samples(support.ServerCase):
                 for path, content in zip(paths, (manifest_of(text, uuid_of(number), data), data)):
                     with open(path, "wb") as output:
                         output.write(content)
-                run = subprocess.run(support.command(
-                    "import", "--dir", self.serve_dir, "--manifest", paths[0], "--file", paths[1]),
-                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=PATIENCE)
+                run = support.run_program("import", "--dir", self.serve_dir, "--manifest",
+                                          paths[0], "--file", paths[1])
                 self.assertEqual((run.stdout, run.stderr), (uuid_of(number).encode() + b"\n", b""))
                 reader = imgserver.ImageReader(imgserver.Config({}))
                 image = reader.read(uuid_of(number), os.path.join(self.serve_dir, ""), ("imgapi",))

@@ -16,8 +16,8 @@ import unittest
 from unittest import mock
 
 import imgserver
-from tests.support import (IMGSERVER, PATIENCE, ROOT, Connection, ServerCase, command, free_port,
-                           has_ipv6, uuid_of, wait_for, write_image)
+from tests.support import (IMGSERVER, PATIENCE, ROOT, Connection, Program, ServerCase, free_port,
+                           has_ipv6, run_program, uuid_of, wait_for, write_image)
 
 CONFIG_ERROR = 96
 
@@ -136,8 +136,7 @@ class Starting(ServerCase):
 
     def fails(self, status, *arguments, **options):
         """It ends with `status` and one sentence, which is returned."""
-        done = subprocess.run(command(*arguments, **options), stdin=subprocess.DEVNULL,
-                              capture_output=True, timeout=PATIENCE, cwd=self.directory)
+        done = run_program(*arguments, cwd=self.directory, **options)
         error = done.stderr.decode("ascii")
         self.assertEqual(done.returncode, status, error)
         self.assertEqual(done.stdout, b"")
@@ -374,8 +373,7 @@ class Ports(Starting):
                 self.assertIsNone(process.poll(), "it has ended")
 
     def start(self, *arguments):
-        process = subprocess.Popen(command(*arguments), stdin=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL)
+        process = Program(*arguments, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
         return process
@@ -483,9 +481,8 @@ class UnixSockets(Starting):
 
     def test_listen_port_of_the_configuration_may_be_a_path(self):
         path = self.path()
-        process = subprocess.Popen(
-            command("--config", self.config({"listen_port": path})),
-            stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = Program("--config", self.config({"listen_port": path}),
+                          stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
         wait_for(lambda: self.answers(path), "the server")
@@ -550,8 +547,7 @@ class UnixSockets(Starting):
                                for _ in range(8)])
 
     def race(self, *arguments, **options):
-        process = subprocess.Popen(command(*arguments, **options), stderr=subprocess.PIPE,
-                                   stdin=subprocess.DEVNULL)
+        process = Program(*arguments, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, **options)
         self.addCleanup(process.stderr.close)
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)

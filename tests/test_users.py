@@ -10,7 +10,6 @@ import os
 import pty
 import socket
 import stat
-import subprocess
 import threading
 import time
 import unittest
@@ -18,9 +17,8 @@ from unittest import mock
 
 import imgserver
 from tests import test_nginx
-from tests.support import (PATIENCE, SETTLED, Connection, ServerCase, ask, command,
-                           default_signals, log_of, need, parse, uuid_of, wait_for, write_image,
-                           write_v2)
+from tests.support import (SETTLED, Connection, ServerCase, ask, command, default_signals, log_of,
+                           need, parse, run_program, uuid_of, wait_for, write_image, write_v2)
 
 PUBLIC, PRIVATE, PRIVATE_V1, CHILD, WAITING, UNKNOWN = map(uuid_of, range(1, 7))
 OWNER = "352971aa-31ba-496c-9ade-a379feaecd52"
@@ -77,8 +75,7 @@ class CommandCase(ServerCase):
 
     def user(self, *words, data=b"", status=0):
         """Run `imgserver.py user`; its output, and its error where it fails."""
-        result = subprocess.run(command("user", "--config", self.config, *words), input=data,
-                                capture_output=True, timeout=PATIENCE)
+        result = run_program("user", "--config", self.config, *words, data=data)
         self.assertEqual(result.returncode, status, result.stderr)
         self.assertNotIn(b"Traceback", result.stderr)
         return (result.stderr if status else result.stdout).decode()
@@ -233,8 +230,7 @@ class Start(ServerCase):
         config = os.path.join(self.directory, "config.json")
         with open(config, "w") as file:
             json.dump({"users": "none", "serve_dir": "images", "listen_port": 1}, file)
-        result = subprocess.run(command("--config", config), capture_output=True,
-                                timeout=PATIENCE)
+        result = run_program("--config", config)
         self.assertEqual(result.returncode, 96)
         self.assertIn(b"none: No such file", result.stderr)
 

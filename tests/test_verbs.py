@@ -19,7 +19,8 @@ from unittest import mock
 
 import imgserver
 from tests import streams
-from tests.support import PATIENCE, ROOT, uuid_of, write_image, write_manifest, write_v2
+from tests.support import (PATIENCE, ROOT, run_program, uuid_of, write_image, write_manifest,
+                           write_v2)
 
 U, V = uuid_of(1), uuid_of(2)
 STREAM = streams.stream()
@@ -721,9 +722,7 @@ class TestCheck(VerbCase):
     """check, on images that the verbs made."""
 
     def run_check(self, *words):
-        result = subprocess.run([sys.executable, os.path.join(ROOT, "imgserver.py"), "check",
-                                 "--dir", self.serve_dir, *words], stdout=subprocess.PIPE,
-                                encoding="utf-8", timeout=PATIENCE * 3)
+        result = run_program("check", "--dir", self.serve_dir, *words, encoding="utf-8")
         return result.returncode, result.stdout.splitlines()
 
     def test_quiet_says_nothing_when_all_is_well(self):
