@@ -89,6 +89,12 @@ def check_only(reason):
     return mark
 
 
+def all_in_check(items):
+    """All of them in `make check`, else the first alone: shells, or Pythons, that shall all do
+    the same."""
+    return items if CHECK else items[:1]
+
+
 def free_port():
     """A port that nobody listens on, and that stays free until the test takes it.
 
@@ -245,13 +251,14 @@ class Connection:
         length = int(headers.get("content-length", 0))
         if method == "HEAD" or status in (204, 304):
             length = 0
-        while len(self.buffer) < length:
+        body = bytearray(self.buffer)         # += of bytes would copy all of it each time
+        while len(body) < length:
             data = self.recv()
             if not data:
-                raise AssertionError(f"the body ended after {len(self.buffer)} of {length} bytes")
-            self.buffer += data
-        body, self.buffer = self.buffer[:length], self.buffer[length:]
-        return Answer(status, headers, body, head)
+                raise AssertionError(f"the body ended after {len(body)} of {length} bytes")
+            body += data
+        self.buffer = bytes(body[length:])
+        return Answer(status, headers, bytes(body[:length]), head)
 
     def request(self, target, method="GET", headers=(), version="1.1"):
         """Send a request and return its Answer.  headers: (name, value) pairs or a dict."""
@@ -264,11 +271,11 @@ class Connection:
 
     def rest(self):
         """All bytes until the server ends the connection."""
-        data, self.buffer = self.buffer, b""
+        data, self.buffer = bytearray(self.buffer), b""
         while True:
             more = self.recv()
             if not more:
-                return data
+                return bytes(data)
             data += more
 
     def closed(self):
@@ -428,6 +435,27 @@ def run_program(*words, data=b"", timeout=PATIENCE * 3, **options):
             process.kill()
             raise
         return subprocess.CompletedProcess(words, process.returncode, output, errors)
+
+
+def copy_program(directory):
+    """Put imgserver.py into a directory, for others to run; returns its path.
+
+    In the quick tests it runs the module here, which is compiled: that costs half as much.
+    """
+    path = os.path.join(directory, "imgserver.py")
+    if CHECK:
+        return shutil.copy(IMGSERVER, path)
+    with open(path, "w") as file:
+        file.write(f"""#!/usr/bin/env python3
+import sys
+sys.pycache_prefix = {sys.pycache_prefix!r}
+sys.path.insert(0, {ROOT!r})
+import imgserver
+imgserver.__file__ = __file__
+sys.exit(imgserver.main())
+""")
+    os.chmod(path, 0o755)
+    return path
 
 
 class Server:

@@ -15,13 +15,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
 import imgserver
 from tests import streams
-from tests.support import (IMGSERVER, NOBODY, PATIENCE, ROOT, ServerCase, check_only, command,
-                           default_signals, need, uuid_of, wait_for, write_image)
+from tests.support import (CHECK, IMGSERVER, NOBODY, PATIENCE, ROOT, Program, ServerCase,
+                           all_in_check, check_only, default_signals, need, run_program, uuid_of, wait_for,
+                           write_image)
 
 IMPORT = os.path.join(ROOT, "import-image")
 SHELLS = {"dash": ["dash"], "ksh93": ["ksh93"], "bash": ["bash"], "busybox": ["busybox", "sh"]}
@@ -33,29 +35,52 @@ WORDS = ("web", "1.0.0", "A web server")
 HOSTILE = ("two  spaces", "$(touch hacked)", "`touch hacked`", "; touch hacked", "it's", '"', "\\",
            "\\n", "a\nb", "trailing\n", "\u00e9", "-n", "--", "-a", "--uuid=x", "../x", "*",
            "%s%n", "a=b", "", "x" * 2000, "&& touch hacked", "\x01\x7f")
-FEW = ("$(touch hacked)", "it's \" `touch hacked`", "\\n%s*", "a\nb\n", "--", "")
+
+
+def installed(shells):
+    """The command lines of the shells that are here."""
+    return [shell for shell in shells.values() if shutil.which(shell[0])]
+
+
+def stand_in(directory):
+    """The path of a Python that prints its words, with a NUL behind each."""
+    path = os.path.join(directory, "python")
+    with open(path, "w") as file:
+        file.write("#!/bin/sh\nprintf '%s\\0' \"$@\"\n")
+    os.chmod(path, 0o755)
+    return path
 
 
 class ImportCase(ServerCase):
 
     def command(self, *words, shell=()):
+        """The command line of import-image, the script."""
         return [*shell, IMPORT, "--dir", self.serve_dir, *words]
 
     def environment(self):
         return {**os.environ, "PYTHON": sys.executable}
 
-    def run_import(self, *words, data=IMAGE, shell=(), command=None, **options):
-        """Run import-image to its end with `data` as its standard input."""
+    def run_import(self, *words, data=IMAGE, command=None, **options):
+        """Run import-image to its end with `data` as its standard input.
+
+        The quick tests pass by the script, if no command line is given: see support.Program.
+        """
+        if command is None and not CHECK:
+            return run_program("import-image", "--dir", self.serve_dir, *words, data=data,
+                               **options)
         options.setdefault("env", self.environment())
-        return subprocess.run(command or self.command(*words, shell=shell), input=data,
+        return subprocess.run(command or self.command(*words), input=data,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                               timeout=PATIENCE * 3, **options)
 
     def start(self, *words, **options):
-        """Start import-image with a pipe as its standard input, and nothing in it."""
-        process = subprocess.Popen(self.command(*words), stdin=subprocess.PIPE,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   env=self.environment(), **options)
+        """Start import-image, with pipes of which its standard input has nothing in it."""
+        for name in ("stdin", "stdout", "stderr"):
+            options.setdefault(name, subprocess.PIPE)
+        if CHECK:
+            process = subprocess.Popen(self.command(*words), env=self.environment(), **options)
+        else:
+            process = Program("import-image", "--dir", self.serve_dir, *words, **options)
         self.addCleanup(self.end_import, process)
         return process
 
@@ -67,7 +92,7 @@ class ImportCase(ServerCase):
     def end_import(process):
         process.kill()
         process.wait()
-        for pipe in (process.stdin, process.stdout, process.stderr):
+        for pipe in filter(None, (process.stdin, process.stdout, process.stderr)):
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
 
@@ -98,18 +123,14 @@ class ImportCase(ServerCase):
 
 
 class TestWords(ImportCase):
-    seconds = 10
 
-    def one_word(self, shell, place, text):
-        """Publish with `text` for NAME, VERSION or DESCRIPTION, in a directory of its own."""
+    def check_word(self, place, text):
+        """Publish with `text` for NAME, VERSION or DESCRIPTION."""
         words = list(WORDS)
         words[place] = text
-        return self.run_import("--", *words, shell=SHELLS[shell], cwd=self.directory)
-
-    def check_word(self, shell, place, text):
         field = ("name", "version", "description")[place]
         rule = (r"[A-Za-z0-9._/ -]{1,1024}", r"[A-Za-z0-9._/+-]{1,512}", r"(?s).*")[place]
-        result = self.one_word(shell, place, text)
+        result = self.run_import("--", *words, cwd=self.directory)
         if not re.fullmatch(rule, text):
             self.assertNotEqual(result.returncode, 0)
             self.assertRegex(result.stderr.decode(),
@@ -119,34 +140,45 @@ class TestWords(ImportCase):
         self.assertEqual(manifest.get(field, ""), text)
         self.assertNotIn("/", manifest["files"][0]["path"])
 
-    def check_shell(self, shell, places, texts=HOSTILE):
-        need(SHELLS[shell][0])
-        cases = [(place, text) for place in places for text in texts]
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            runs = [pool.submit(self.check_word, shell, *case) for case in cases]
-        for case, run in zip(cases, runs):
-            with self.subTest(shell=shell, case=case):
-                run.result()
+    def assertNotHacked(self):
         self.assertEqual(sorted(os.listdir(self.directory)), ["images"])
         for name in os.listdir(self.serve_dir):
             self.assertEqual(len(os.listdir(os.path.join(self.serve_dir, name))), 2)
 
     def test_hostile_descriptions(self):
-        self.check_shell("dash", (2,))
+        for text in HOSTILE:
+            with self.subTest(text=text):
+                self.check_word(2, text)
+        self.assertNotHacked()
 
     def test_hostile_names_and_versions(self):
-        self.check_shell("dash", (0, 1), ("two  spaces", "$(touch hacked)", "it's", "a\nb",
-                                          "trailing\n", "\u00e9", "-n", "--", "../x", "*", "",
-                                          "x" * 2000))
+        for text in ("two  spaces", "$(touch hacked)", "it's", "a\nb", "trailing\n", "\u00e9",
+                     "-n", "--", "../x", "*", "", "x" * 2000):
+            for place in (0, 1):
+                with self.subTest(text=text, place=place):
+                    self.check_word(place, text)
+        self.assertNotHacked()
 
-    def test_hostile_words_under_ksh93(self):
-        self.check_shell("ksh93", (2,), FEW)
-
-    def test_hostile_words_under_bash(self):
-        self.check_shell("bash", (2,), FEW)
-
-    def test_hostile_words_under_busybox(self):
-        self.check_shell("busybox", (2,), FEW)
+    def test_hostile_words_under_every_shell(self):
+        """import-image passes each of them on as it is; one of all of them is published."""
+        python = stand_in(tempfile.mkdtemp(dir=self.directory))
+        for shell in installed(SHELLS):
+            for words in (*((text,) for text in HOSTILE if text), HOSTILE):
+                with self.subTest(shell=shell, words=words):
+                    result = self.run_import(command=self.command("--", *words, shell=shell),
+                                             env={"PYTHON": python}, cwd=self.directory)
+                    self.assertEqual(
+                        (result.returncode, *result.stdout.decode().split("\0")),
+                        (0, "-I", os.path.join(ROOT, "imgserver.py"), "import-image", "--dir",
+                         self.serve_dir, "--", *words, ""))
+        shutil.rmtree(os.path.dirname(python))
+        for shell in installed(SHELLS):
+            with self.subTest(shell=shell):
+                text = "\n".join(HOSTILE)
+                _, manifest = self.publish(cwd=self.directory, command=self.command(
+                    "--", "web", "1", text, shell=shell))
+                self.assertEqual(manifest["description"], text)
+        self.assertNotHacked()
 
     def test_words_that_are_refused_before_any_byte_is_read(self):
         write_image(self.serve_dir, uuid_of(1))
@@ -238,17 +270,19 @@ class TestWords(ImportCase):
         self.assertIn(uuid_of(7), os.listdir(self.serve_dir))
 
     def test_help_and_usage(self):
-        for shell in ([], *SHELLS.values()):
-            if shell and not shutil.which(shell[0]):
-                continue
-            result = self.run_import(command=[*shell, IMPORT, "-h"])
-            self.assertEqual((result.returncode, result.stderr), (0, b""))
-            self.assertIn(b"NAME VERSION DESCRIPTION", result.stdout)
-            for words in ((), ("-x",), ("-x", *WORDS), ("--manifest",), ("-nx", *WORDS)):
-                with self.subTest(shell=shell, words=words):
-                    result = self.run_import(command=[*shell, IMPORT, *words])
-                    self.assertEqual((result.returncode, result.stdout), (2, b""))
-                    self.assertTrue(result.stderr.startswith(b"usage: import-image "))
+        for shell in installed(SHELLS):               # to which it is the script that answers
+            with self.subTest(shell=shell):
+                self.assertUsage(self.run_import(command=[*shell, IMPORT]))
+        result = self.run_import(command=[IMPORT, "-h"])
+        self.assertEqual((result.returncode, result.stderr), (0, b""))
+        self.assertIn(b"NAME VERSION DESCRIPTION", result.stdout)
+        for words in (("-x",), ("-x", *WORDS), ("--manifest",), ("-nx", *WORDS)):
+            with self.subTest(words=words):
+                self.assertUsage(self.run_import(*words))
+
+    def assertUsage(self, result):
+        self.assertEqual((result.returncode, result.stdout), (2, b""))
+        self.assertTrue(result.stderr.startswith(b"usage: import-image "))
 
     def test_every_option_of_import(self):
         """import-image passes on all that `imgserver.py import` knows, with its value."""
@@ -448,7 +482,6 @@ class TestManifest(ImportCase):
 
 
 class TestData(ImportCase):
-    seconds = 10
 
     def test_sound_data(self):
         tail = streams.stream(b"x" * 3000, order=">")
@@ -539,9 +572,7 @@ class TestData(ImportCase):
     def test_standard_input_that_does_not_block(self):
         reader, writer = os.pipe()
         os.set_blocking(reader, False)
-        process = subprocess.Popen(self.command("--uuid", uuid_of(3), *WORDS), stdin=reader,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   env=self.environment())
+        process = self.start("--uuid", uuid_of(3), *WORDS, stdin=reader)
         os.close(reader)
         wait_for(self.begun_files, "the import")
 
@@ -594,13 +625,10 @@ class TestData(ImportCase):
 
 
 class TestTrouble(ImportCase):
-    seconds = 10
 
     def test_a_full_disk(self):
         data = streams.stream(streams.noise(300 << 10))
-        for shell in SHELLS.values():
-            if not shutil.which(shell[0]):
-                continue
+        for shell in all_in_check([(), *installed(SHELLS)]):
             with self.subTest(shell=shell):
                 # POSIX counts blocks of 512 bytes; bash takes KiB.  Both are far too few.
                 result = self.run_import(data=data, command=[
@@ -611,15 +639,15 @@ class TestTrouble(ImportCase):
 
     def test_nowhere_to_print_the_uuid(self):
         with open("/dev/full", "wb") as full:
-            result = subprocess.run(self.command(*WORDS), input=IMAGE, stdout=full,
-                                    stderr=subprocess.PIPE, env=self.environment())
+            process = self.start(*WORDS, stdout=full)
+            errors = process.communicate(IMAGE)[1]
         [uuid] = os.listdir(self.serve_dir)
-        self.assertEqual(result.returncode, 1)
-        self.assertRegex(result.stderr.decode(), rf"\A[^\n]*image {uuid} is stored[^\n]*\n\Z")
+        self.assertEqual(process.returncode, 1)
+        self.assertRegex(errors.decode(), rf"\A[^\n]*image {uuid} is stored[^\n]*\n\Z")
 
     def test_no_room_for_the_manifest(self):
         # The image is small enough, the manifest with its long description is not.
-        result = self.run_import("web", "1", "d" * 9000, command=[
+        result = self.run_import(command=[
             "sh", "-c", 'ulimit -f 4; exec "$@"', "sh", *self.command("web", "1", "d" * 9000)])
         self.assertRefused(result, "the image cannot be stored|cannot write")
 
@@ -709,10 +737,7 @@ class TestTrouble(ImportCase):
         reader, writer = os.pipe()
         self.addCleanup(os.close, writer)
         os.set_blocking(reader, False)
-        process = subprocess.Popen(self.command(*WORDS), stdin=reader, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, env=self.environment())
-        self.addCleanup(process.stdout.close)
-        self.addCleanup(process.stderr.close)
+        process = self.start(*WORDS, stdin=reader)
         os.close(reader)
         wait_for(self.begun_files, "the import")
         process.terminate()
@@ -737,8 +762,8 @@ def ended():
 imgserver.main = ended
 """)):
             with self.subTest(name):
-                self.assertPublished(self.run_import(command=command(
-                    "import", "--dir", self.serve_dir, *WORDS, prelude=prelude)))
+                self.assertPublished(run_program("import", "--dir", self.serve_dir, *WORDS,
+                                                 data=IMAGE, prelude=prelude))
 
     def test_a_signal_while_nobody_reads_the_uuid(self):
         reader, writer = os.pipe()
@@ -748,13 +773,10 @@ imgserver.main = ended
             while True:
                 os.write(writer, bytes(4096))
         os.set_blocking(writer, True)
-        process = subprocess.Popen(self.command("--uuid", uuid_of(4), *WORDS), stdout=writer,
-                                   stdin=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   env=self.environment())
+        process = self.start("--uuid", uuid_of(4), *WORDS, stdout=writer)
         os.close(writer)
         process.stdin.write(IMAGE)
         process.stdin.close()
-        self.addCleanup(process.stderr.close)
         wait_for(lambda: os.listdir(self.serve_dir) == [uuid_of(4)], "the image")
         process.terminate()
         self.assertEqual(process.wait(PATIENCE), 1)
@@ -905,16 +927,14 @@ class TestSteps(ImportCase):
             with self.subTest(words):
                 first = self.start("--uuid", uuid_of(3), *words, *WORDS)
                 wait_for(self.begun_files, "the first import")
-                result = self.run_import("-d", uuid_of(3), command=[
-                    sys.executable, IMGSERVER, "discard", "--dir", self.serve_dir, uuid_of(3)])
+                result = run_program("discard", "--dir", self.serve_dir, uuid_of(3))
                 self.assertEqual((result.returncode, result.stderr), (0, b""))
                 self.assertPublished(self.run_import("--uuid", uuid_of(3), "-n", *WORDS))
                 output, errors = first.communicate(IMAGE, timeout=PATIENCE)
                 self.assertRefused(
                     subprocess.CompletedProcess((), first.returncode, output, errors),
                     "was discarded", left=[".incoming-" + uuid_of(3)])
-                result = self.run_import(command=[
-                    sys.executable, IMGSERVER, "activate", "--dir", self.serve_dir, uuid_of(3)])
+                result = run_program("activate", "--dir", self.serve_dir, uuid_of(3))
                 self.assertEqual((result.returncode, result.stderr), (0, b""))
                 shutil.rmtree(os.path.join(self.serve_dir, uuid_of(3)))
 
@@ -953,8 +973,7 @@ class TestSteps(ImportCase):
     def on_terminal(self, *words):
         """What import-image writes on a terminal while an image comes slowly."""
         ours, theirs = pty.openpty()
-        process = subprocess.Popen(self.command(*words), stdin=subprocess.PIPE, stderr=theirs,
-                                   stdout=subprocess.DEVNULL, env=self.environment())
+        process = self.start(*words, stdout=subprocess.DEVNULL, stderr=theirs)
         os.close(theirs)
         data = streams.stream(bytes(2 << 20))
         process.stdin.write(data[:1 << 20])
@@ -1017,14 +1036,20 @@ class TestScript(ImportCase):
                  (["sh", "import-image"], home, None)]
         cases += [([*shell, os.path.join(links, name)], self.directory, None)
                   for shell in SHELLS.values() for name in ("absolute", "relative", "twice")]
+        python = stand_in(self.directory)
         for command, directory, environment in cases:
             with self.subTest(command=command):
                 result = self.run_import(
-                    command=[*command, "--dir", self.serve_dir, *WORDS], cwd=directory,
-                    env=environment or self.environment(),
+                    command=[*command, *WORDS], cwd=directory,
+                    env={**(environment or os.environ), "PYTHON": python},
                     executable=shutil.which(command[0], path=path["PATH"])
                     if environment else None)
-                self.assertPublished(result)
+                self.assertEqual((result.returncode, result.stderr), (0, b""))
+                found = result.stdout.decode().split("\0")[1]
+                self.assertTrue(os.path.samefile(os.path.join(directory, found),
+                                                 os.path.join(home, "imgserver.py")), found)
+        self.assertPublished(self.run_import(command=[
+            "sh", os.path.join(links, "twice"), "--dir", self.serve_dir, *WORDS]))
 
     def test_nothing_is_imported_from_the_images(self):
         """Neither from its own directory, nor the current one, nor from PYTHONPATH."""
@@ -1065,9 +1090,7 @@ class TestScript(ImportCase):
         self.python(empty, "python3.7")
         python3 = self.python(bin_, "python3")
         self.python(old, "python3", 1)
-        for shell in SHELLS.values():
-            if not shutil.which(shell[0]):
-                continue
+        for shell in installed(SHELLS):
             for libraries, path, python, wanted in (
                     (opt, bin_, "", os.path.join(opt, "python3.13")),
                     (opt, bin_, python3, python3),
