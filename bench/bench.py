@@ -66,6 +66,36 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
+def option_parser(text, space):
+    """The options of a program that works in a directory with `space` for it."""
+    parser = argparse.ArgumentParser(description=text)
+    parser.add_argument("--quick", action="store_true", help="one round on 256 MiB")
+    parser.add_argument("--rounds", type=int, metavar="N", help="default: 5; quick: 1")
+    parser.add_argument("--python", default=sys.executable,
+                        help="the Python that runs imgserver (default: this one)")
+    parser.add_argument("--dir", metavar="DIR",
+                        help=f"where it works: {space} (default: a temporary directory)")
+    return parser
+
+
+@contextlib.contextmanager
+def workplace(name, options):
+    """A directory with an empty config.json.  A signal or a Failure ends the program `name`."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    directory = tempfile.mkdtemp(prefix="imgbench-", dir=options.dir)
+    try:
+        with open(os.path.join(directory, "config.json"), "w") as file:
+            file.write("{}\n")
+        yield directory
+    except Failure as failure:
+        sys.exit(f"{name}: {failure}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
 def free_ports(count):
     """Ports that nobody listens on; all are held until the last is found, so no two are one."""
     with contextlib.ExitStack() as stack:

@@ -4,24 +4,22 @@
     python3 bench/import.py [--quick] [--rounds N] [--python PYTHON] [--dir DIR] [--base DIR]
 
 Beside them: `gzip -dc < FILE | sha1sum` on the same file, which must be decompressed and
-hashed too; or, with --base, the same commands of the imgserver.py in another directory.  The file is a made-up ZFS send stream that compresses about as real ones do.
+hashed too; or, with --base, the same commands of the imgserver.py in another directory.  The
+file is a made-up ZFS send stream that compresses about as real ones do.
 """
 
-import argparse
 import hashlib
 import itertools
 import os
 import random
 import shutil
-import signal
 import statistics
 import struct
 import subprocess
-import sys
-import tempfile
 import time
 
-from bench import GIB, IMGSERVER, MIB, Failure, find_tool, print_table, reached, say, short
+from bench import (GIB, IMGSERVER, MIB, Failure, find_tool, option_parser, print_table, reached,
+                   say, short, workplace)
 
 DRR_BEGIN, DRR_WRITE, DRR_END = 0, 3, 5
 DRR_LENGTH = 312              # bytes of a record, without its payload
@@ -156,23 +154,12 @@ def report(rounds, size, stored, base):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Measure imgserver.py import and check.")
-    parser.add_argument("--quick", action="store_true", help="one round on 256 MiB")
-    parser.add_argument("--rounds", type=int, metavar="N", help="default: 5; quick: 1")
+    parser = option_parser("Measure imgserver.py import and check.", "2 GiB")
     parser.add_argument("--base", metavar="DIR", default=None,
                         help="beside the imgserver.py in DIR, not beside gzip and sha1sum")
-    parser.add_argument("--python", default=sys.executable,
-                        help="the Python that runs imgserver (default: this one)")
-    parser.add_argument("--dir", metavar="DIR", default=None,
-                        help="where it works: 2 GiB (default: a temporary directory)")
     options = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    directory = tempfile.mkdtemp(prefix="imgbench-", dir=options.dir)
-    try:
+    with workplace("import", options) as directory:
         path = os.path.join(directory, "stream.gz")
-        with open(os.path.join(directory, "config.json"), "w") as file:
-            file.write("{}\n")
         say("making the stream")
         size, sha1 = make_file(path, 256 * MIB if options.quick else 2 * GIB)
         rounds = []
@@ -184,12 +171,6 @@ def main():
                                         for name, seconds in figures.items())
                 for side, figures in zip(("beside", "ours"), rounds[-1])))
         report(rounds, size, os.path.getsize(path), options.base)
-    except Failure as failure:
-        sys.exit(f"import: {failure}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 if __name__ == "__main__":

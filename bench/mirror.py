@@ -8,18 +8,15 @@ and gzip -dc where the stream is examined in compressed bytes.  Once with the st
 as gzip with --no-stream-check, once as it is.  With --quick, the start of Python (0.2 s) counts.
 """
 
-import argparse
 import importlib
 import os
 import shutil
-import signal
 import statistics
 import subprocess
-import sys
-import tempfile
 import time
 
-from bench import GIB, IMGSERVER, MIB, Failure, print_table, reached, say, short
+from bench import (GIB, IMGSERVER, MIB, Failure, option_parser, print_table, reached, say, short,
+                   workplace)
 
 PIPE = "curl -s {} | tee FILE | sha1sum"
 KINDS = (                     # (what is brought, options of mirror, the pipe beside it, the goal)
@@ -79,19 +76,9 @@ def measure(options, directory, path, words, pipe):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Measure imgserver.py mirror.")
-    parser.add_argument("--quick", action="store_true", help="one round on 256 MiB")
-    parser.add_argument("--rounds", type=int, metavar="N", help="default: 5; quick: 1")
-    parser.add_argument("--python", default=sys.executable,
-                        help="the Python that runs imgserver (default: this one)")
-    parser.add_argument("--dir", metavar="DIR", help="where it works: 5 GiB")
-    options = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    directory, rows = tempfile.mkdtemp(prefix="imgbench-", dir=options.dir), []
-    try:
-        with open(os.path.join(directory, "config.json"), "w") as file:
-            file.write("{}\n")
+    options = option_parser("Measure imgserver.py mirror.", "5 GiB").parse_args()
+    with workplace("mirror", options) as directory:
+        rows = []
         path = os.path.join(directory, "stream.gz")
         make_file(path, 256 * MIB if options.quick else 2 * GIB)
         for kind, words, pipe, goal in KINDS:
@@ -106,12 +93,6 @@ def main():
                          goal, reached(goal, None, ratio)])
         print_table(["file", "pipe s", "mirror s", "MB/s", "ratio", "goal", "reached"], rows,
                     {1, 2, 3, 4})
-    except Failure as failure:
-        sys.exit(f"mirror: {failure}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 if __name__ == "__main__":

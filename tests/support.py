@@ -621,6 +621,8 @@ class OneServer:
     """For a ServerCase whose cases all ask one server, and must leave it well."""
 
     unix = False
+    prelude = None            # of the server
+    bad_lines = "Traceback"   # a pattern that is in no line of its log
 
     @classmethod
     def setUpClass(cls):
@@ -628,9 +630,14 @@ class OneServer:
         cls.home = tempfile.mkdtemp(prefix="imgserver-test-")
         cls.addClassCleanup(shutil.rmtree, cls.home, ignore_errors=True)
         cls.images = os.path.join(cls.home, "images")
+        os.mkdir(cls.images)
         cls.fill()
-        cls.server = Server(cls.home, cls.images, unix=cls.unix)
+        cls.server = Server(cls.home, cls.images, unix=cls.unix, prelude=cls.prelude)
         cls.addClassCleanup(cls.server.kill)
+
+    @classmethod
+    def fill(cls):
+        """Put images into cls.images."""
 
     def setUp(self):
         super().setUp()
@@ -638,4 +645,4 @@ class OneServer:
 
     def tearDown(self):
         self.assertIsNone(self.server.process.poll())
-        self.assertNotIn("Traceback", self.server.log()[self.logged:])
+        self.assertNotRegex(self.server.log()[self.logged:], self.bad_lines)

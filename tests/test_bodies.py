@@ -7,16 +7,14 @@ length), PUT /refused, POST /some (reads ten bytes), DELETE /plain (no body is r
 import hashlib
 import os
 import random
-import shutil
 import signal
 import socket
-import tempfile
 import threading
 import types
 import unittest
 
 import imgserver
-from tests.support import (PATIENCE, Server, ServerCase, readable, uuid_of, wait_for, write_image)
+from tests.support import (PATIENCE, OneServer, ServerCase, readable, uuid_of, wait_for, write_image)
 from tests.test_files import reset
 
 ROUTES = """
@@ -98,28 +96,11 @@ def chunks(rng, data):
     return coded + rng.choice((b"0", b"000", b"0" * 16)) + b"\r\n\r\n"
 
 
-class Bodies:
+class Bodies(OneServer):
     """The cases; each is run once on TCP and once on a Unix socket."""
 
-    unix = False
-
-    @classmethod
-    def setUpClass(cls):
-        super().setUpClass()
-        cls.home = tempfile.mkdtemp(prefix="imgserver-test-")
-        cls.addClassCleanup(shutil.rmtree, cls.home, ignore_errors=True)
-        cls.images = os.path.join(cls.home, "images")
-        os.mkdir(cls.images)
-        cls.server = Server(cls.home, cls.images, unix=cls.unix, prelude=ROUTES)
-        cls.addClassCleanup(cls.server.kill)
-
-    def setUp(self):
-        super().setUp()
-        self.logged = len(self.server.log())
-
-    def tearDown(self):
-        self.assertIsNone(self.server.process.poll())
-        self.assertNotRegex(self.server.log()[self.logged:], "Traceback| error |/second")
+    prelude = ROUTES
+    bad_lines = "Traceback| error |/second"
 
     def assertTaken(self, answer, data):
         self.assertEqual(answer.status, 200, answer)
