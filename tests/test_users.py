@@ -3,12 +3,12 @@
 import base64
 import contextlib
 import fcntl
+import functools
 import gzip
 import io
 import json
 import os
 import pty
-import socket
 import stat
 import threading
 import time
@@ -32,14 +32,18 @@ def basic(name, password=None):
     return {"Authorization": "Basic " + base64.b64encode(name.encode() + b":" + password).decode()}
 
 
+@functools.lru_cache
+def user_of(name):
+    """A User, made once: to hash a password takes long."""
+    salt = os.urandom(imgserver.SALT_SIZE)
+    return imgserver.User(name, RIGHTS[name], salt,
+                          imgserver.hash_password(PASSWORDS[name], salt))
+
+
 def user_file(directory, names=tuple(RIGHTS)):
     """Write a file of users; returns its path."""
     path = os.path.join(directory, "users")
-    users = {}
-    for name in names:
-        salt = os.urandom(imgserver.SALT_SIZE)
-        users[name] = imgserver.User(name, RIGHTS[name], salt,
-                                     imgserver.hash_password(PASSWORDS[name], salt))
+    users = {name: user_of(name) for name in names}
     imgserver.write_users(path, users, directory)
     return path
 
