@@ -54,9 +54,15 @@ IMGSERVER = os.path.join(ROOT, "imgserver.py")
 PATIENCE = 28         # seconds until a wait has failed: less than header_timeout and drain_time
 SOON = 20             # seconds: what need not wait for a time limit is done by then
 SETTLED = 0.06        # seconds: what is that old the server need not read again (RACY)
+CHECK = os.environ.get("IMGSERVER_CHECK") == "1"     # `make check`: all tests, at full length
+
+# Constants of imgserver.py for which tests wait, shorter in servers that quick tests fork.
+SHORT = {} if CHECK else {"LOG_DELAY": 0.02, "TICK": 0.2, "ACCEPT_PAUSE": 0.1}
 
 sys.path.insert(0, ROOT)
 import imgserver      # noqa: E402
+
+LOOK = SHORT.get("TICK", imgserver.TICK) + 0.1      # seconds in which the server looks at time limits
 
 os.umask(0o022)       # whatever the caller's is: some tests serve, or read, as another user
 
@@ -73,9 +79,6 @@ def need(*tools):
     for tool in tools:
         if not shutil.which(tool):
             raise unittest.SkipTest(f"{tool} is not installed")
-
-
-CHECK = os.environ.get("IMGSERVER_CHECK") == "1"     # `make check`: all tests, at full length
 
 
 def check_only(reason):
@@ -392,6 +395,7 @@ def become_imgserver(words, prelude):
                 setattr(sys, name, open(fd, "w" if fd else "r", closefd=False,
                                         errors=getattr(sys, f"__{name}__").errors))
         sys.argv = ["imgserver.py", *map(os.fsdecode, words)]
+        vars(imgserver).update(SHORT)
         exec(prelude or "", {"imgserver": imgserver, "sys": sys})
         status = imgserver.main()
         for thread in threading.enumerate():
@@ -464,10 +468,11 @@ class Server:
     config    dict for its config.json; None: none is written, options alone decide
     unix      listen on a Unix socket instead of TCP
     prelude   as `command` takes it
+    fresh     no fork of this process (see Program): for a test that looks at its memory
     """
 
     def __init__(self, directory, serve_dir, config=None, unix=False, options=(), prelude=None,
-                 environment=None, python=sys.executable, wrapper=()):
+                 environment=None, python=sys.executable, wrapper=(), fresh=False):
         self.directory, self.serve_dir = directory, serve_dir
         number = len([name for name in os.listdir(directory) if name.startswith("log")])
         self.log_path = os.path.join(directory, f"log{number}")
@@ -479,7 +484,7 @@ class Server:
             json.dump(config or {}, file)
         arguments += ["--config", config_path]
         with open(self.log_path, "wb") as log:
-            if wrapper or environment or python != sys.executable:
+            if fresh or wrapper or environment or python != sys.executable:
                 self.process = subprocess.Popen(
                     [*wrapper, *command(*arguments, prelude=prelude, python=python)], stderr=log,
                     stdin=subprocess.DEVNULL, env={**os.environ, **(environment or {})})
@@ -632,7 +637,7 @@ class OneServer:
         cls.images = os.path.join(cls.home, "images")
         os.mkdir(cls.images)
         cls.fill()
-        cls.server = Server(cls.home, cls.images, unix=cls.unix, prelude=cls.prelude)
+        cls.server = Server(cls.home, cls.images, unix=cls.unix, prelude=cls.prelude, fresh=True)
         cls.addClassCleanup(cls.server.kill)
 
     @classmethod

@@ -16,7 +16,7 @@ class Unread(ServerCase):
 
     def test_pipelined_requests_do_not_fill_the_memory(self):
         write_image(self.serve_dir, U, tags={"text": "x" * 90000})
-        server = self.serve(config={"stall_timeout": 1})
+        server = self.serve(config={"stall_timeout": 1}, fresh=True)
         server.get(f"/datasets/{U}")
         before = server.memory()
         request = f"GET /datasets/{U} HTTP/1.1\r\nHost: a\r\n\r\n".encode()

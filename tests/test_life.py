@@ -15,7 +15,7 @@ import unittest
 from unittest import mock
 
 import imgserver
-from tests.support import (IMGSERVER, PATIENCE, SETTLED, SOON, Connection, ServerCase,
+from tests.support import (IMGSERVER, LOOK, PATIENCE, SETTLED, SOON, Connection, ServerCase,
                            has_ipv6, reachable, readable, uuid_of, wait_for, write_image)
 
 U = uuid_of(1)
@@ -599,7 +599,7 @@ class Clock(ServerCase):
                 self.assertEqual(answer.status, 200)
                 year = time.gmtime(time.time() + seconds).tm_year
                 wait_for(lambda: f" {year} " in server.get("/ping").headers["date"], "the year")
-                time.sleep(1.1)                  # a look at the time limits
+                time.sleep(LOOK)
             begun.send(PING[20:])
             self.assertEqual(begun.answer().status, 200)
             self.assertEqual(kept.request("/ping").status, 200)

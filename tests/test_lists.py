@@ -207,7 +207,8 @@ class Unread(ServerCase):
                  ("/datasets", "Accept-Encoding: gzip\r\n"))
         for transport, unix in TRANSPORTS:
             with self.subTest(transport):
-                server = self.serve(unix=unix, config={"stall_timeout": 600}, prelude=SMALL_BUFFER)
+                server = self.serve(unix=unix, config={"stall_timeout": 600},
+                                    prelude=SMALL_BUFFER, fresh=True)
                 wanted = [server.get(target, {"Host": "host"}).body for target, _ in forms]
                 for target, fields in forms:
                     self.begin(server, target, "warm", fields).close()

@@ -675,6 +675,14 @@ WANTED = "Basic " + base64.b64encode({!r}).decode()
 imgserver.Rights.of = lambda self, request: (
     imgserver.MANAGE if request.headers.get("authorization") == WANTED else imgserver.READ)
 """
+SLOW_CREATION = """
+import time
+create = imgserver.Publisher.create
+def slow(*words):
+    time.sleep(0.3)
+    return create(*words)
+imgserver.Publisher.create = slow
+"""
 NO_ACTIVATION = """
 def activate(self, uuid):
     raise imgserver.ApiError(422, "NoActivationNoFile", "no")
@@ -834,3 +842,10 @@ class TestHttpSignals(HttpCase, TestSignals):
     transport = "curl"
 
     test_a_second_signal_ends_the_wait_for_the_server = None
+
+    def test_all_get_a_signal_while_the_server_takes_the_manifest(self):
+        """mkimg waits for the answer, and discards what is there then."""
+        self.start_server(SLOW_CREATION)
+        for shell in installed():
+            with self.subTest(shell=shell[0]):
+                self.end(self.begin(shell, "curl 1 before", "INT", True), "INT")

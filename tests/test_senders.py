@@ -122,7 +122,7 @@ class Many(ServerCase):
             wanted = hashlib.sha1(file.read()).hexdigest()
         for transport, unix in TRANSPORTS:
             with self.subTest(transport):
-                server = self.serve(unix=unix, config={"stall_timeout": 600},
+                server = self.serve(unix=unix, config={"stall_timeout": 600}, fresh=True,
                                     prelude=SMALL_BUFFER + "imgserver.THREAD_IDLE = 0.2\n")
                 files, memory = server.files(), server.memory()
                 begun = []

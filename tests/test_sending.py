@@ -85,7 +85,7 @@ class LongLists(ListCase):
                 self.assertTrue(connection.closed())
 
     def test_who_takes_nothing_is_cut_and_who_is_slow_is_not(self):
-        for server, whole in self.each_transport(config={"stall_timeout": 2},
+        for server, whole in self.each_transport(config={"stall_timeout": 1},
                                                  prelude=SMALL_BUFFER):
             slow, length, body = begin(server, LIST)
             stalled, _, start = begin(server, LIST)
@@ -95,7 +95,7 @@ class LongLists(ListCase):
                     parts.append(slow.recv(min(left, 32768)))
                     self.assertTrue(parts[-1], "a steady reader was cut")
                     left -= len(parts[-1])
-                    time.sleep(0.05)      # this client is slow: that is what is tested
+                    time.sleep(0.02)      # this client is slow: that is what is tested
                 parts.append(self.rest(slow, b"", left))
                 self.assertTrue(b"".join(parts) == whole)
                 self.assertLess(take(stalled, start, length)[1], length)

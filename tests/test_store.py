@@ -30,6 +30,7 @@ if os.getuid() == 0:
     os.setgid(65534)
     os.setuid(65534)
 """
+SEEN_SOON = "imgserver.RECHECK, imgserver.RECHECK_EARLY = 0.2, 0.13\n"
 
 
 def uuids(answer):
@@ -338,7 +339,7 @@ class Freshness(ServerCase):
         self.assertShows(server, "another")
 
     def test_a_manifest_of_the_same_size_and_mtime(self):
-        server = self.serve()
+        server = self.serve(prelude=SEEN_SOON)
         for round, in_place in enumerate((False, True, False, True)):
             before = os.stat(self.path)
             name = f"tes{round}"
@@ -462,7 +463,7 @@ class Freshness(ServerCase):
 
     def test_chmod_hides_it_and_chmod_brings_it_back(self):
         os.chmod(self.directory, 0o755)
-        server = self.serve(prelude=AS_NOBODY)
+        server = self.serve(prelude=AS_NOBODY + SEEN_SOON)
         for name in ("manifest.json", "image.zfs.gz", "."):
             with self.subTest(name):
                 path = os.path.normpath(os.path.join(self.serve_dir, GOOD, name))
@@ -660,7 +661,7 @@ class Origins(ServerCase):
     def test_a_cycle_that_is_undone(self):
         self.image(2, 3)
         self.image(3, 2)
-        server = self.serve()
+        server = self.serve(prelude=SEEN_SOON)
         self.assertEqual(uuids(server.get("/datasets")), [])
 
         def status(wanted):

@@ -646,12 +646,12 @@ class UsersOnly(SiteCase):
 class Serving(ServerCase):
     """The same on a socket: TCP, the Unix socket, nginx."""
 
-    unix = False
+    unix = fresh = False
 
     def setUp(self):
         super().setUp()
         write_images(self.serve_dir)
-        self.server = self.serve(unix=self.unix, config={
+        self.server = self.serve(unix=self.unix, fresh=self.fresh, config={
             "users": user_file(self.directory), "read": "public"})
         self.set_up_front()
 
@@ -707,8 +707,6 @@ class Serving(ServerCase):
 
 class OnTcp(Serving):
 
-    seconds = 8
-
     def test_the_log_names_the_user(self):
         self.get("/ping?1", basic("rita"))
         self.get("/ping?2", basic("rita", b"hunter2"))
@@ -743,6 +741,12 @@ class OnTcp(Serving):
                     answer = connection.answer()  # a 100 Continue would be no status line of it
                     self.assertEqual(answer.status, 403 if "cml0YTpyZWFkcw==" in head else 401)
                     self.assertTrue(connection.closed())
+
+
+class Guesses(Serving):
+
+    seconds = 5
+    fresh = True
 
     def test_a_thousand_wrong_tries(self):
         connection = self.connect()
