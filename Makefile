@@ -1,7 +1,7 @@
 # Makefile for imgserver; any make will do: illumos', bmake, GNU make.
 #
 #     make            config, smf and info: ready to run where it is
-#     make test       the tests, which need nothing but Python: some three minutes
+#     make test       the tests, which need nothing but Python: a minute and a half
 #     make check      all of them, random and long ones too, and shellcheck if it is installed
 #     make bench      beside nginx: some fifteen minutes
 #     make install    into PREFIX, with a configuration and a service of its own

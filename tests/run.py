@@ -154,7 +154,7 @@ def run_all(options):
 
 def main():
     parser = argparse.ArgumentParser(description="Run the tests.")
-    parser.add_argument("-j", "--jobs", type=int, default=max(2, (os.cpu_count() or 1) * 3 // 2),
+    parser.add_argument("-j", "--jobs", type=int, default=2 * (os.cpu_count() or 1),
                         help="classes that run at once; they wait a lot (default: %(default)s)")
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     options = parser.parse_args()

@@ -44,7 +44,8 @@ class Soak:
             self.add(uuid, number * 300000 + 1)
             os.rename(os.path.join(self.serve_dir, ".incoming-" + uuid),
                       os.path.join(self.serve_dir, uuid))
-        self.server = Server(directory, self.serve_dir, {"stall_timeout": 20}, unix=unix)
+        self.server = Server(directory, self.serve_dir, {"stall_timeout": 20}, unix=unix,
+                             fresh=True)
         self.ended = threading.Event()
         self.counts = collections.Counter()
         self.failures = []

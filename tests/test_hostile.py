@@ -53,7 +53,7 @@ class Trickle(ServerCase):
             self.assertLess(time.monotonic() - began, SOON)              # not idle_timeout
 
     def test_a_long_head_byte_by_byte_costs_little(self):
-        server = self.serve(config={"header_timeout": 600})
+        server = self.serve(config={"header_timeout": 600}, fresh=True)
         with server.connect() as connection:
             connection.send(b"GET /ping HTTP/1.1\r\nHost: a\r\n" + b"a: b\r\n" * 90
                             + b"long: " + b"x" * 30000)

@@ -123,6 +123,7 @@ class ImportCase(ServerCase):
 
 
 class TestWords(ImportCase):
+    seconds = 5
 
     def check_word(self, place, text):
         """Publish with `text` for NAME, VERSION or DESCRIPTION."""

@@ -10,7 +10,8 @@ import unittest
 import zlib
 
 import imgserver
-from tests.support import ServerCase, uuid_of, wait_for, write_image, write_v2
+from tests.support import (ServerCase, all_in_check, uuid_of, wait_for, write_image,
+                           write_v2)
 from tests.test_files import SMALL_BUFFER, TRANSPORTS, small_buffer
 
 IMAGES = 100                              # of 10 KB each: a list of 1 MB, more than sockets take
@@ -205,7 +206,7 @@ class Unread(ServerCase):
         forms = (("/datasets", ""), ("/images", ""), ("/images?os=smartos", ""),
                  ("/datasets?name=t", ""), ("/images", "Accept-Encoding: gzip\r\n"),
                  ("/datasets", "Accept-Encoding: gzip\r\n"))
-        for transport, unix in TRANSPORTS:
+        for transport, unix in all_in_check(TRANSPORTS):
             with self.subTest(transport):
                 server = self.serve(unix=unix, config={"stall_timeout": 600},
                                     prelude=SMALL_BUFFER, fresh=True)

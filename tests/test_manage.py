@@ -317,12 +317,12 @@ class TestChanges(ManageCase):
         for call in ("new_file", "os.rename"):
             for verb, *words in (("disable",), ("enable",), ("update", "description=x")):
                 write_image(self.serve_dir, U, disabled=verb == "enable")
-                result = subprocess.run(command(
-                    "--dir", self.serve_dir, verb, U, *words, prelude=f"""
+                result = run_program("--dir", self.serve_dir, verb, U, *words, encoding="utf-8",
+                                     prelude=f"""
 def refuse(name, *words, **places):
     raise PermissionError(13, "Permission denied", name)
 imgserver.{call} = refuse
-"""), capture_output=True, encoding="utf-8", timeout=PATIENCE)
+""")
                 with self.subTest(verb, call=call):
                     self.assertEqual((result.returncode, result.stderr), (
                         1, "imgserver: cannot write manifest.json: Permission denied "

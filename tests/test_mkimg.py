@@ -552,6 +552,7 @@ def is_alive(pid):
 class TestSignals(MkimgCase):
     """A signal at any moment: the VM runs again, or a line says how; nothing else is left."""
 
+    seconds = 12
     transport = "ssh"
 
     def setUp(self):
@@ -738,6 +739,7 @@ class HttpCase(MkimgCase):
 
 
 class TestHttp(HttpCase):
+    seconds = 8
 
     def test_a_running_zone_under_every_shell(self):
         for shell in installed():

@@ -747,6 +747,7 @@ class Guesses(Serving):
 
     seconds = 5
     fresh = True
+    test_reading = test_publishing = None
 
     def test_a_thousand_wrong_tries(self):
         connection = self.connect()
