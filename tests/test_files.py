@@ -9,7 +9,7 @@ import time
 import unittest
 
 import imgserver
-from tests.support import (CHECK, PATIENCE, ServerCase, check_only, readable, uuid_of, wait_for,
+from tests.support import (PATIENCE, ServerCase, check_only, readable, uuid_of, wait_for,
                            write_image, write_v2)
 
 UUID = uuid_of(1)

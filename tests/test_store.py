@@ -1,6 +1,5 @@
 """The directory as it is served: what is left out and why, and how soon a change shows."""
 
-import base64
 import errno
 import hashlib
 import json
