@@ -62,7 +62,7 @@ SHORT = {} if CHECK else {"LOG_DELAY": 0.02, "TICK": 0.2, "ACCEPT_PAUSE": 0.1}
 sys.path.insert(0, ROOT)
 import imgserver      # noqa: E402
 
-LOOK = SHORT.get("TICK", imgserver.TICK) + 0.1      # seconds in which the server looks at time limits
+LOOK = SHORT.get("TICK", imgserver.TICK) + 0.1      # seconds until time limits were looked at
 
 os.umask(0o022)       # whatever the caller's is: some tests serve, or read, as another user
 

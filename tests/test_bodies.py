@@ -14,7 +14,8 @@ import types
 import unittest
 
 import imgserver
-from tests.support import (PATIENCE, OneServer, ServerCase, readable, uuid_of, wait_for, write_image)
+from tests.support import (PATIENCE, OneServer, ServerCase, readable, uuid_of, wait_for,
+                           write_image)
 from tests.test_files import reset
 
 ROUTES = """
