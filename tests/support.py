@@ -25,6 +25,8 @@ Where a new test belongs, by its topic (without a socket if that can fail as wel
     random input or load for minutes                     fuzz.py, soak.py; not in the suite
 
 A test or class that is random, large or slow carries @check_only: `make check` alone runs it.
+What shall be the same in several shells is run in one by the quick tests (all_in_check), and
+imgserver.py is not started but forked (Program), with some waits shorter (SHORT).
 A class that takes seconds says so in `seconds`: the runner (run.py) begins with the longest.
 """
 
@@ -372,28 +374,33 @@ def command(*words, prelude="", python=sys.executable):
                                 f"{prelude or ''}\nsys.exit(imgserver.main())", *words]
 
 
-def become_imgserver(words, prelude):
-    """In a forked process: run imgserver.py with these words as a new one would, and end."""
+def be_new():
+    """In a forked process: have the descriptors, signals and streams of one that was started."""
+    gc.freeze()                   # nothing of the test is ever finalized here
+    for fd in map(int, os.listdir("/dev/fd")):
+        if fd > 2:                # the test's; one of them tells Popen that all is well
+            with contextlib.suppress(OSError):
+                os.close(fd)
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_IGN)
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        setattr(sys, name, None)
+        with contextlib.suppress(OSError):            # it is closed
+            setattr(sys, name, open(fd, "w" if fd else "r", closefd=False,
+                                    errors=getattr(sys, f"__{name}__").errors))
+
+
+def be_imgserver(words, prelude):
+    """In a forked process: run imgserver.py with these words, and end as Python would."""
     status = 1
     try:
-        gc.freeze()               # nothing of the test is ever finalized here
-        for fd in map(int, os.listdir("/dev/fd")):
-            if fd > 2:            # the test's; one of them tells Popen that all is well
-                with contextlib.suppress(OSError):
-                    os.close(fd)
-        signal.set_wakeup_fd(-1)
-        for number in signal.valid_signals():
-            if callable(signal.getsignal(number)):
-                signal.signal(number, signal.SIG_DFL)
-        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):
-            signal.signal(number, signal.SIG_IGN)
-        for fd, name in enumerate(("stdin", "stdout", "stderr")):
-            setattr(sys, name, None)
-            with contextlib.suppress(OSError):        # it is closed
-                setattr(sys, name, open(fd, "w" if fd else "r", closefd=False,
-                                        errors=getattr(sys, f"__{name}__").errors))
+        be_new()
         sys.argv = ["imgserver.py", *map(os.fsdecode, words)]
         vars(imgserver).update(SHORT)
         exec(prelude or "", {"imgserver": imgserver, "sys": sys})
@@ -423,7 +430,7 @@ class Program(subprocess.Popen):
         def become():
             if preexec_fn is not None:
                 preexec_fn()
-            become_imgserver(words, prelude)
+            be_imgserver(words, prelude)
         line = command(*words, prelude=prelude)
         super().__init__(line, preexec_fn=preexec_fn if CHECK else become, **options)
 

@@ -22,8 +22,8 @@ import time
 import imgserver
 from tests import streams
 from tests.support import (CHECK, IMGSERVER, NOBODY, PATIENCE, ROOT, Program, ServerCase,
-                           all_in_check, check_only, default_signals, need, run_program, uuid_of, wait_for,
-                           write_image)
+                           all_in_check, check_only, default_signals, need, run_program, uuid_of,
+                           wait_for, write_image)
 
 IMPORT = os.path.join(ROOT, "import-image")
 SHELLS = {"dash": ["dash"], "ksh93": ["ksh93"], "bash": ["bash"], "busybox": ["busybox", "sh"]}

@@ -804,7 +804,7 @@ class TestHttp(HttpCase):
     def test_passwords(self):
         secret = 'p"a\\ss $word\''
         self.start_server(LOGIN.format(f"joe:{secret}".encode()))
-        self.assertNothing(self.mkimg(VM, *WORDS), "answers 403: this endpoint may only be")
+        self.assertNothing(self.mkimg(VM, *WORDS), "answers 403: address 127.0.0.1 lacks the right")
         terminal, ours = pty.openpty()
         try:
             process = self.start(VM, *WORDS, IMGSERVER=self.host("joe@"), stdin=ours)
