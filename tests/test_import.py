@@ -793,14 +793,13 @@ imgserver.main = ended
                 os.write(writer, bytes(4096))
         os.set_blocking(writer, True)
         flag = os.path.join(self.directory, "flag")
-        process = subprocess.Popen(command(
-            "import", "--dir", self.serve_dir, *WORDS, prelude=f"""
+        process = Program("import", "--dir", self.serve_dir, *WORDS, prelude=f"""
 complain = imgserver.Console.complain
 def complaining(console, text):
     open({flag!r}, "w").close()
     complain(console, text)
 imgserver.Console.complain = complaining
-"""), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=writer)
+""", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=writer)
         os.close(writer)
         self.addCleanup(process.kill)
         wait_for(lambda: os.path.exists(flag), "the complaint")
