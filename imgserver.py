@@ -126,8 +126,8 @@ class NeedsThread(Exception):
     """The answer is not in memory: call again in a thread, which may block."""
 
 
-class ClientGone(OSError):
-    """The client disconnected in the middle of a body: no answer is sent."""
+class ClientGone(Exception):
+    """The client disconnected in the middle of a body: no answer is sent; the text says why."""
 
 
 class BadImage(Exception):
@@ -1619,6 +1619,14 @@ class ImageReader:
         return self.read(uuid, os.path.join(self.serve_dir, INCOMING), (IMGAPI,),
                          needs_file=False)
 
+    def render(self, manifest, is_active, icon=None):
+        """Image.imgapi of a manifest as a verb has stored it: the disk may have another by now."""
+        v2 = complete(normalise({"files": [NO_FILE], **manifest})[0], None)
+        if not is_active:
+            v2["state"] = "unactivated"
+        return self._render_v2({**v2, "icon": bool(icon),
+                                "files": v2["files"] if "files" in manifest else []})
+
     def _fill(self, image, manifest, mtime, apis, needs_file):
         """Interpret the manifest and check the file.  Raises BadImage and OSError."""
         is_whole = needs_file or manifest.get("files")
@@ -2633,10 +2641,11 @@ def manifest_bytes(manifest) -> bytes:
 
 def remove_tree(path):
     """Remove a directory, or a file in its place; of a symlink the link.  Raises OSError."""
-    if stat.S_ISDIR(os.lstat(path).st_mode):
-        shutil.rmtree(path)
-    else:
+    if not stat.S_ISDIR(os.lstat(path).st_mode):
         os.unlink(path)
+    while os.path.lexists(path):
+        with contextlib.suppress(FileNotFoundError):      # an upload into it removes its own file
+            shutil.rmtree(path)
 
 
 def is_still(path, fd) -> bool:
@@ -2741,14 +2750,19 @@ def already_active(uuid) -> ApiError:
     return ApiError(422, "ImageAlreadyActivated", f'image "{uuid}" is already activated')
 
 
+def discarded(uuid) -> ApiError:
+    return not_found(f"image {uuid} was discarded meanwhile")
+
+
 class ImageDirectory:
     """The directory of one image at `path`; open as fd, and locked, until a block ends.
 
-    fd None: it is not open, and perhaps no directory.  All methods raise ApiError.
+    fd None: it is not open, and perhaps no directory.  stored: the manifest that was written
+    last, by this object.  All methods raise ApiError.
     """
 
     def __init__(self, uuid, path, fd=None):
-        self.uuid, self.path, self.fd = uuid, path, fd
+        self.uuid, self.path, self.fd, self.stored = uuid, path, fd, None
 
     def __enter__(self):
         return self
@@ -2767,13 +2781,25 @@ class ImageDirectory:
             except BadImage as error:
                 raise ApiError(422, "ValidationFailed", f"image {self.uuid}: {error}")
 
+    @contextlib.contextmanager
+    def writing(self):
+        """A block that writes in it.  404 where it was discarded: that takes no lock."""
+        try:
+            yield
+        except ApiError as error:
+            if isinstance(error.__cause__, FileNotFoundError) and not is_still(self.path, self.fd):
+                raise discarded(self.uuid) from error
+            raise
+
     def write(self, name, data):
         """Replace one of its files."""
-        replace_file(os.path.join(self.path, name), data, self.fd, os.path.dirname(self.path))
+        with self.writing():
+            replace_file(os.path.join(self.path, name), data, self.fd, os.path.dirname(self.path))
 
     def write_manifest(self, manifest):
         """Replace its manifest while it is not on show."""
         self.write(MANIFEST, manifest_bytes(manifest))
+        self.stored = manifest
 
     def write_icon(self, content_type, data):
         """Give it an icon, in place of the one before."""
@@ -2834,13 +2860,16 @@ class Publisher:
 
     # the verbs
 
-    def create(self, manifest):
-        """Make an unactivated image without a file; one that nobody writes is replaced."""
-        with self._created(validate(manifest)):
-            pass
+    def create(self, manifest) -> dict:
+        """Make an unactivated image without a file; one that nobody writes is replaced.
+
+        As the next two, it returns the manifest as stored.
+        """
+        with self._created(validate(manifest)) as image:
+            return image.stored
 
     def add_file(self, uuid, read, expected=None, check_stream=True) -> dict:
-        """Store the file of an unactivated image; returns files[0] of its manifest.
+        """Store the file of an unactivated image.
 
         read          read(n): at most n bytes of the file, b"" at its end.  Its OSError is
                       the sender's fault (400 Upload); all else it raises is passed on
@@ -2855,7 +2884,8 @@ class Publisher:
             raise ApiError(422, "ImageFilesImmutable",
                            f"cannot modify files on activated image {uuid}")
         with self._locked(uuid, (INCOMING,), 0.0) as image:
-            return self._store_file(image, read, expected or {}, check_stream)
+            self._store_file(image, read, expected or {}, check_stream)
+            return image.stored
 
     def import_image(self, manifest, read, activated=True, check_stream=True) -> dict:
         """create, add_file and activate under one lock: all of it, or nothing stays.
@@ -2865,10 +2895,10 @@ class Publisher:
         """
         expected = (manifest.get("files") or [{}])[0]
         with self._created(validate(manifest)) as image:
-            file = self._store_file(image, read, expected, check_stream)
+            self._store_file(image, read, expected, check_stream)
             if activated:
                 self._show(image)
-        return file
+            return image.stored
 
     def activate(self, uuid):
         """Put a whole image on show, by one rename.
@@ -3117,13 +3147,13 @@ class Publisher:
 
     # files
 
-    def _store_file(self, image, read, expected, check_stream) -> dict:
+    def _store_file(self, image, read, expected, check_stream):
         """add_file for a locked image."""
         try:
-            with temporary_name("file", image.fd) as aside:
+            with image.writing(), temporary_name("file", image.fd) as aside:
                 with storing("the image cannot be stored", image.path):
                     found = self._receive(image, aside, read)
-                return self._accept(image, aside, found, expected, check_stream)
+                self._accept(image, aside, found, expected, check_stream)
         except BadImage as error:
             raise ApiError(400, "Upload", f"image refused: {error}")
 
@@ -3159,12 +3189,12 @@ class Publisher:
                     stack.callback(self._xz.release)
             yield FileScan(begin)
 
-    def _accept(self, image, aside, found, expected, check_stream) -> dict:
+    def _accept(self, image, aside, found, expected, check_stream):
         """Make the received file `aside` that of a locked image.  Raises ApiError, BadImage."""
         manifest = image.manifest()
         file = self._describe(manifest, found, expected, check_stream)
         if not is_still(image.path, image.fd):
-            raise not_found(f"image {image.uuid} was discarded while it was imported")
+            raise discarded(image.uuid)
         with storing("the image cannot be stored", image.path):
             # The manifest decides which file counts: another one may still be in use.
             if file["path"] in os.listdir(image.fd):
@@ -3175,7 +3205,6 @@ class Publisher:
             image.write_manifest({**manifest, "files": [file]})
         finally:
             self._tidy(image)
-        return file
 
     @staticmethod
     def _tidy(image):
@@ -4392,10 +4421,10 @@ class Response:
     fields are header lines as bytes that end in CRLF; Server, Date, Content-Length and
     Connection are added by the connection.  file is an open file descriptor, of which
     `length` bytes from `offset` are the body; the connection closes it.  title is appended to
-    the line in the log.
+    the line in the log.  reason: code and message of a refusal; unset in all other answers.
     """
 
-    __slots__ = ("status", "fields", "body", "file", "offset", "length", "title")
+    __slots__ = ("status", "fields", "body", "file", "offset", "length", "title", "reason")
 
     def __init__(self, status, fields=b"", body=b"", file=None, offset=0, length=None, title=""):
         self.status, self.fields, self.body = status, fields, body
@@ -4425,7 +4454,9 @@ def error_response(error) -> Response:
     value = {"code": error.code, "message": error.message}
     if error.errors is not None:
         value["errors"] = error.errors
-    return json_response(value, error.status, CACHE_NOTHING + error.fields)
+    response = json_response(value, error.status, CACHE_NOTHING + error.fields)
+    response.reason = f"{error.code}: {error.message}"
+    return response
 
 
 def etag_matches(header, etag) -> bool:
@@ -4522,23 +4553,25 @@ def file_response(request, fd, status, etag, fields, md5=None, title="") -> Resp
 #
 # From a Request to a Response.  Each route is a row of a table, which says where it is
 # answered: MEMORY rows are tried in the event loop, where they raise
-# NeedsThread rather than wait for a disk, THREAD rows go to a thread at once.  BODY rows take
-# a body (and are THREAD rows), CHUNKED ones also a body of unknown length.
+# NeedsThread rather than wait for a disk, THREAD rows go to a thread at once, and CHUNKED
+# ones also take a body of unknown length.
 
-MEMORY, THREAD, BODY, CHUNKED = 0, 1, 3, 7        # THREAD is a bit of BODY, BODY of CHUNKED
+MEMORY, THREAD, CHUNKED = 0, 1, 3                 # THREAD is a bit of CHUNKED
 CACHE_FILES = b"Cache-Control: public, max-age=86400\r\n"
 CACHE_MANIFESTS = b"Cache-Control: public, max-age=1, stale-if-error=86400\r\n"
 CACHE_NEVER = b"Cache-Control: private, no-cache\r\n"     # has the Host header of a client
 DSAPI_FIELDS = VARY + CACHE_NEVER
 
 JSON_LIMIT = 1 << 20          # bytes of a JSON body, as of a manifest
+TAG_LIMIT = 100               # characters of a tag's value that a filter finds
 UPLOADS = 32                  # files that are uploaded at once, each with a thread
 SPACE_LEFT = 1 << 30          # bytes of the disk that an upload must leave free
 SPACE_STEP = 16 << 20         # bytes of an upload between two checks; of all UPLOADS, < SPACE_LEFT
 
 _ADDRESS = re.compile(r"[0-9.]+(:|$)|\[")       # a host that is no name
 
-# method (GET includes HEAD), pattern, handler(request, *the uuid and name in the path)
+# method (GET includes HEAD), pattern, handler(request, *the uuid and name in the path), flags
+# as above, and the right that it needs.  routes() of each class below returns its rows.
 Route = collections.namedtuple("Route", "method pattern handler flags right")
 
 NO_ROWS = {}                      # of a path that the table of routes does not have
@@ -4572,46 +4605,57 @@ def single_value(query, name):
     return values[0] or None
 
 
-def as_text(value) -> str:
-    """A tag's value as filters compare it: numbers and booleans as JSON writes them."""
-    if isinstance(value, str):
-        return value if len(value) <= 100 else ""
-    if isinstance(value, (bool, int, float)):
-        return json.dumps(value)
-    return ""
+def one_of(query, name, choices):
+    """The value of a parameter that has one of a few; None where it is absent or empty."""
+    value = single_value(query, name)
+    if value is not None and value not in choices:
+        raise invalid(name, f'invalid "{name}": "{value}" (must be one of {", ".join(choices)})')
+    return value
+
+
+# Parameters of GET /images that filter: check(image, text), cheap ones first.
+FILTERS = {
+    "os": lambda image, text: image.os == text,
+    "owner": lambda image, text: image.owner == text,
+    "name": lambda image, text: matches_text(image.name, text),
+    "version": lambda image, text: matches_text(image.version, text),
+    "type": lambda image, text: (image.type != text[1:] if text[0] == "!"
+                                 else image.type == text),
+    "public": lambda image, text: json.dumps(image.public) == text,
+    "billing_tag": lambda image, text: text in image.billing_tags,
+}
 
 
 def image_filters(query, account):
-    """The filters of a GET /images, as functions of an Image, cheap ones first."""
-    filters = []
-
-    def single(name, check):
-        if name in query:
-            wanted = query[name][0] if len(query[name]) == 1 else ""
-            filters.append((lambda image: check(image, wanted)) if wanted
-                           else lambda image: False)
-
-    single("os", lambda image, wanted: image.os == wanted)
-    single("owner", lambda image, wanted: image.owner == wanted)
-    single("name", lambda image, wanted: matches_text(image.name, wanted))
-    single("version", lambda image, wanted: matches_text(image.version, wanted))
-    single("type", lambda image, wanted: (image.type != wanted[1:] if wanted[0] == "!"
-                                          else image.type == wanted))
-    single("public", lambda image, wanted: json.dumps(image.public) == wanted)
-    for tag in query.get("billing_tag", ()):
-        filters.append(lambda image, tag=tag: tag != "" and tag in image.billing_tags)
+    """The filters of a GET /images, as functions of an Image.  An empty text fits no image, nor
+    do two of a field that has one value.
+    """
+    checks = []
+    for name, check in FILTERS.items():
+        texts = query.get(name, ())
+        if len(texts) > 1 and name != "billing_tag":
+            texts = [""]
+        checks += [(check, text) for text in texts]
     if account:
-        filters.append(lambda image: may_see(image, account))
-    tags = [(name[4:], value) for name, values in query.items() if name.startswith("tag.")
-            for value in values]
+        checks.append((may_see, account))
+    tags = [(name[4:], text) for name, texts in query.items() if name.startswith("tag.")
+            for text in texts]
     if tags:
-        filters.append(lambda image: has_tags(image.fields().get("tags", {}), tags))
-    return filters
+        checks.append((has_tags, tags))
+    return [(lambda image, check=check, wanted=wanted: check(image, wanted)) if wanted
+            else lambda image: False for check, wanted in checks]
 
 
-def has_tags(tags, wanted) -> bool:
-    """Whether the tags of an image have all (key, text) pairs of a query."""
-    return all(text != "" and as_text(tags.get(key)) == text for key, text in wanted)
+def has_tags(image, wanted) -> bool:
+    """Whether an image has all tags of (name, text); numbers and booleans are as in JSON."""
+    tags = image.fields().get("tags", {})
+    for name, text in wanted:
+        value = tags.get(name)
+        if isinstance(value, (bool, int, float)):
+            value = json.dumps(value)
+        if value != text or not 0 < len(text) <= TAG_LIMIT:
+            return False
+    return True
 
 
 def may_see(image, account) -> bool:
@@ -4621,8 +4665,7 @@ def may_see(image, account) -> bool:
 
 def newest_first(query) -> bool:
     """Whether the list is to be newest first.  Raises ApiError."""
-    value = single_value(query, "sort") or "published_at"
-    attribute, _, direction = value.partition(".")
+    attribute, _, direction = (single_value(query, "sort") or "published_at").partition(".")
     if attribute != "published_at":
         raise invalid("sort", f"invalid 'sort': not a valid sorting attribute: '{attribute}'")
     return direction.lower() not in ("", "asc")
@@ -4630,24 +4673,11 @@ def newest_first(query) -> bool:
 
 def limit_of(query):
     """How many images to list; None for all.  Raises ApiError."""
-    value = single_value(query, "limit")
-    if value is None:
-        return None
+    value = single_value(query, "limit") or "0"
     if not re.fullmatch("-?[0-9]+", value):
         raise invalid("limit", f'invalid limit: "{value}"')
-    if not value.strip("-0"):
-        return None
-    return 0 if value[0] == "-" else int(value.lstrip("0")[:9])
-
-
-def parse_marker(text):
-    """The place of a date in the order of images; a short one is its start.  Raises ValueError."""
-    text = text.replace(" ", "T").rstrip("Z")
-    text += "0000-01-01T00:00:00.000"[len(text):]
-    time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S")
-    if not text.isascii() or not re.fullmatch(r"\.[0-9]{3}", text[19:]):
-        raise ValueError(text)
-    return text
+    limit = int(value[:9])                # there are fewer images
+    return max(0, limit) if limit else None
 
 
 def parse_accept_version(request) -> int:
@@ -4688,10 +4718,7 @@ def dsapi_of(headers):
 
 def check_admin_fields(query):
     """Refuse inclAdminFields, which is for operators of the official server."""
-    value = single_value(query, "inclAdminFields")
-    if value not in (None, "true", "false"):
-        raise invalid("inclAdminFields", f'invalid "inclAdminFields": "{value}"')
-    if value == "true":
+    if one_of(query, "inclAdminFields", ("true", "false")) == "true":
         raise ApiError(401, "UnauthorizedError", 'Unauthorized (auth required to use '
                                                  '"inclAdminFields" parameter)')
 
@@ -4719,27 +4746,27 @@ def file_of(request, find, store, accel) -> Response:
     Unix socket gets the path and sends the file: checks, conditions and 416 are ours, ranges
     its own.
     """
-    for _ in range(OPEN_TRIES):
+    for tries_left in reversed(range(OPEN_TRIES)):
         image = find()
         try:
             fd, status = open_of(image, image.file, "file",
                                  lambda status: stat_key(status) == image.file_key)
-        except ApiError as error:
-            refusal = error
-            continue
-        fields = (b"Content-Type: application/octet-stream\r\n"
-                  + (CACHE_NOTHING if image.state == "unactivated" else CACHE_FILES))
-        response = file_response(request, fd, status, image.sha1, fields,
-                                 lambda: store.content_md5(image, fd), image.title)
-        if accel and not request.peer and response.file is not None:
-            response.close()
-            response.length = 0
-            path = f"{accel}/{os.path.basename(image.directory)}/{image.file}"
-            # nginx would pass Accept-Ranges on and add its own.
-            response.fields = (response.fields.replace(b"Accept-Ranges: bytes\r\n", b"")
-                               + header_line("X-Accel-Redirect", urllib.parse.quote(path)))
-        return response
-    raise refusal
+            break
+        except ApiError:
+            if not tries_left:
+                raise
+    fields = (b"Content-Type: application/octet-stream\r\n"
+              + (CACHE_NOTHING if image.state == "unactivated" else CACHE_FILES))
+    response = file_response(request, fd, status, image.sha1, fields,
+                             lambda: store.content_md5(image, fd), image.title)
+    if accel and not request.peer and response.file is not None:
+        response.close()
+        response.length = 0
+        path = f"{accel}/{os.path.basename(image.directory)}/{image.file}"
+        # nginx would pass Accept-Ranges on and add its own.
+        response.fields = (response.fields.replace(b"Accept-Ranges: bytes\r\n", b"")
+                           + header_line("X-Accel-Redirect", urllib.parse.quote(path)))
+    return response
 
 
 def check_if_match(headers, etag):
@@ -4820,8 +4847,6 @@ class Dsapi:
         self.config, self.store, self.rights = config, store, rights
         # prefix + Host + suffix, as JSON: the beginning of files[].url
         self.url_base = functools.lru_cache(HOSTS_KEPT)(self._make_url_base)
-        # The suffix was made to add a port: not to a Host header that has one.
-        self._suffix_without_port = re.sub("^:[0-9]+", "", config.suffix)
 
     def routes(self):
         return [
@@ -4832,8 +4857,8 @@ class Dsapi:
 
     def _make_url_base(self, host):
         suffix = self.config.suffix
-        if suffix and _HOST.fullmatch(host)[2]:
-            suffix = self._suffix_without_port
+        if suffix and _HOST.fullmatch(host)[2]:       # it was made to add a port to a host
+            suffix = re.sub("^:[0-9]+", "", suffix)
         return _quote(self.config.prefix + host + suffix)[1:-1].encode()
 
     def list(self, request):
@@ -4908,10 +4933,10 @@ class Imgapi:
         ] + ([Route("GET", "channels", self.channel_list, MEMORY, ANYONE)] if self.channels
              else [])
 
-    def channel_of(self, query):
+    def channel_of(self, query, others=("*",)):
         """The channel a request is about: None without channels, "*" for all.
 
-        Raises ApiError as sdc-imgapi does.
+        Raises ApiError as sdc-imgapi does, for one that is neither configured nor in `others`.
         """
         if not self.channels:
             return None
@@ -4922,7 +4947,7 @@ class Imgapi:
                               "channel not specified and the server has no default channel",
                               "MissingParameter", "ValidationFailed")
             return self.config.default_channel
-        if name not in self.channels and name != "*":
+        if name not in self.channels and name not in others:
             raise unknown_channel(name)
         return name
 
@@ -4977,21 +5002,18 @@ class Imgapi:
         """(images of a snapshot, checks that those of the query pass, newest first, limit)."""
         backwards, limit = newest_first(query), limit_of(query)
         account = single_value(query, "account")
-        state = single_value(query, "state") or "active"
-        if state != "all" and state not in STATES:
-            raise invalid("state", f'invalid state: "{state}"')
+        state = one_of(query, "state", (*STATES, "all")) or "active"
         if state != "active":
             request.audience = CLIENT
-        may_see_all = self.rights.of(request) >= PUBLISH
-        if state not in ("active", "all") and not may_see_all:
-            return (), (), False, None
         if not request.may_block:
             raise NeedsThread     # it is rendered to learn its length
-        if state == "active" or not may_see_all:
-            images = self.store.snapshot(IMGAPI, True).images
+        if state != "active" and self.rights.of(request) >= PUBLISH:
+            images = self.store.all_images()
         else:
-            images = [image for image in self.store.all_images() if state in ("all", image.state)]
+            images = self.store.snapshot(IMGAPI, True).images     # active ones
         checks = [lambda image: self.in_channel(image, channel), *image_filters(query, account)]
+        if state not in ("active", "all"):
+            checks.insert(0, lambda image: image.state == state)
         if not self.rights.lists_all(request):
             checks.insert(0, lambda image: image.public)
         marker = single_value(query, "marker")
@@ -5002,14 +5024,21 @@ class Imgapi:
         return images, checks, backwards, limit
 
     def _marker(self, request, marker, backwards):
-        """The place in the order where a list is to begin.  Raises ApiError."""
+        """The place in the order where a list is to begin: that of an image, or of a date, of
+        which a short one is its start.  Raises ApiError.
+        """
         if is_uuid(marker):
             return self.rights.visible(request, self.store.image(marker, IMGAPI, True)).order
+        date = marker.replace(" ", "T").rstrip("Z")
+        date += "0000-01-01T00:00:00.000"[len(date):]
         try:
-            return parse_marker(marker), "~" if backwards else ""
+            time.strptime(date[:19], "%Y-%m-%dT%H:%M:%S")
         except ValueError:
+            date = ""
+        if not date.isascii() or not re.fullmatch(r"\.[0-9]{3}", date[19:]):
             raise invalid("marker", f'invalid value for "marker" param: "{marker}" is not a '
                                     "UUID or date string")
+        return date, "~" if backwards else ""
 
     def find(self, request, uuid):
         """(image, version, query) of a request for one image, in any state.
@@ -5085,77 +5114,86 @@ class ImgapiPublishing:
     def __init__(self, config, store, imgapi, rights):
         self.config, self.store, self.imgapi, self.rights = config, store, imgapi, rights
         self.publisher = Publisher(config, threading.Semaphore(max(1, (os.cpu_count() or 1) - 1)))
+        self._reader = ImageReader(config)
         self._uploads = threading.BoundedSemaphore(UPLOADS)
+        self.actions = {                  # of an image: the right they need, and the change
+            "activate": (PUBLISH, self.activate), "enable": (MANAGE, self.enable),
+            "disable": (MANAGE, self.disable), "update": (MANAGE, self.update)}
+        if imgapi.channels:
+            self.actions["channel-add"] = (MANAGE, self.channel_add)
 
     def routes(self):
         return [
             Route("POST", "images", self.post, CHUNKED, PUBLISH),
-            Route("POST", "images/:uuid", self.post_image, BODY, PUBLISH),
-            Route("DELETE", "images/:uuid", self.delete, BODY, PUBLISH),
+            Route("POST", "images/:uuid", self.post_image, THREAD, PUBLISH),
+            Route("DELETE", "images/:uuid", self._changing(self.delete), THREAD, PUBLISH),
             Route("PUT", "images/:uuid/file", self.put_file, CHUNKED, PUBLISH),
-            Route("PUT", "images/:uuid/icon", self.put_icon, BODY, PUBLISH),
-            Route("DELETE", "images/:uuid/icon", self.delete_icon, BODY, PUBLISH),
-            Route("POST", "images/:uuid/acl", self.post_acl, BODY, MANAGE),
-        ] + [Route("POST", f"images/:uuid/{name}", self.not_available, BODY, PUBLISH)
+            Route("PUT", "images/:uuid/icon", self._changing(self.put_icon), THREAD, PUBLISH),
+            Route("DELETE", "images/:uuid/icon", self._changing(self.delete_icon), THREAD,
+                  PUBLISH),
+            Route("POST", "images/:uuid/acl", self._changing(self.post_acl), THREAD, MANAGE),
+        ] + [Route("POST", f"images/:uuid/{name}", self.not_available, THREAD, PUBLISH)
              for name in ("jobs", "push", "clone", "file/from-url")]
 
     # parts of several routes
 
     @staticmethod
     def _query(request) -> dict:
-        """The parameters of a request.  Raises ApiError, also for a version that is none:
-        _answer would find that too late.
-        """
+        """The parameters of a request.  Raises ApiError, also where the answer has no version."""
         parse_accept_version(request)
         return parse_query(request.query)
 
-    def _answer(self, request, uuid) -> Response:
-        """The image as it is now, in any state."""
-        self.store.in_any_state(uuid).checked = -math.inf     # its icon may be new
-        before, channels, etag = self.store.in_any_state(uuid).imgapi
+    @staticmethod
+    def _answer(request, rendered) -> Response:
+        """An image: Image.imgapi, or of ImageReader.render."""
+        before, channels, etag = rendered
         if parse_accept_version(request) == 1 and channels:
             channels, etag = b"", etag + b"-1"
         return Response(200, b'%bETag: "%b"\r\n' % (JSON_TYPE, etag) + CACHE_NOTHING,
                         b"%b%b\n}" % (before, channels))
 
-    def _channel_of(self, query):
-        """The channel that a change is about, which is never all of them.  Raises ApiError."""
-        channel = self.imgapi.channel_of(query)
-        if channel == "*":
-            raise unknown_channel(channel)
-        return channel
+    def _changing(self, change, shown=MANAGE):
+        """The handler of a route: change(request, image, query) of one image that is here.
+
+        It is answered by the image as it is then, unless change returns a Response.  shown:
+        the right to change an image that is on show.
+        """
+        def handler(request, uuid):
+            query = self._query(request)
+            response = change(request, self._find(request, uuid, query, shown), query)
+            if response is None:
+                self.store.in_any_state(uuid).checked = -math.inf     # its icon may be new
+                response = self._answer(request, self.store.in_any_state(uuid).imgapi)
+            return response
+        return handler
 
     @staticmethod
     def _waits(image) -> bool:
-        """Whether an image is not on show yet.  One in its own directory is, even where its
-        manifest says "unactivated": changing it needs MANAGE.
-        """
+        """Whether an image is not on show.  In its own directory it is, even as "unactivated"."""
         return image.place.endswith(INCOMING)
 
-    def _find(self, request, uuid, query):
+    def _find(self, request, uuid, query, shown) -> Image:
         """The image to be changed, in any state, where its channel shows it.
 
         One that waits to be activated need not be in the default channel: imgadm publish
-        names none.  Raises ApiError: 404, 412 where If-Match names another version of it.
+        names none.  Raises ApiError: 404, 412 where If-Match names another version of it, 403
+        or 401 where it is on show and the client lacks that right.
         """
         image = self.store.in_any_state(uuid)
         if not self._waits(image) or "channel" in query:
-            channel = self._channel_of(query)
-            if not self.imgapi.in_channel(image, channel):
+            if not self.imgapi.in_channel(image, self.imgapi.channel_of(query, ())):
                 raise not_found("image not found")
         check_if_match(request.headers, image.imgapi[2].decode())
+        if not self._waits(image):
+            self.rights.need(request, shown)
         return image
-
-    def _need_for(self, request, image):
-        """Refuse images outside staging to clients without MANAGE.  Raises ApiError."""
-        self.rights.need(request, PUBLISH if self._waits(image) else MANAGE)
 
     def not_available(self, request, *_):
         """Parts of IMGAPI that need a data centre."""
         raise ApiError(501, "NotAvailable", f"{request.method} {request.target} is not available "
                        "on this server")
 
-    # POST
+    # new images
 
     def post(self, request):
         """CreateImage; ?action=publish takes a whole image in one request."""
@@ -5166,46 +5204,14 @@ class ImgapiPublishing:
         if request.length is None:
             raise ApiError(411, "LengthRequired", "a body needs a Content-Length here")
         if action == "create-from-vm":
-            raise ApiError(501, "NotAvailable", "custom image creation is not currently available")
+            return self.not_available(request)
         if action is not None:
             raise invalid("action", f'"{action}" is not a valid action')
         fields = read_json(request, dict)
         account = single_value(query, "account")
-        if account is not None:
-            if fields.setdefault("owner", account) != account:
-                raise invalid("owner", f'"owner", {fields["owner"]}, is not the account')
+        if account is not None and fields.setdefault("owner", account) != account:
+            raise invalid("owner", f'"owner", {fields["owner"]}, is not the account')
         return self._create(request, query, new_uuid(), validate_new(fields))
-
-    def _create(self, request, query, uuid, fields):
-        """Make an image that has no file yet of checked fields, and answer it."""
-        self.publisher.create(self._manifest(query, uuid, fields))
-        return self._answer(request, uuid)
-
-    def _manifest(self, query, uuid, fields) -> dict:
-        """A v2 manifest of checked fields, in its own channels, the query's or the default."""
-        manifest = {"v": 2, "uuid": uuid, **DEFAULTS, **fields}
-        if not self.imgapi.channels:
-            manifest.pop("channels", None)
-        elif "channel" in query or not manifest.get("channels"):
-            channel = self._channel_of(query)
-            manifest["channels"] = manifest.get("channels") or [channel]
-        choose_channels(self.config, manifest)
-        return manifest
-
-    def post_image(self, request, uuid):
-        """?action=VERB of one image."""
-        query = self._query(request)
-        action = single_value(query, "action")
-        if action is None:
-            raise invalid("action", 'no image "action" was specified', "MissingParameter")
-        if action in ("export", "import-remote", "import-from-datacenter", "change-stor"):
-            return self.not_available(request)
-        verb = self.VERBS.get(action)
-        if verb is None or action == "channel-add" and not self.imgapi.channels:
-            raise invalid("action", f'"{action}" is not a valid action')
-        right, verb = verb
-        self.rights.need(request, right)
-        return verb(self, request, uuid, query)
 
     def import_image(self, request, uuid, query):
         """AdminImportImage: an image that keeps its uuid; icon and state are left out."""
@@ -5216,65 +5222,103 @@ class ImgapiPublishing:
             raise ApiError(501, "NotAvailable", "images of other servers come by `imgserver.py "
                            "mirror`")
         manifest = read_json(request, dict)
-        if manifest.get("uuid") != uuid:
-            raise invalid("uuid", f'URL UUID, "{uuid}" and body UUID, "{manifest.get("uuid")}" '
+        if manifest.get("uuid") is None:
+            raise invalid("uuid", 'missing "uuid" in the body', "MissingParameter")
+        if manifest["uuid"] != uuid:
+            raise invalid("uuid", f'URL UUID, "{uuid}" and body UUID, "{manifest["uuid"]}" '
                                   "do not match")
         self.publisher.refuse_existing(uuid)
         manifest = validate({name: value for name, value in manifest.items()
                              if name not in ("icon", "state", "error")})
-        if is_v1(manifest):
-            manifest = upgrade(manifest)
-            manifest.pop("state", None)
-        return self._create(request, query, uuid, manifest)
+        return self._create(request, query, uuid,
+                            upgrade(manifest) if is_v1(manifest) else manifest)
 
-    def activate(self, request, uuid, query):
+    def _create(self, request, query, uuid, fields):
+        """Make an image that has no file yet of checked fields, and answer it."""
+        manifest = self.publisher.create(self._manifest(query, uuid, fields))
+        return self._answer(request, self._reader.render(manifest, False))
+
+    def _manifest(self, query, uuid, fields) -> dict:
+        """A v2 manifest of checked fields, in its own channels, the query's or the default."""
+        manifest = {"v": 2, "uuid": uuid, **DEFAULTS, **fields}
+        if not self.imgapi.channels:
+            manifest.pop("channels", None)
+        elif "channel" in query or not manifest.get("channels"):
+            channel = self.imgapi.channel_of(query, ())
+            manifest["channels"] = manifest.get("channels") or [channel]
+        choose_channels(self.config, manifest)
+        return manifest
+
+    def publish(self, request, query):
+        """?action=publish&name=...&version=...: create, upload and activate in one request.
+
+        The other parameters are fields of the manifest, as import takes them.
+        """
+        uuid = single_value(query, "uuid") or new_uuid()
+        fields = {"v": 2, "uuid": uuid, "owner": self.config.image_creator_uuid or NOBODY,
+                  "type": "zone-dataset", "os": "smartos"}
+        for name in query:
+            if name not in ("action", "channel", "uuid", "compression", "sha1"):
+                try:
+                    field, value = parse_field(f"{name}={single_value(query, name) or ''}")
+                except ValueError as error:
+                    raise invalid(name, str(error))
+                if value is not None:
+                    fields[field] = value
+        manifest = self._manifest(query, uuid, validate(fields))
+        manifest["files"] = [self._promised(request, query)]
+        manifest = self._upload(request, self.publisher.import_image, manifest, True)
+        return self._answer(request, self._reader.render(manifest, True))
+
+    # changes
+
+    def post_image(self, request, uuid):
+        """?action=VERB of one image."""
+        query = self._query(request)
+        action = single_value(query, "action")
+        if action is None:
+            raise invalid("action", 'no image "action" was specified', "MissingParameter")
+        if action == "import":
+            return self.import_image(request, uuid, query)
+        if action in ("export", "import-remote", "import-from-datacenter", "change-stor"):
+            return self.not_available(request)
+        if action not in self.actions:
+            raise invalid("action", f'"{action}" is not a valid action')
+        right, change = self.actions[action]
+        self.rights.need(request, right)
+        return self._changing(change, right)(request, uuid)
+
+    def activate(self, request, image, query):
         """ActivateImage; its body, and that of the next two, is read for the connection's sake."""
-        image = self._find(request, uuid, query)
-        if image.state == "unactivated":
-            self._need_for(request, image)
+        if image.state == "unactivated" and not self._waits(image):
+            self.rights.need(request, MANAGE)
         read_json(request, object)
-        self.publisher.activate(uuid)
-        return self._answer(request, uuid)
+        self.publisher.activate(image.uuid)
 
-    def enable(self, request, uuid, query):
-        self._find(request, uuid, query)
+    def enable(self, request, image, query):
         read_json(request, object)
-        self.publisher.enable(uuid)
-        return self._answer(request, uuid)
+        self.publisher.enable(image.uuid)
 
-    def disable(self, request, uuid, query):
-        self._find(request, uuid, query)
+    def disable(self, request, image, query):
         read_json(request, object)
-        self.publisher.disable(uuid)
-        return self._answer(request, uuid)
+        self.publisher.disable(image.uuid)
 
-    def update(self, request, uuid, query):
+    def update(self, request, image, query):
         """UpdateImage: null removes a field."""
-        self._find(request, uuid, query)
         if request.length == 0:
             raise invalid("body", "missing request body", "MissingParameter")
-        self.publisher.update(uuid, read_json(request, dict))
-        return self._answer(request, uuid)
+        self.publisher.update(image.uuid, read_json(request, dict))
 
-    def channel_add(self, request, uuid, query):
-        image = self._find(request, uuid, query)
+    def channel_add(self, request, image, query):
         name = read_json(request, dict).get("channel")
         if not isinstance(name, str) or name not in self.imgapi.channels:
             raise unknown_channel(name)
         if name not in image.channels:
-            self.publisher.update(uuid, {"channels": [*image.channels, name]})
-        return self._answer(request, uuid)
+            self.publisher.update(image.uuid, {"channels": [*image.channels, name]})
 
-    VERBS = {
-        "import": (PUBLISH, import_image), "activate": (PUBLISH, activate),
-        "enable": (MANAGE, enable), "disable": (MANAGE, disable), "update": (MANAGE, update),
-        "channel-add": (MANAGE, channel_add),
-    }
-
-    def post_acl(self, request, uuid):
+    def post_acl(self, request, image, query):
         """?action=add (the default) or remove, with a list of account UUIDs."""
-        query = self._query(request)
-        image = self._find(request, uuid, query)
+        action = one_of(query, "action", ("add", "remove"))
         accounts = read_json(request, object)
         if not isinstance(accounts, list):
             raise invalid("acl", 'invalid image "acl" (not an array)')
@@ -5282,86 +5326,68 @@ class ImgapiPublishing:
             if not isinstance(account, str) or not is_uuid(account):
                 raise invalid("acl", f'invalid image "acl" (item {number} is not a UUID): '
                                      f"{account}")
-        action = single_value(query, "action") or "add"
-        if action == "add":
-            acl = list(dict.fromkeys((*image.acl, *accounts)))
-        elif action == "remove":
-            removed = set(accounts)
-            acl = [account for account in image.acl if account not in removed]
-        else:
-            raise invalid("action", f'"{action}" is not a valid action')
-        self.publisher.update(uuid, {"acl": acl or None})
-        return self._answer(request, uuid)
+        given = dict.fromkeys(accounts)
+        acl = ([account for account in image.acl if account not in given] if action == "remove"
+               else list(dict.fromkeys(image.acl) | given))
+        self.publisher.update(image.uuid, {"acl": acl or None})
 
     # files
+
+    @staticmethod
+    def _promised(request, query) -> dict:
+        """Facts of a file, as the query and Content-Length give them.  Raises ApiError."""
+        return {"size": request.length, "sha1": single_value(query, "sha1"),
+                "dataset_guid": single_value(query, "dataset_guid"),
+                "compression": one_of(query, "compression", COMPRESSIONS)}
 
     def put_file(self, request, uuid):
         """AddImageFile: straight to disk, examined on the way; the Content-Type is ignored."""
         query = self._query(request)
-        compression = self._compression(query)
-        if compression is None:
+        expected = self._promised(request, query)
+        if expected["compression"] is None:
             raise invalid("compression", 'missing "compression"', "Missing")
-        if single_value(query, "storage") not in (None, "local", "manta"):
-            raise invalid("storage", "invalid storage: must be local")
+        one_of(query, "storage", ("local", "manta"))
         if "source" in query:
             return self.not_available(request)
-        image = self._find(request, uuid, query)
+        image = self._find(request, uuid, query, PUBLISH)
         if image.state != "unactivated":
             raise ApiError(422, "ImageFilesImmutable",
                            f"cannot modify files on activated image {uuid}")
-        expected = {"compression": compression, "size": request.length,
-                    "sha1": single_value(query, "sha1"),
-                    "dataset_guid": single_value(query, "dataset_guid")}
-        with self._upload(request) as read:
-            self.publisher.add_file(uuid, read, expected, self.config.check_streams)
-        return self._answer(request, uuid)
+        manifest = self._upload(request, self.publisher.add_file, uuid, expected)
+        return self._answer(request, self._reader.render(manifest, False, image.icon))
 
-    @staticmethod
-    def _compression(query):
-        """The compression that a query names, or None.  Raises ApiError."""
-        compression = single_value(query, "compression")
-        if compression not in (None, *COMPRESSIONS):
-            raise invalid("compression", f'invalid compression "{compression}" (must be one of '
-                                         "gzip, bzip2, xz, none)")
-        return compression
+    def _upload(self, request, verb, image, how) -> dict:
+        """Run add_file or import_image with the body of a request; the manifest as stored.
 
-    @contextlib.contextmanager
-    def _upload(self, request):
-        """Gives the read(n) of a file that is uploaded; refusals come before its first byte.
-
-        Raises ApiError where it is too large, or too many are on their way, and ClientGone.
+        What can be refused is, before the first byte.  Raises ApiError, and ClientGone.
         """
         if "content-range" in request.headers:        # curl -C -; RFC 9110 §14.4
             raise bad_request("an upload cannot be resumed: it must be the whole file")
-        limit = self.config.max_upload
-        too_large = ApiError(400, "Upload", f"image file size exceeds max_upload, {limit} bytes")
-        if limit and (request.length or 0) > limit:
-            raise too_large
+        self._check_size(request.length or 0)
         self._check_space(request.length or 0)
         if not self._uploads.acquire(blocking=False):
             raise unavailable(f"{UPLOADS} uploads are on their way", 10)
-        unchecked = 0
-        request.body.is_file = True
+        body = request.body
+        body.is_file = True
 
         def read(size):
-            nonlocal unchecked
-            data = request.body.read(size)
-            unchecked += len(data)
-            if limit and request.body.received > limit:
-                raise too_large
-            if unchecked > SPACE_STEP:        # others are written at the same time
-                unchecked = 0
-                self._check_space(0)
+            before = body.received
+            data = body.read(size)
+            self._check_size(body.received)
+            if before // SPACE_STEP != body.received // SPACE_STEP:
+                self._check_space(0)      # others are written at the same time
             return data
 
         try:
-            yield read
-        except ApiError as error:
-            if isinstance(error.__cause__, ClientGone):
-                raise error.__cause__         # the client is gone
-            raise
+            return verb(image, read, how, self.config.check_streams)
         finally:
             self._uploads.release()
+
+    def _check_size(self, size):
+        """Raise ApiError (400) for a file that is too large."""
+        limit = self.config.max_upload
+        if limit and size > limit:
+            raise ApiError(400, "Upload", f"image file size exceeds max_upload, {limit} bytes")
 
     def _check_space(self, size):
         """Raise ApiError (503) where `size` bytes more would leave too little of the disk."""
@@ -5369,35 +5395,9 @@ class ImgapiPublishing:
         if status.f_bavail * status.f_frsize - size < SPACE_LEFT:
             raise ApiError(503, "StorageIsDown", "the disk has no room for it")
 
-    def publish(self, request, query):
-        """?action=publish&name=...&version=...: create, upload and activate in one request.
-
-        The other parameters are fields of the manifest, as import takes them.
-        """
-        fields = {}
-        for name in query:
-            if name not in ("action", "channel", "uuid", "compression", "sha1"):
-                try:
-                    field, value = parse_field(f"{name}={single_value(query, name) or ''}")
-                except ValueError as error:
-                    raise invalid(name, str(error))
-                fields[field] = value
-        uuid = single_value(query, "uuid") or new_uuid()
-        manifest = self._manifest(query, uuid, validate({
-            "v": 2, "uuid": uuid, "owner": self.config.image_creator_uuid or NOBODY,
-            "type": "zone-dataset", "os": "smartos",
-            **{name: value for name, value in fields.items() if value is not None}}))
-        manifest["files"] = [{"compression": self._compression(query), "size": request.length,
-                              "sha1": single_value(query, "sha1")}]
-        with self._upload(request) as read:
-            self.publisher.import_image(manifest, read, True, self.config.check_streams)
-        return self._answer(request, uuid)
-
-    def put_icon(self, request, uuid):
+    def put_icon(self, request, image, query):
         """AddImageIcon, in place of the one before."""
-        query = self._query(request)
-        self._need_for(request, self._find(request, uuid, query))
-        if (request.length or 0) > ICON_LIMIT:
+        if request.length > ICON_LIMIT:
             raise ApiError(400, "Upload", f"icon size {request.length} (from Content-Length) "
                            f"exceeds the maximum allowed size, {ICON_LIMIT >> 10} KiB")
         data = read_all(request)
@@ -5405,36 +5405,27 @@ class ImgapiPublishing:
         if wanted is not None and wanted.lower() != sha1:
             raise ApiError(400, "Upload", f'"sha1" hash, {wanted}, does not match the uploaded '
                            f"icon file sha1 hash, {sha1}")
-        self._need_for(request, self._find(request, uuid, query))     # the body took its time
-        self.publisher.add_icon(uuid, request.headers.get("content-type", ""), data)
-        return self._answer(request, uuid)
+        self._find(request, image.uuid, query, MANAGE)        # again: the body took its time
+        self.publisher.add_icon(image.uuid, request.headers.get("content-type", ""), data)
 
-    def delete_icon(self, request, uuid):
-        self._need_for(request, self._find(request, uuid, self._query(request)))
-        self.publisher.remove_icon(uuid)
-        return self._answer(request, uuid)
+    def delete_icon(self, request, image, query):
+        self.publisher.remove_icon(image.uuid)
 
-    # DELETE
-
-    def delete(self, request, uuid):
+    def delete(self, request, image, query):
         """DeleteImage: out of its channel, and altogether where that was the last one."""
-        query = self._query(request)
-        image = self._find(request, uuid, query)
-        self._need_for(request, image)
-        account = single_value(query, "account")
+        uuid, account = image.uuid, single_value(query, "account")
         if account is not None and account != image.owner:
             raise ApiError(422, "NotImageOwner",
                            f"account {account} is not the owner of image {uuid}")
-        force = single_value(query, "force_all_channels")
-        if force not in (None, "true", "false"):
-            raise invalid("force_all_channels", f'invalid "force_all_channels": "{force}"')
-        channel = None if self._waits(image) else self._channel_of(query)
-        others = [name for name in image.channels if name != channel
-                  and name in self.imgapi.channels]
+        everywhere = one_of(query, "force_all_channels", ("true", "false")) == "true"
         if self._waits(image):
             self.publisher.refuse_dependents(uuid)
             self.publisher.discard(uuid)
-        elif others and force != "true":
+            return Response(204, CACHE_NOTHING)
+        channel = self.imgapi.channel_of(query, ())
+        others = [name for name in image.channels if name != channel
+                  and name in self.imgapi.channels]
+        if others and not everywhere:
             self.publisher.update(uuid, {"channels": others})
         else:
             self.publisher.delete(uuid)
@@ -5971,8 +5962,6 @@ class Site:
             response = error_response(error)
             if self.rights.hides:         # it may say that an image is not there
                 request.audience = CLIENT
-        except ClientGone:
-            raise
         except OSError as error:
             target = printable(without_credentials(request.target))
             self.log.error(f"cannot answer {target} from serve_dir "
@@ -6372,14 +6361,14 @@ class Body:
             while transport.unsent and not transport.flush(ONE_PIECE):
                 self._wait(select.POLLOUT)
         except OSError as error:
-            raise ClientGone(error.errno, f"the client went away: {error.strerror}")
+            raise ClientGone(f"the client went away: {error.strerror}")
         while True:
             data = transport.receive(min(size, RECEIVE_BODY))
             if data:
                 return data
             if data is not None:
-                raise ClientGone(errno.ECONNRESET, "the client went away before the end of the "
-                                 f"body: {self.received} bytes came")
+                raise ClientGone("the client went away before the end of the body: "
+                                 f"{self.received} bytes came")
             self._wait(select.POLLIN)
 
     def _wait(self, event):
@@ -6653,7 +6642,7 @@ class Connection:
                                               or response.length <= ONE_PIECE):
                 self._read_small(response)
         except ClientGone as error:
-            response, self.failure = None, f" ({error.strerror})"
+            response, self.failure = None, f" ({error})"
         except Exception:
             if response is not None:
                 response.close()
@@ -6670,7 +6659,7 @@ class Connection:
                     raise Truncated(f"truncated at {response.offset + len(response.body)} bytes")
         except Truncated as error:
             self.loop.log.error(f"{printable(self.line)}: {error}")
-            raise ClientGone(errno.EIO, "the file is truncated")
+            raise ClientGone("the file is truncated")
         finally:
             response.close()
 
@@ -6815,9 +6804,19 @@ class Connection:
                 if log.level > INFO:
                     continue
             user, headers = (None, {}) if request is None else (request.user, request.headers)
+            if response.status >= 400 and not failure:
+                failure = self._reason(line, response)
             log.request(self.peer or client_name("", headers), user, line,
                         headers.get("user-agent", ""), response.status, size, seconds,
                         response.title, failure)
+
+    @staticmethod
+    def _reason(line, response) -> str:
+        """Why a request was refused, for the log; "" where it would have changed nothing."""
+        reason = getattr(response, "reason", "")
+        if not reason or line.startswith(("GET ", "HEAD ", "OPTIONS ")):
+            return ""
+        return printable(without_credentials(f" ({reason})"))
 
 
 class Sender:

@@ -43,9 +43,9 @@ class Site(imgserver.Site):
     def __init__(self, config, store, log):
         super().__init__(config, store, log, [
             imgserver.Route("PUT", "upload", upload, imgserver.CHUNKED, imgserver.ANYONE),
-            imgserver.Route("POST", "upload", upload, imgserver.BODY, imgserver.ANYONE),
+            imgserver.Route("POST", "upload", upload, imgserver.THREAD, imgserver.ANYONE),
             imgserver.Route("PUT", "refused", refused, imgserver.CHUNKED, imgserver.ANYONE),
-            imgserver.Route("POST", "some", some, imgserver.BODY, imgserver.ANYONE),
+            imgserver.Route("POST", "some", some, imgserver.THREAD, imgserver.ANYONE),
             imgserver.Route("DELETE", "plain", plain, imgserver.THREAD, imgserver.ANYONE)])
 imgserver.Site = Site
 imgserver.LINGER = 60

@@ -129,7 +129,7 @@ class Routes(Case):
             ("/images?inclAdminFields=true", 401, "UnauthorizedError", unauthorized),
             (f"/images/{U1}?inclAdminFields=true", 401, "UnauthorizedError", unauthorized),
             ("/images?inclAdminFields=x", 422, "InvalidParameter",
-             'invalid "inclAdminFields": "x"', "inclAdminFields"),
+             'invalid "inclAdminFields": "x" (must be one of true, false)', "inclAdminFields"),
             self.no_route("/channels"),
             ("/state", 401, "UnauthorizedError", "Unauthorized"),
             self.no_route("/jobs"),
@@ -371,7 +371,8 @@ class Filters(Case):
          "invalid 'sort': not a valid sorting attribute: 'name'", "sort"),
         ("sort=.desc", 422, "InvalidParameter",
          "invalid 'sort': not a valid sorting attribute: ''", "sort"),
-        ("state=bogus", 422, "InvalidParameter", 'invalid state: "bogus"', "state"),
+        ("state=bogus", 422, "InvalidParameter", 'invalid "state": "bogus" (must be one of '
+         'active, unactivated, disabled, creating, failed, all)', "state"),
         ("limit=x", 422, "InvalidParameter", 'invalid limit: "x"', "limit"),
         ("limit=%D9%A3", 422, "InvalidParameter", 'invalid limit: "\u0663"', "limit"),
         (f"marker={NONE}", 404, "ResourceNotFound", f"image {NONE} not found"),

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -198,7 +199,7 @@ class Refusals(PublishingCase):
         target = f"/images/{GONE}?action=import"
         no = [("uuid", "Invalid")]
         for case, target, body, status, code, fields in (
-                ("nothing", target, b"", 422, "InvalidParameter", no),
+                ("nothing", target, b"", 422, "InvalidParameter", [("uuid", "MissingParameter")]),
                 ("other uuid", target, manifest_of(U), 422, "InvalidParameter", no),
                 ("uuid is no text", target, manifest_of(GONE, uuid=[1]), 422, "InvalidParameter",
                  no),
@@ -360,7 +361,7 @@ class Refusals(PublishingCase):
                 ("no body", "", b"", "(not an array)"), ("text", "", b'"x"', "(not an array)"),
                 ("item", "", [ACCOUNT, "x"], "(item 1 is not a UUID): x"),
                 ("number", "", [7], "(item 0 is not a UUID): 7"),
-                ("action", "?action=x", [ACCOUNT], '"x" is not a valid action')):
+                ("action", "?action=x", [ACCOUNT], 'invalid "action": "x"')):
             self.expect(case, self.put("POST", f"/images/{U}/acl{query}", body), 422,
                         "InvalidParameter", message)
 
@@ -690,6 +691,44 @@ class Answers(PublishingCase):
         data = streams.pack(streams.stream(from_guid=streams.GUID + 1, guid=7))
         self.expect("wrong", self.put("POST", target + uuid_of(5), data), 400, "Upload",
                     "does not build on")
+
+
+    def test_the_answer_is_about_what_was_stored(self):
+        """By this request: another publisher may have removed or replaced it by then."""
+        for verb, target, body in (
+                ("create", f"POST /images/{GONE}?action=import", manifest_of(GONE, name="ours")),
+                ("create", "POST /images", manifest_of(V, uuid=None, files=None, name="ours")),
+                ("add_file", f"PUT /images/{W}/file?compression=gzip", DATA),
+                ("import_image", "POST /images?action=publish&name=ours&version=1", DATA)):
+            for is_replaced in (False, True):
+                real = getattr(imgserver.Publisher, verb)
+
+                def changed(publisher, *arguments):
+                    stored = real(publisher, *arguments)
+                    publisher.delete(stored["uuid"])
+                    if is_replaced:
+                        write_v2(self.serve_dir, stored["uuid"], b"x", name="theirs")
+                    return stored
+                self.fill(W, name="ours")
+                with mock.patch.object(imgserver.Publisher, verb, changed):
+                    image = self.expect(target, self.put(*target.split(), body), 200).json()
+                self.assertEqual((image["name"], [file["sha1"] for file in image["files"]]),
+                                 ("ours", [] if verb == "create" else [SHA1]))
+                shutil.rmtree(os.path.join(self.serve_dir, image["uuid"]), ignore_errors=True)
+
+
+    def test_the_answer_is_what_a_get_shows(self):
+        self.put("PUT", f"/images/{W}/icon", b"icon", Content_Type="image/png")
+        v1 = imgserver.new_manifest(self.www.config, GONE, {"name": "old", "version": "1"})
+        imgserver.Publisher(self.www.config).import_image(v1, io.BytesIO(DATA).read, False)
+        for target, body in ((f"PUT /images/{W}/file?compression=gzip", DATA),
+                             (f"PUT /images/{GONE}/file?compression=gzip", DATA),
+                             (f"POST /images/{V}?action=import", manifest_of(V, acl=[])),
+                             ("POST /images?action=publish&name=a&version=1&public=false", DATA)):
+            answer = self.expect(target, self.put(*target.split(), body), 200)
+            read = self.put("GET", f"/images/{answer.json()['uuid']}")
+            self.assertEqual(answer.body, read.body)
+            self.assertEqual(answer.headers["etag"], read.headers["etag"])
 
 
 class Channels(PublishingCase):
@@ -1272,6 +1311,52 @@ class Uploads(ServerCase):
                              [".incoming-" + uuid for uuid in left])
 
 
+class Log(ServerCase):
+    """A request that was to change something, and was refused: the line says why."""
+
+    def line(self, server, method, target, body=b"", **fields):
+        """The log line of a request that is answered by an error."""
+        before = len(server.log())
+        with server.connect() as connection:
+            connection.send(head(method, target, len(body), Connection="close", **fields) + body)
+            self.assertGreaterEqual(connection.answer(method).status, 400)
+        line = re.compile(r'(.*(" | HTTP/1\.1 )[45][0-9][0-9] .*)\n')
+        return wait_for(lambda: line.search(server.log()[before:]), "a log line")[1]
+
+    def test_the_reason(self):
+        server = self.serve(config=HERE, prelude="imgserver.LOG_DELAY = 0")
+        ImgadmPublish(server.connect).publish(manifest_of(U), DATA, "import")
+        for method, target, body, reason in (
+                ("PUT", f"/images/{U}/file?compression=gzip", DATA[:-9], r"400 .*Upload: image "
+                 "refused: .*"),
+                ("POST", "/images", b'{"v": 2}', "422 .*ValidationFailed: .*name, version.*"),
+                ("DELETE", f"/images/{V}", b"", "404 .*ResourceNotFound: .*"),
+                ("POST", f"/images/{U}?action=%1b[2J", b"", r"422 .*InvalidParameter: "
+                 r"\\\"\\x1b\[2J\\\" is .*"),
+                ("POST", f"/images?channel={'x' * 5000}&action=" + "y" * 2000, b"",
+                 r"422 .*InvalidParameter: \\\"y{970,}\.\.\."),
+                ("PATCH", "/images/%zz", b"", r"400 .*BadRequestError: URI malformed\)"),
+                ("POST", f"http://joe:secret@h/images/{U}/jobs", b"",
+                 f"501 .*POST http://h/images/{U}/jobs is not available .*")):
+            with self.subTest(f"{method} {target[:60]}"):
+                line = self.line(server, method, target, body, Authorization="Basic c2VjcmV0")
+                self.assertRegex(line, rf'^[^"]*"{method} [^"]*" {reason}$')
+                self.assertNotIn("secret", line)
+                self.assertLess(len(line), 3000)
+        for target in (f"/images/{V}", "/images?limit=x"):
+            line = self.line(server, "GET", target)
+            self.assertTrue(line.endswith('ms - ""'), line)
+
+    def test_as_json(self):
+        server = self.serve(config={**HERE, "logformat": "json"},
+                            prelude="imgserver.LOG_DELAY = 0")
+        line = self.line(server, "POST", f"/images/{U}?action=enable", b"{}")
+        value = json.loads(line)
+        self.assertIsNone(value["image"])
+        self.assertEqual(value["msg"], f"POST /images/{U}?action=enable HTTP/1.1 404 "
+                                       f"(ResourceNotFound: image {U} not found)")
+
+
 class TwoServers(ServerCase):
     """Over one directory, with clients of both."""
 
@@ -1312,10 +1397,7 @@ class TwoServers(ServerCase):
                     imgadm.publish(manifest_of(U, files=[file]), data)
                     done.append(number)
                     imgadm.ask("DELETE", f"/images/{U}", b"")
-                # LookupError: the answer is about the image that came in place of ours.
-                except (Rejected, LookupError) as error:
-                    if isinstance(error, LookupError):
-                        error = "UploadError: no file"
+                except Rejected as error:
                     rejected.append(str(error))
         threads = [threading.Thread(target=publish, args=(number,)) for number in range(4)]
         for thread in threads:
@@ -1325,12 +1407,9 @@ class TwoServers(ServerCase):
         # None of them may have come through: each rolls the others back, as imgadm does.
         self.assertGreaterEqual(len(done) + len(rejected), 32)
         codes = {error.partition(":")[0] for error in rejected}
-        # UploadError is imgadm's own: the other one's image came in place of ours.  StorageIsDown
-        # is a file that the other one has just removed under ours: a rejection, nothing is lost.
         self.assertLessEqual(codes, {"ImageUuidAlreadyExists", "ResourceNotFound", "Upload",
                                      "NoActivationNoFile", "ImageAlreadyActivated",
-                                     "ImageFilesImmutable", "UploadError",
-                                     "StorageIsDown"}, rejected)
+                                     "ImageFilesImmutable"}, rejected)
         ImgadmPublish(self.servers[0].connect).publish(manifest_of(V), DATA)
         for server in self.servers:
             self.assertIn(V, [image["uuid"] for image in server.get("/images").json()])

@@ -157,8 +157,8 @@ class RouteCase(ServerCase):
             [imgserver.Route(method, pattern, self.call, flags, imgserver.ANYONE)
              for method, pattern, flags in (
                  ("GET", "extra", imgserver.MEMORY), ("PUT", "extra", imgserver.CHUNKED),
-                 ("POST", "extra", imgserver.BODY), ("DELETE", "images/:uuid", imgserver.THREAD),
-                 ("POST", "images/:uuid", imgserver.BODY))])
+                 ("POST", "extra", imgserver.THREAD), ("DELETE", "images/:uuid", imgserver.THREAD),
+                 ("POST", "images/:uuid", imgserver.THREAD))])
 
     def call(self, request, *arguments):
         self.calls.append((request.method, *arguments))
@@ -268,7 +268,7 @@ class Table(RouteCase):
         self.assertEqual(response.status, 503)
         self.assertNotIn(b"secret", response.body)
         self.assertEqual(self.field(response, "Retry-After"), "10")
-        for error in (imgserver.ClientGone(32, "gone"), KeyError("x")):
+        for error in (imgserver.ClientGone("gone"), KeyError("x")):
             with self.assertRaises(type(error)):
                 fails(error)
 

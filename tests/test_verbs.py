@@ -100,10 +100,10 @@ class TestSteps(VerbCase):
         self.assertEqual(self.stored(".incoming-" + U), self.manifest_of())
         with self.refused(422, "NoActivationNoFile"):
             self.publisher.activate(U)
-        file = self.publisher.add_file(U, reader(IMAGE, 1), {
+        stored = self.publisher.add_file(U, reader(IMAGE, 1), {
             "sha1": hashlib.sha1(IMAGE).hexdigest().upper(), "size": len(IMAGE),
             "compression": "gzip"})
-        self.assertEqual(file, self.stored(".incoming-" + U)["files"][0])
+        self.assertEqual(stored, self.stored(".incoming-" + U))
         self.publisher.activate(U)
         self.assertEqual(self.names(), [U])
         self.assertEqual(self.names(U), ["manifest.json", "web-1.zfs.gz"])
@@ -565,6 +565,43 @@ class TestTwo(VerbCase):
         self.assertIn("was discarded", result[0].message)
         self.publisher.activate(U)
         self.assertEqual((self.contents(), self.stored()["name"]), (OTHER, "second"))
+
+    def test_an_upload_removes_its_file_while_the_image_is_removed(self):
+        self.publisher.create(self.manifest_of())
+        real = os.unlink
+
+        def unlink(path, **places):
+            if os.path.basename(path) == "manifest.json":
+                real(path, **places)
+            real(path, **places)
+        with mock.patch("os.unlink", unlink):
+            self.publisher.discard(U)
+        self.assertEqual(self.names(), [])
+
+    def test_discarded_at_any_step(self):
+        """Before the rename of a file in it: the disk is not at fault."""
+        steps = ((lambda: self.publisher.create(self.manifest_of()), 1),
+                 (lambda: self.publisher.add_file(U, reader(IMAGE)), 2),
+                 (lambda: self.publisher.add_icon(U, "image/png", b"icon"), 1),
+                 (lambda: self.publish(activated=False), 3))
+        real = os.rename
+        for call, renames in steps:
+            for number in range(renames):
+                with self.subTest(number=number):
+                    if call is not steps[0][0]:
+                        self.publisher.create(self.manifest_of())
+                    left = [number]
+
+                    def rename(old, new, **places):
+                        if places:
+                            left[0] -= 1
+                            if left[0] < 0:
+                                shutil.rmtree(os.path.join(self.serve_dir, ".incoming-" + U))
+                        real(old, new, **places)
+                    with mock.patch("os.rename", rename), \
+                            self.refused(404, "ResourceNotFound", "was discarded"):
+                        call()
+                    self.assertEqual(self.names(), [])
 
     def test_another_directory_in_its_place_is_put_back(self):
         self.publish(activated=False)
