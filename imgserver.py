@@ -6188,6 +6188,8 @@ class Transport:
     def __init__(self, sock):
         self.sock = sock
         sock.setblocking(False)
+        if sock.family == socket.AF_UNIX:     # else it polls as full until it is nearly empty
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, COPY_STEP)
         self.unsent, self.unsent_bytes, self.sent = (), 0, 0      # a list once there are parts
         self.has_list = False
         # os.sendfile is for TCP only: illumos refuses AF_UNIX, and CPython up to 3.13 may

@@ -30,6 +30,9 @@ class SlowSocket:
     def setblocking(self, _):
         pass
 
+    def setsockopt(self, *_):
+        pass
+
     def send(self, data, flags=0):
         if self.rng.random() < 0.2:
             raise BlockingIOError
