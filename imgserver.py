@@ -6144,10 +6144,12 @@ STATUS_LINES = {int(status): b"HTTP/1.1 %d %b\r\nServer: imgserver/%b\r\nDate: "
 # Errors of sendfile for a socket or file that it does not support (illumos, old kernels).
 _NO_SENDFILE = frozenset((errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EAFNOSUPPORT,
                           errno.ENOSYS, errno.ENOTSOCK))
+# Those of a file that no socket has.
+_DISK_ERRORS = frozenset((errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV))
 
 
-class Truncated(Exception):
-    """The file ended before the Content-Length that was announced."""
+class FileFailed(Exception):
+    """The file ended before the Content-Length that was announced, or cannot be read."""
 
 
 class ListReader:
@@ -6267,24 +6269,26 @@ class Transport:
     def send_file(self, fd, offset, count) -> int:
         """Send up to `count` bytes of a file; returns how many, 0 where the socket is full.
 
-        Raises Truncated where the file has ended, OSError where the client has gone.  An
-        error of sendfile means that this call sent nothing: copying goes on from `offset`.
+        Raises FileFailed, and OSError where the client has gone.  An error of sendfile means that
+        this call sent nothing: copying goes on from `offset`.
         """
         try:
             if self.by_kernel:
                 sent = os.sendfile(self.sock.fileno(), fd, offset, count)
             else:
-                data = os.pread(fd, min(count, COPY_STEP), offset)
+                data = os.pread(fd, count, offset)
                 sent = self.sock.send(data) if data else 0
         except BlockingIOError:
             return 0
         except OSError as error:
-            if not self.by_kernel or error.errno not in _NO_SENDFILE:
-                raise
-            self.by_kernel = False
-            return self.send_file(fd, offset, count)
+            if self.by_kernel and error.errno in _NO_SENDFILE:
+                self.by_kernel = False
+                return self.send_file(fd, offset, count)
+            if error.errno in _DISK_ERRORS:
+                raise FileFailed(f"the file cannot be read at {offset} bytes: {error.strerror}")
+            raise
         if not 0 < sent <= count:
-            raise Truncated(f"truncated at {offset} bytes (sent {sent})")
+            raise FileFailed(f"the file is truncated at {offset} bytes (sent {sent})")
         self.sent += sent
         return sent
 
@@ -6621,6 +6625,12 @@ class Connection:
     def _work(self):
         """READING to WORKING: a worker answers."""
         loop = self.loop
+        try:                              # earlier answers need not wait for this one
+            if self.transport.unsent and self.transport.flush(LOOP_SEND):
+                self._log_answers()
+        except OSError as error:
+            self._give_up(f"the client went away: {error.strerror}")
+            return
         loop.selector.unregister(self.transport.sock)
         self.state, self.deadline = WORKING, math.inf
         try:
@@ -6642,7 +6652,7 @@ class Connection:
             response = self.loop.site.answer(request)
             if response.file is not None and (not self._wants_body
                                               or response.length <= ONE_PIECE):
-                self._read_small(response)
+                response = self._read_small(response)
         except ClientGone as error:
             response, self.failure = None, f" ({error})"
         except Exception:
@@ -6652,18 +6662,20 @@ class Connection:
         finally:
             self.loop.give_back(self, lambda: self.take_back(response))
 
-    def _read_small(self, response):
-        """Replace a small file, or one that is not to be sent, by its bytes."""
+    def _read_small(self, response) -> Response:
+        """A response with a small file, or one that is not to be sent, as bytes."""
         try:
             if self._wants_body:
                 response.body = os.pread(response.file, response.length, response.offset)
                 if len(response.body) != response.length:
-                    raise Truncated(f"truncated at {response.offset + len(response.body)} bytes")
-        except Truncated as error:
-            self.loop.log.error(f"{printable(self.line)}: {error}")
-            raise ClientGone("the file is truncated")
+                    raise OSError(errno.EIO, f"truncated at {len(response.body)} bytes")
+        except OSError as error:
+            self.loop.log.error(f"{printable(self.line)}: the file cannot be read: "
+                                f"{error.strerror}")
+            return error_response(unavailable("the image directory cannot be read", 10))
         finally:
             response.close()
+        return response
 
     def take_back(self, response):
         """WORKING to READING, or to STREAMING where the answer is a file."""
@@ -6704,14 +6716,14 @@ class Connection:
                 return False
             end = response.offset + response.length
             for _ in range(FILE_STEPS):
-                want = min(self.step, end - self.position)
+                want = min(self.step if transport.by_kernel else COPY_STEP, end - self.position)
                 sent = transport.send_file(response.file, self.position, want)
                 self.position += sent
                 if sent < want or self.position == end:
                     break
-        except Truncated as error:
+        except FileFailed as error:
             self.loop.log.error(f"{printable(self.line)}: {error}")
-            self.failure = " (cut: the file is truncated)"
+            self.failure = " (cut: the file cannot be read)"
             return True
         except OSError as error:
             self.failure = self.failure or f" (the client went away: {error.strerror})"
@@ -6821,6 +6833,26 @@ class Connection:
         return printable(without_credentials(f" ({reason})"))
 
 
+class Wakeup:
+    """Makes a selector that has it return, from any thread or signal handler."""
+
+    def __init__(self):
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+
+    def fileno(self) -> int:
+        return self._reader.fileno()
+
+    def send(self):
+        with contextlib.suppress(OSError):        # full: it will wake; closed: it has ended
+            self._writer.send(b"\0")
+
+    def clear(self):
+        with contextlib.suppress(BlockingIOError):
+            self._reader.recv(4096)
+
+
 class Sender:
     """Sends files to many clients, each as fast as it reads, in a thread of its own.
 
@@ -6831,9 +6863,7 @@ class Sender:
     def __init__(self, loop):
         self._loop = loop
         self._selector = selectors.DefaultSelector()
-        self._wakeup, self._waker = socket.socketpair()
-        self._wakeup.setblocking(False)
-        self._waker.setblocking(False)
+        self._wakeup = Wakeup()
         self._selector.register(self._wakeup, selectors.EVENT_READ)
         self._arrivals = collections.deque()
         self._lock = threading.Lock()     # for the attributes below
@@ -6851,13 +6881,7 @@ class Sender:
                 self._number = self.threads = 1
             self.count += 1
         self._arrivals.append(connection)
-        self._wake()
-
-    def _wake(self):
-        try:
-            self._waker.send(b"\0")
-        except BlockingIOError:
-            pass                          # it will wake
+        self._wakeup.send()
 
     def _run(self, number):
         """Send until another thread is in charge."""
@@ -6877,7 +6901,7 @@ class Sender:
 
     def _arrive(self):
         """Wait for the sockets of new connections, too."""
-        self._wakeup.recv(4096)
+        self._wakeup.clear()
         while self._arrivals:
             connection = self._arrivals.popleft()
             try:
@@ -6912,7 +6936,7 @@ class Sender:
             self._loop.give_back(connection, connection.end_of_file)
         elif replaced:
             self._arrivals.append(connection)
-            self._wake()
+            self._wakeup.send()
         return not replaced
 
     def replace_hung(self, now, may_start):
@@ -6942,11 +6966,12 @@ OVERFLOW = 256                # connections above the limit that are answered 50
 SPARE_FILES = 64              # file descriptors kept for images, directories and the log
 THREAD_IDLE = 10.0            # seconds until a thread without work ends
 WORKERS = 24                  # threads for short jobs: more only wait for the interpreter's lock
+WORKER_THREADS = 240          # such threads while a disk hangs under most of them
 LIST_WORKERS = 4              # threads for lists, of which one is computed at a time
 MANY_EVENTS = 32              # ready sockets after which the time of a turn is checked
 TURN_TIME = 0.02              # seconds of a turn after which answers go out and others get theirs
 GIVEN_BACK = 64               # connections taken back from threads in one turn, some 3 ms
-CLEAN_UP = 2.0                # seconds that cut uploads get to remove their files at the end
+CLEAN_UP = 2.0                # seconds that workers get at the end, to remove cut uploads
 SWITCH_INTERVAL = 0.001       # seconds until a thread that computes lets the event loop run:
                               # Python's own 5 ms are as long as forty requests
 LOCK_TIME = 5.0               # seconds a start waits for others that start on its Unix socket
@@ -6996,8 +7021,8 @@ class Workers:
         with self._lock:
             jobs = []
             if self._finished == self._seen:
-                jobs = [self._waiting.popleft()
-                        for _ in range(min(self._limit, len(self._waiting)))]
+                jobs = [self._waiting.popleft() for _ in range(min(
+                    self._limit, len(self._waiting), WORKER_THREADS - self._running))]
             self._running += len(jobs)
             self._seen = self._finished
         for job in jobs:
@@ -7060,8 +7085,7 @@ class EventLoop:
             self.metrics.connections = self._connections
         self._senders = [Sender(self) for _ in range(SENDERS)]
         self.selector = selectors.DefaultSelector()
-        self._wakeup, self._waker = socket.socketpair()
-        self._waker.setblocking(False)
+        self._wakeup = Wakeup()
         self._given_back = collections.deque()    # (connection, callable), from threads
         self._accept_again = None         # when to accept again, after the files ran out
         self._accept_failed = False       # and the log says so
@@ -7169,7 +7193,6 @@ class EventLoop:
             except Exception:
                 self.fault(connection)
         self.workers.replace_hung()
-        self.list_workers.replace_hung()
         for sender in self._senders:
             sender.replace_hung(
                 now, sum(each.threads for each in self._senders) < SENDER_THREADS)
@@ -7206,7 +7229,7 @@ class EventLoop:
         May be called by any thread.
         """
         self._jobs.append(job)
-        self._wake()
+        self._wakeup.send()
 
     def _run_slice(self):
         job = self._jobs.popleft()
@@ -7227,11 +7250,11 @@ class EventLoop:
     def give_back(self, connection, go_on):
         """From a thread that is done with a connection: call go_on() in the event loop."""
         self._given_back.append((connection, go_on))
-        self._wake()
+        self._wakeup.send()
 
     def ready(self):
         """Take back the connections that threads are done with."""
-        self._wakeup.recv(4096)
+        self._wakeup.clear()
         for _ in range(min(GIVEN_BACK, len(self._given_back))):
             connection, go_on = self._given_back.popleft()
             try:
@@ -7240,7 +7263,7 @@ class EventLoop:
                 connection.state = READING
                 self.fault(connection)
         if self._given_back:
-            self._wake()
+            self._wakeup.send()
 
     @staticmethod
     def own_host(sock) -> str:
@@ -7253,16 +7276,10 @@ class EventLoop:
 
     # the end
 
-    def _wake(self):
-        try:
-            self._waker.send(b"\0")
-        except (BlockingIOError, OSError):
-            pass                          # full: it will wake; closed: it has ended
-
     def stop(self, at_once=False):
         """End the loop: now, or after drain_time.  Safe in a signal handler."""
         self._cut_at = -math.inf if at_once else time.monotonic() + self.config.drain_time
-        self._wake()
+        self._wakeup.send()
 
     def _drain(self):
         """No new connections, no further requests; begun ones are finished."""
@@ -7277,11 +7294,11 @@ class EventLoop:
                 busy += 1
             elif not connection.partial and connection.state is READING:
                 connection.close()
-        if busy:
+        if busy and self._cut_at > self.now:
             self.log.info(f"finishing {busy} answers, for {self.config.drain_time} s at most")
 
     def _end(self):
-        """Cut the connections left; uploads get a moment to remove their files."""
+        """Cut the connections left; workers get a moment, for the files of cut uploads."""
         for connection in list(self._connections):
             connection.transport.hang_up()
         end = time.monotonic() + CLEAN_UP
@@ -7539,15 +7556,16 @@ def raise_file_limit(config, log):
     import resource
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft, hard = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in limits)
-    wanted = min(2 * config.max_connections + SPARE_FILES, hard)
+    wanted = min(2 * config.max_connections + OVERFLOW + SPARE_FILES, hard)
     if soft < wanted:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, limits[1]))
             soft = wanted
         except (ValueError, OSError) as error:
             log.warn(f"cannot raise the limit of open files: {error}")
-    if soft - SPARE_FILES < config.max_connections:
-        config.max_connections = max(1, soft - SPARE_FILES)
+    most = max(soft // 2, soft - OVERFLOW - SPARE_FILES)      # some have a file open, too
+    if most < config.max_connections:
+        config.max_connections = max(1, most)
         log.warn(f"{soft} files may be open: max_connections is {config.max_connections}")
 
 

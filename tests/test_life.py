@@ -171,7 +171,7 @@ class Signals:
         self.assertEqual(connection.request("/ping").status, 200)
 
     def test_many_signals_during_a_download_lose_no_byte(self):
-        data = os.urandom(1 << 20) * 12
+        data = os.urandom(1 << 20) * 16           # more than the 50 times that are received
         write_image(self.serve_dir, U, data)
         server = self.serve(unix=self.unix)
         connection = self.download(server)

@@ -157,6 +157,12 @@ class Load:
 
     # what runs out
 
+    def test_few_files(self):
+        for files, connections in ((1000, 1000 - imgserver.OVERFLOW - imgserver.SPARE_FILES),
+                                   (100, 50)):
+            server = self.serve(unix=self.unix, prelude=FEW_FILES.format(files))
+            server.wait_log(f"{files} files may be open: max_connections is {connections}")
+
     def test_no_file_left_to_accept_with(self):
         server = self.serve(unix=self.unix, config={"header_timeout": 10},
                             prelude="imgserver.SPARE_FILES = 0\n" + FEW_FILES.format(40))

@@ -210,6 +210,26 @@ imgserver.Imgapi._select = slow
             self.assertEqual(connection.answer().status, 200)
 
 
+class Pipelined(ServerCase):
+
+    def test_an_answer_does_not_wait_for_the_thread_of_the_next_request(self):
+        flag = os.path.join(self.directory, "goes on")
+        server = self.serve(prelude=f"""
+import os, time
+def slow(self, request):
+    while not os.path.exists({flag!r}):
+        time.sleep(0.01)
+    return imgserver.Response(204)
+imgserver.Page.root = slow
+""")
+        with server.connect() as connection:
+            connection.send(b"GET /ping HTTP/1.1\r\nHost: h\r\n\r\n"
+                            b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+            self.assertEqual(connection.answer().json()["ping"], "pong")
+            open(flag, "w").close()
+            self.assertEqual(connection.answer().status, 204)
+
+
 class Workers(unittest.TestCase):
     """In process: every job is done once, and threads are few and end."""
 
@@ -254,10 +274,19 @@ class Workers(unittest.TestCase):
             self.workers.submit(self.end.wait)
         done = []
         self.workers.submit(lambda: done.append(1))
-        self.workers.replace_hung()              # four more are started, which hang too
+        self.workers.replace_hung()       # four more are started, which hang too
         self.assertFalse(done)
         self.workers.replace_hung()
         wait_for(lambda: done, "the last job")
+
+    def test_threads_that_hang_are_bounded(self):
+        with mock.patch.object(imgserver, "WORKER_THREADS", 6):
+            for _ in range(20):
+                self.workers.submit(self.end.wait)
+            for _ in range(5):
+                self.workers.replace_hung()
+            self.assertEqual(self.workers._running, 6)
+            self.assertEqual(len(self.workers._waiting), 14)
 
     def test_no_thread_for_a_job(self):
         with mock.patch.object(imgserver, "start_new_thread", side_effect=RuntimeError):
