@@ -3608,6 +3608,8 @@ class RemoteServer:
     Methods raise SourceError.
     """
 
+    problems = ()
+
     def __init__(self, url, channel=None, ca=None, insecure=False, timeout=300,
                  waiting=contextlib.nullcontext, pause=time.sleep, tell=lambda text: None):
         """Raises ValueError, without the URL, for one that is none and for `ca`."""
@@ -3853,19 +3855,25 @@ def reading(path):
 class SourceDirectory:
     """A directory of images as a source: <uuid>/ as in a serve_dir, or pairs of files, NAME.zfs.gz
     and NAME.imgmanifest, as imgadm create -o writes them.  Methods are those of RemoteServer.
+
+    problems    sentences about manifests that cannot be read, and so name no image
     """
 
     has_user = refuses_user = False
 
     def __init__(self, path):
-        self.url, self._places = os.path.abspath(path), {}
+        self.url, self._places, self.problems = os.path.abspath(path), {}, []
         with reading(self.url):
             for name in sorted(os.listdir(self.url)):
                 if is_uuid(name):
                     self._places[name] = os.path.join(self.url, name), MANIFEST, ""
                 elif name.endswith(".imgmanifest"):
-                    with contextlib.suppress(BadImage, OSError):
-                        uuid = str(read_manifest(self.url, name=name)[0].get("uuid"))
+                    try:
+                        with reading(os.path.join(self.url, name)):
+                            uuid = str(read_manifest(self.url, name=name)[0].get("uuid"))
+                    except SourceError as error:
+                        self.problems.append(str(error))
+                    else:
                         self._places[uuid] = self.url, name, name[:-len("imgmanifest")]
 
     def list(self, filters):
@@ -3878,7 +3886,7 @@ class SourceDirectory:
 
     def manifest(self, uuid) -> dict:
         if uuid not in self._places:
-            raise SourceError("image not found", 404)
+            raise SourceError(first_of(["image not found", *self.problems]), 404)
         directory, name, _ = self._places[uuid]
         with reading(os.path.join(directory, name)):
             return read_manifest(directory, name=name)[0]
@@ -4017,6 +4025,8 @@ class Mirror(Publisher):
         filters: name and version as IMGAPI has them, os and type.  Raises SourceError.
         """
         found = {}
+        for problem in self.source.problems:
+            self._fail("", problem)
         for given in self.source.list(filters):
             entry = mend_manifest(given)[0] if isinstance(given, dict) else {}
             try:
@@ -4159,10 +4169,17 @@ class Mirror(Publisher):
                 found = self._complete(image, manifest, count)
             found.finish()                # not before: such a file would come again as it is
             self._accept(image, PARTIAL, found, expected, self.check_stream)
+            self._bring_icon(image, given)
+            self._show(image)
+
+    def _bring_icon(self, image, given):
+        """Give an image its icon.  One that cannot be used is no failure: the image is whole."""
+        try:
             icon = self.source.icon(given)
             if icon is not None:
                 image.write_icon(*icon)
-            self._show(image)
+        except (SourceError, ApiError) as error:
+            self.complain(f"image {image.uuid} comes without its icon: {error}")
 
     def _complete(self, image, manifest, count) -> FileScan:
         """Download the file of an image, or the rest of it, as .partial.
@@ -4220,8 +4237,9 @@ class Mirror(Publisher):
             if names:
                 here = {name: value for name, value in here.items() if name not in names}
                 here.update((name, after[name]) for name in names if name in after)
-                replace_file(os.path.join(image.path, MANIFEST), manifest_bytes(here),
-                             keep_time=True)
+                with image.writing():
+                    replace_file(os.path.join(image.path, MANIFEST), manifest_bytes(here),
+                                 image.fd, self.serve_dir, keep_time=True)
             self._record(image, given)
             return names
 

@@ -200,10 +200,14 @@ class MirrorCase(unittest.TestCase):
     def partial(self, uuid=U):
         return os.path.getsize(os.path.join(self.serve_dir, ".incoming-" + uuid, ".partial"))
 
-    def assertOne(self, complaints, pattern):
-        """One sentence that matches, and nothing on show."""
+    def assertOnly(self, complaints, pattern):
+        """One sentence that matches."""
         self.assertEqual(len(complaints), 1, complaints)
         self.assertRegex(complaints[0], pattern)
+
+    def assertOne(self, complaints, pattern):
+        """One sentence that matches, and nothing on show."""
+        self.assertOnly(complaints, pattern)
         self.assertEqual([name for name in os.listdir(self.serve_dir) if name[0] != "."], [])
 
 
@@ -229,6 +233,25 @@ class TestWhole(MirrorCase):
         before = len(up.asked(f"/images/{U}/file"))
         self.assertEqual(self.mirror(self.source(up), U), [])
         self.assertEqual((self.said, len(up.asked(f"/images/{U}/file"))), ([], before))
+
+    def test_an_icon_that_cannot_be_used_costs_the_icon(self):
+        for reply, pattern in (
+                (answer(b"", "404 Not Found"), "it answers 404"),
+                (answer(b"x" * (imgserver.ICON_LIMIT + 1), Content_Type="image/png"), "131072"),
+                (answer(b"<svg/>", Content_Type="image/svg+xml"), "invalid content-type")):
+            with self.subTest(pattern):
+                up = self.upstream()
+                up.add(U, icon=True)
+                up.script[f"/images/{U}/icon"] = [reply]
+                mirror = imgserver.Mirror(self.config, self.source(up), self.said.append,
+                                          self.complaints.append, lambda *_: lambda size: None)
+                mirror.bring(mirror.plan([U]))
+                self.assertEqual((self.said, mirror.failed), ([f"{U} web 1"], set()))
+                self.assertOnly(self.complaints, f"^image {U} comes without its icon: .*{pattern}")
+                self.assertHere(U)
+                self.assertEqual(self.mirror(self.source(up), U), [])
+                shutil.rmtree(os.path.join(self.serve_dir, U))
+                self.said, self.complaints = [], []
 
     def test_origins_come_first_and_disabled_ones_too(self):
         up = self.upstream()
@@ -345,6 +368,27 @@ class TestWhole(MirrorCase):
         up.images.clear()                 # nothing is deleted here
         self.assertEqual(self.mirror(self.source(up), U), [])
         self.assertHere(U)
+
+    def test_a_manifest_that_becomes_a_link_is_not_followed_to_its_target(self):
+        up = self.upstream()
+        up.add(U, description="first")
+        self.assertEqual(self.mirror(self.source(up), U), [])
+        up.add(U, description="second")
+        outside = os.path.join(self.directory, "outside")
+        with open(outside, "w") as file:
+            file.write("mine")
+        path, render = os.path.join(self.serve_dir, U, "manifest.json"), imgserver.manifest_bytes
+
+        def become_link(manifest):
+            os.unlink(path)
+            os.symlink(outside, path)
+            return render(manifest)
+        with mock.patch.object(imgserver, "manifest_bytes", become_link):
+            self.assertEqual(self.mirror(self.source(up), U), [])
+        with open(outside) as file:
+            self.assertEqual(file.read(), "mine")
+        self.assertFalse(os.path.islink(path))
+        self.assertEqual(self.stored(U)["description"], "second")
 
     def test_an_image_of_somebody_else_is_not_followed(self):
         up = self.upstream()
@@ -796,6 +840,19 @@ class TestDirectories(MirrorCase):
                 file.write(data)
         self.assertEqual(self.mirror(self.source(), V), [])
         self.assertHere(U, V)
+
+    def test_pairs_that_cannot_be_read(self):
+        write_v2(self.disk, W, OTHER)
+        with open(os.path.join(self.disk, "web-1.imgmanifest"), "w") as file:
+            file.write("{")
+        os.symlink("nowhere", os.path.join(self.disk, "web-2.imgmanifest"))
+        complaints = self.mirror(self.source())
+        self.assertEqual(len(complaints), 2, complaints)
+        self.assertRegex(complaints[0], "^web-1.imgmanifest is not JSON")
+        self.assertRegex(complaints[1], "web-2.imgmanifest")
+        self.assertHere(W)
+        self.assertEqual(self.mirror(self.source(), W), [])
+        self.assertOnly(self.mirror(self.source(), U), "image not found, web-1.imgmanifest is not")
 
     def test_trouble(self):
         write_v2(self.disk, U, IMAGE, files=[{"path": "../x", "size": 5, "sha1": "0" * 40}])
