@@ -106,6 +106,7 @@ EXIT_CONFIG = 96              # SMF_EXIT_ERR_CONFIG: maintenance, not restart af
 
 _UUID = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 is_uuid = _UUID.fullmatch                         # lower case only, as imgadm and IMGAPI
+is_count = re.compile("0*[1-9][0-9]{0,8}").fullmatch      # from 1 on
 
 
 # -- errors ------------------------------------------------------------------------------
@@ -553,12 +554,22 @@ def parse_listen(value, any_port=False) -> list:
     return addresses
 
 
+def host_and_port(host, port) -> str:
+    """As in a URL."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def plain_address(address) -> str:
+    """An address of a socket for both families, which writes 10.0.0.5 as ::ffff:10.0.0.5."""
+    return address.removeprefix("::ffff:")
+
+
 def listen_text(address) -> str:
     """One address of parse_listen, as the configuration has it."""
     if isinstance(address, str):
         return address
     host, port = address
-    return f"[{host}]:{port}" if ":" in host else f"{host or '*'}:{port}"
+    return host_and_port(host or "*", port)
 
 
 
@@ -4280,7 +4291,7 @@ class Request:
     headers     lower-case name: value; values of a repeated field are joined by commas
     segments    the path, split and percent-decoded: ["datasets", uuid]; [""] for /
     query       the text after "?", undecoded
-    host        the Host header, checked; None on HTTP/1.0 without one
+    host        the Host header, checked; on HTTP/1.0 without one, the address that was asked
     keep_alive  whether the connection stays open for another request
     length      bytes of its body; None where it is chunked
     body        an object with read(n), as Body has it; None until a thread answers it
@@ -5649,7 +5660,7 @@ class Page:
     def page(self, request, query) -> Response:
         """One page of the list: ?page=N&q=WORDS&channel=NAME."""
         number = single_value(query, "page") or "1"
-        if not re.fullmatch("0*[1-9][0-9]{0,8}", number):
+        if not is_count(number):
             raise invalid("page", f'invalid "page": "{number}" is not a number from 1 on')
         channel = self.imgapi.channel_of({"channel": [
             single_value(query, "channel") or self.config.default_channel or "*"]})
@@ -5802,7 +5813,6 @@ class PageView:
 QUICK = 0.001                 # seconds: the first bucket, which has nearly all answers from memory
 BUCKETS = (QUICK, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0, 60.0, 600.0)      # seconds until it was sent
 IMAGES_NAMED = 100            # images whose downloads have a series of their own
-OPEN_STATES = "reading", "sending", "working", "streaming", "lingering"   # of connections
 
 
 def labels(**texts) -> str:
@@ -5815,8 +5825,9 @@ def labels(**texts) -> str:
 class Metrics:
     """Counts of this process for Prometheus.
 
-    The event loop alone counts, once for each answer; a thread reads.  connections: those of
-    the event loop, which gives them.
+    The event loop alone counts, once for each answer; threads read, and choose the images that
+    are named once there are more than IMAGES_NAMED: from then on the loop adds none.
+    connections: those of the event loop, which gives them.
     """
 
     connections = ()
@@ -6153,8 +6164,9 @@ HANG = 1.0                    # seconds of one step after which a disk hangs, an
 SENDERS = 4                   # senders of files: with more threads, downloads get no faster
 SENDER_THREADS = 32           # threads of all senders, each but the first of one on a hung disk
 
-READING, SENDING, WORKING, STREAMING, LINGERING, CLOSED = (
-    *OPEN_STATES, "closed")
+READING, SENDING, WORKING, STREAMING, LINGERING = OPEN_STATES = (
+    "reading", "sending", "working", "streaming", "lingering")
+CLOSED = "closed"
 
 STATUS_LINES = {int(status): b"HTTP/1.1 %d %b\r\nServer: imgserver/%b\r\nDate: " % (
     status, status.phrase.encode(), __version__.encode()) for status in http.HTTPStatus}
@@ -6433,7 +6445,7 @@ class Connection:
 
     def __init__(self, sock, peer, loop):
         self.transport, self.loop = Transport(sock), loop
-        self.peer = peer                  # the client's address for the log; "" on a Unix socket
+        self.peer = peer                  # the client's address; "" on a Unix socket
         self.state = READING
         self.deadline = loop.now + loop.config.header_timeout
         self.buffer = b""                 # bytes that came and are not parsed yet
@@ -7289,8 +7301,7 @@ class EventLoop:
         if sock.family == socket.AF_UNIX:
             return "localhost"
         host, port = sock.getsockname()[:2]
-        host = (host[7:] if host.startswith("::ffff:") else host).partition("%")[0]
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return host_and_port(plain_address(host).partition("%")[0], port)
 
     # the end
 
@@ -7364,8 +7375,7 @@ class ImageServer(ThreadingHTTPServer):
 
     def describe(self) -> str:
         """Where it listens, for the log."""
-        host, port = self.server_address[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return "http://" + host_and_port(*self.server_address[:2])
 
     def ready(self):
         """Accept the connections that wait, up to a batch."""
@@ -7383,9 +7393,9 @@ class ImageServer(ThreadingHTTPServer):
             self.process_request(sock, address)
 
     def process_request(self, sock, client_address):
-        """Hand a connection to the event loop, with the address that the log names it by."""
+        """Hand a connection to the event loop, with the address for its rights and the log."""
         peer = client_address[0] if isinstance(client_address, tuple) else ""
-        self.loop.adopt(sock, peer[7:] if peer.startswith("::ffff:") else peer)
+        self.loop.adopt(sock, plain_address(peer))
 
 
 @contextlib.contextmanager
@@ -7437,7 +7447,7 @@ class UnixImageServer(ImageServer):
     def server_bind(self):
         """Bind and listen, replacing the socket file of a dead server.
 
-        Raises UserError where a server listens there, or no socket is there.
+        Raises UserError where a server listens there, or something that is no socket is there.
         """
         path = self.server_address
         with socket_lock(path):
@@ -7492,7 +7502,6 @@ class UnixImageServer(ImageServer):
 # -- commands ----------------------------------------------------------------------------
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE)     # end a command
-PIPE_WRITE = 512              # bytes that a writable pipe takes at once (POSIX, _POSIX_PIPE_BUF)
 PROGRESS_EVERY = 0.25         # seconds between two figures on a terminal
 COLUMN_LIMIT = 36             # characters of a column of `list`: a uuid
 LIST_COLUMNS = "UUID NAME VERSION OS TYPE SIZE STATE PUBLISHED ORIGIN CHANNELS".split()
@@ -7672,7 +7681,7 @@ class Console:
             self.wait(writing=[fd])
             with contextlib.suppress(BlockingIOError):
                 try:
-                    data = data[os.write(fd, data[:PIPE_WRITE]):]
+                    data = data[os.write(fd, data[:select.PIPE_BUF]):]
                 except BrokenPipeError:
                     self.check()          # it was SIGPIPE, too
                     raise
@@ -8512,7 +8521,7 @@ class CommandParser(argparse.ArgumentParser):
 
 def at_least_one(text) -> int:
     """The N of --keep.  Raises ArgumentTypeError, which the parser reports."""
-    if not re.fullmatch("0*[1-9][0-9]{0,8}", text):
+    if not is_count(text):
         raise argparse.ArgumentTypeError(f"must be a number from 1 on, not {text!a}")
     return int(text)
 
