@@ -239,8 +239,8 @@ class Log:
         # A pipe that polls as writable takes PIPE_BUF bytes without blocking (POSIX), not more.
         self._piece = select.PIPE_BUF if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) else LOG_LIMIT
 
-    def line(self, level, text):
-        """Write `text`, which must be printable, if `level` is logged."""
+    def _line(self, level, text):
+        """Write `text`, which must be printable, if `level` is logged: info, warn or error."""
         if LEVELS[level] >= self.level:
             self.tick(int(time.time()))
             self.counts[level] += 1
@@ -287,18 +287,18 @@ class Log:
             self._stamp = stamp(now)
 
     def info(self, text):
-        self.line("info", text)
+        self._line("info", text)
 
     def warn(self, text):
-        self.line("warn", text)
+        self._line("warn", text)
 
     def error(self, text):
-        self.line("error", text)
+        self._line("error", text)
 
     def exception(self, what):
         """Log an internal error: the traceback, on one line."""
-        self.line("error", what + ": " + printable(traceback.format_exc()[-TRACEBACK_LIMIT:],
-                                                   TRACEBACK_LIMIT))
+        self._line("error", what + ": " + printable(traceback.format_exc()[-TRACEBACK_LIMIT:],
+                                                    TRACEBACK_LIMIT))
 
     @property
     def pending(self) -> bool:
@@ -549,7 +549,7 @@ def parse_listen(value, any_port=False) -> list:
     items = value if isinstance(value, list) and value else [value]
     addresses = [address for item in items for address in _parse_address(item, any_port)]
     for address in addresses:
-        if addresses.count(address) > 1 and address[1] != 0:
+        if addresses.count(address) > 1 and address[1:] != (0,):
             raise ValueError(f"must name {listen_text(address)} once")
     return addresses
 
@@ -3026,7 +3026,7 @@ class Publisher:
 
     def _read(self, name):
         """The manifest in a directory of serve_dir, or None: no client could import that."""
-        with contextlib.suppress(OSError, BadImage, RecursionError):
+        with contextlib.suppress(OSError, BadImage):
             return read_manifest(os.path.join(self.serve_dir, name))[0]
         return None
 
@@ -7542,8 +7542,6 @@ def start(config, log) -> EventLoop:
                         EXIT_CONFIG)
     raise_file_limit(config, log)
     loop = EventLoop(config, log)
-    if loop.site.rights.publishing and not os.access(config.serve_dir, os.W_OK | os.X_OK):
-        log.warn("publishing over HTTP needs write access to serve_dir, which is missing")
     try:
         for before, address in zip([None, *config.listen_port], config.listen_port):
             # localhost: both addresses have one port, and there may be no IPv6.
@@ -7932,7 +7930,7 @@ def run_import_image(config, options):
 def label(config, uuid) -> str:
     """uuid, name and version of an image in any state, as far as its manifest has them."""
     for prefix in ("", INCOMING):
-        with contextlib.suppress(OSError, BadImage, LookupError, RecursionError):
+        with contextlib.suppress(OSError, BadImage, LookupError):
             manifest, _ = read_manifest(os.path.join(config.serve_dir, prefix + uuid))
             return printable(f"{uuid} {manifest['name']} {manifest['version']}")
     return printable(uuid)
@@ -8731,10 +8729,13 @@ def main(arguments=None) -> int:
         status = options.run(config, options)
     except (UserError, ApiError) as error:
         message, status = error_text(error), getattr(error, "exit_status", 1)
-    except RuntimeError as error:         # can't start new thread
-        message = str(error)
     except OSError as error:              # commands make an ApiError of theirs, but for say
         message = str(error.strerror or error)
+    except Exception as error:            # no thread, no memory, or a mistake in this file
+        here = main.__code__.co_filename
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+                 if frame.filename == here]
+        message = f"{type(error).__name__}: {error} (line {lines[-1]} of imgserver.py)"
     if message is None:                   # no signal changes the exit status any more
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     elif status != 128 + signal.SIGPIPE or options.use == "writes":       # not after `list | head`

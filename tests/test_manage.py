@@ -564,6 +564,19 @@ class TestConfigCheck(ManageCase):
         self.assertIn("would start, with 2 warnings\n", self.check(
             {"colour": 1, "size": 2}, "--listen", "127.0.0.1:0")[1])
 
+    def test_a_directory_that_cannot_be_published_in_is_one_warning(self):
+        path = os.path.join(self.directory, "config.json")
+        with open(path, "w") as file:
+            json.dump({"serve_dir": "images", "publish_from": ["10.0.0.0/8"]}, file)
+        result = run_program(
+            "--config", path, "--listen", "127.0.0.1:0", "config", "--check",
+            prelude="import os; access = os.access; "
+                    "os.access = lambda path, mode: not mode & os.W_OK and access(path, mode)")
+        self.assertEqual(result.returncode, 0)
+        self.assertIn(b"would start, with 1 warning\n", result.stdout)
+        self.assertRegex(result.stderr, b"^[^\n]* warn nothing can be published over HTTP: "
+                                        b"serve_dir cannot be written\n$")
+
     def test_a_program_that_others_may_change(self):
         """Who may write the directory of the program, as one of images, could plant code there."""
         home = os.path.join(self.directory, "home")

@@ -38,7 +38,7 @@ BAD_CONFIGS = {
 
 BAD_VALUES = {
     "accel": ("files", "/files/", "/", "/a b", "/a/../b", "/a?b", None, 5, True, ["/files"]),
-    "listen_port": ([80, 0], [80, "x"], [80, 80], ["/a", 80, "/a"], [[80]], [None],
+    "listen_port": ([80, 0], [80, "x"], [80, 80], ["/a", 80, "/a"], ["/", "/"], [[80]], [None],
                     ["*:80", 80], 0, "0", 70000, 65536, -1, 80.5, True, None, [], {}, "",
                     "eighty", "80x",
                     "127.0.0.1", ":80", "a:b:80", "127.0.0.1:0", "relative.sock", "./x.sock",
@@ -246,6 +246,18 @@ class BadConfigs(Starting):
                   "serve_dir" if option == "--dir" else option[2:])
                  for option, values in BAD_OPTIONS.items() for value in values]
         self.all_fail(cases)
+
+    def test_mistakes_of_ours_are_one_sentence(self):
+        for error, sentence in (
+                (RuntimeError("can't start new thread"), "RuntimeError: can't start new thread"),
+                (RecursionError("too deep"), "RecursionError: too deep"),
+                (KeyError("name"), "KeyError: 'name'"), (MemoryError(), "MemoryError: ")):
+            with self.subTest(sentence), mock.patch.object(imgserver.Console, "say") as say, \
+                    mock.patch.object(imgserver, "load_config", side_effect=error):
+                self.assertEqual(imgserver.main(["list"]), 1)
+                [((said, fd), _)] = say.call_args_list
+                self.assertRegex(said, f"^imgserver: {re.escape(sentence)} "
+                                       r"\(line [0-9]+ of imgserver.py\)$")
 
     def test_no_command_writes_where_nothing_names_the_directory(self):
         """Without a config.json and --dir it would be the program's own directory."""
