@@ -86,11 +86,15 @@ class HangingDisk(ServerCase):
         for server in self.each("imgserver.SENDER_THREADS = imgserver.SENDERS + 2\n"):
             hung = self.begin(server, 20)
             limit = 1 + imgserver.SENDERS + 2
-            wait_for(lambda: server.threads() == limit, f"{limit} threads")
-            end = time.monotonic() + 1
-            while time.monotonic() < end:             # some ticks
-                self.assertEqual(server.get("/ping").status, 200)
-                self.assertLessEqual(server.threads(), limit)
+
+            def is_steady():              # for some ticks, once the workers have ended
+                end = time.monotonic() + 1
+                while time.monotonic() < end:
+                    self.assertEqual(server.get("/ping").status, 200)
+                    if server.threads() != limit:
+                        return False
+                return True
+            wait_for(is_steady, f"{limit} threads, and no more")
             self.go_on(server, hung, 1 + imgserver.SENDERS)
             self.assertTrue(server.get(target_of(2)).body == DATA)
 
