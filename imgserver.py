@@ -1005,7 +1005,8 @@ ESSENTIAL = frozenset((*REQUIRED, "origin", "files[0].path", "files[0].size", "f
                        "files[0].compression"))
 # Restricting fields restrict even where they are invalid: the field and value that then apply.
 RESTRICTING = {"disabled": ("disabled", True), "public": ("public", False),
-               "acl": ("public", False), "restricted_to_uuid": ("public", False)}
+               "acl": ("public", False), "restricted_to_uuid": ("public", False),
+               "state": ("disabled", True)}
 
 
 def mend_manifest(manifest: dict, required=REQUIRED) -> tuple[dict, list]:
@@ -2951,9 +2952,12 @@ class Publisher:
 
     def enable(self, uuid) -> dict:
         """Let an image be listed again; returns its manifest."""
-        return self._change(uuid, lambda manifest: {
-            key: value for key, value in manifest.items()
-            if key != "disabled" and (key, value) != ("state", "disabled")})
+        def enabled(manifest):
+            # An invalid state disables it, too: RESTRICTING.
+            state = FIELDS["state"].mend(manifest.get("state"))
+            dropped = ("disabled", "state") if state in (None, "disabled") else ("disabled",)
+            return {key: value for key, value in manifest.items() if key not in dropped}
+        return self._change(uuid, enabled)
 
     def disable(self, uuid) -> dict:
         """Take an image off the lists; returns its manifest."""
