@@ -101,6 +101,8 @@ CACHE_NOTHING = b"Cache-Control: private, no-store\r\n"   # for one user, or one
 
 # Errors of the system rather than of the file.
 SHORTAGE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
+# Those of open_regular for what is not there, or is not to be served.
+NOT_THERE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL, errno.ENXIO))
 
 EXIT_CONFIG = 96              # SMF_EXIT_ERR_CONFIG: maintenance, not restart after restart
 
@@ -1259,10 +1261,12 @@ def as_v2(v2: dict, file: dict) -> dict:
 
 
 def recorded_md5(file: dict):
-    """The MD5 of a file as bytes; None unless md5_of has its sha1: it may be another file's."""
+    """The MD5 of a mended file as bytes; None unless md5_of has its sha1: else it may be
+    another file's.
+    """
     md5 = file.get("md5")
     of_this = "md5_of" in file and file["md5_of"] == str(file.get("sha1")).lower()
-    return bytes.fromhex(md5) if of_this and FILE_FIELDS["md5"].mend(md5) is md5 else None
+    return bytes.fromhex(md5) if md5 and of_this else None
 
 
 def matches_text(value, wanted, prefix=False) -> bool:
@@ -1293,8 +1297,9 @@ MD5_LIMIT = 16 << 20          # bytes; a file up to this size is hashed on reque
                               # when it is read without a sha1 in its manifest
 PIECE = 1 << 20               # bytes of a file hashed or decompressed at once
 OPEN_TRIES = 3                # of a file that is replaced between stat and open()
-LINKS_IN_LOOP = 100           # origins of an image that the event loop follows, each by 2 stats
+LINKS_IN_LOOP = 100           # origins of an image that the event loop follows, each by 3 stats
 HASHES_KEPT = 10000           # files whose hashes are cached: 200 bytes each
+HASH_AGAIN = 30.0             # seconds until a large file that could not be read is tried again
 
 def trusted_stat(path, serve_dir):
     """os.stat, which follows a symlink only where root or the owner of serve_dir made it.
@@ -1383,44 +1388,53 @@ class Hasher:
         self._later = later
         self._computing = threading.Lock()        # taken before _lock
         self._lock = threading.Lock()
-        self._results = {}                # (path, stat_key): (sha1, md5), or an OSError
+        self._results = {}                # (path, stat_key): (sha1, md5)
+        self._failures = {}               # (path, stat_key): (when, errno, reason), of _run
         self._queue = collections.deque()     # a thread runs while there are any
 
     def hashes(self, path, key, fd=None):
         """Those of a file in state `key`; None: later, unless it is open as fd.  Raises OSError.
 
-        The first caller computes, the others wait.
+        One caller computes at a time: the others wait, also those for other files.
         """
         with self._lock:
             result = self._results.get((path, key))
             if result is None and fd is None and self._later and key[1] > MD5_LIMIT:
-                if not self._queue:
-                    start_new_thread(self._run, ())
-                if (path, key) not in self._queue:
-                    self._queue.append((path, key))
-                return None
+                return self._hash_later(path, key)
         if result is None:
             with self._computing:
                 result = self._results.get((path, key)) or self._hash(path, key, fd)
-        if isinstance(result, OSError):
-            raise result
         return result
+
+    def _hash_later(self, path, key):
+        """Let the thread hash a file; _lock is held.  Raises the OSError of the last time, also
+        while it is tried again.
+        """
+        when, *failure = self._failures.get((path, key), (-math.inf,))
+        if time.monotonic() - when >= HASH_AGAIN and (path, key) not in self._queue:
+            # Where no thread starts, the next request tries again.
+            with contextlib.suppress(RuntimeError, MemoryError):
+                if not self._queue:
+                    start_new_thread(self._run, ())
+                self._queue.append((path, key))
+        if failure:
+            raise OSError(*failure)
 
     def _hash(self, path, key, fd=None):
         opened = open_regular(path)[0] if fd is None else os.dup(fd)
         with open(opened, "rb", buffering=0):
             result = hash_file(opened, key[1])
             if stat_key(os.fstat(opened)) == key:
-                self._keep(path, key, result)
+                self._keep(self._results, path, key, result)
             elif fd is None:              # else they are those of the bytes that are sent
                 raise OSError(errno.EAGAIN, "it changed while it was read")
         return result
 
-    def _keep(self, path, key, result):
+    def _keep(self, results, path, key, result):
         with self._lock:
-            self._results[path, key] = result
-            if len(self._results) > HASHES_KEPT:
-                del self._results[next(iter(self._results))]
+            results[path, key] = result
+            if len(results) > HASHES_KEPT:
+                del results[next(iter(results))]
 
     def _run(self):
         is_last = False
@@ -1433,7 +1447,8 @@ class Hasher:
                 pass                      # the next request queues it again
             except OSError as error:
                 if error.errno not in SHORTAGE:           # the same
-                    self._keep(path, key, error)
+                    self._keep(self._failures, path, key,
+                               (time.monotonic(), error.errno, error.strerror))
             with self._lock:
                 self._queue.popleft()
                 is_last = not self._queue
@@ -1615,6 +1630,8 @@ class ImageReader:
             else:
                 image.problem = f"{image.file or MANIFEST}: {error.strerror}"
                 image.try_again = True
+        except MemoryError as error:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)) from error
         except Exception as error:        # a bug: the other images can still be shown
             image.problem = f"{MANIFEST}: {type(error).__name__}: {error}"
         if image.manifest_key is None:
@@ -4759,7 +4776,8 @@ def check_admin_fields(query):
 def open_of(image, name, kind, fits, serve_dir=None):
     """Open a file of an image: (fd, its stat).
 
-    Raises ApiError (404) where it has no such file, or fits(its stat) is false.
+    Raises ApiError (404) where it has no such file, or fits(its stat) is false, OSError where
+    that cannot be told.
     """
     try:
         if name is not None:
@@ -4768,7 +4786,8 @@ def open_of(image, name, kind, fits, serve_dir=None):
                 return fd, status
             os.close(fd)
     except OSError as error:
-        raise_shortage(error)
+        if error.errno not in NOT_THERE:
+            raise
     raise not_found(f'image "{image.uuid}" has no {kind}')
 
 

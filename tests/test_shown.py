@@ -1,12 +1,14 @@
 """Images as other tools leave them: which are shown, how, and what the log says of the others."""
 
 import base64
+import errno
 import hashlib
 import os
 import re
 import shutil
 import threading
 import unittest
+from unittest import mock
 
 from tests import imgadm, streams, support
 from tests.samples import SAMPLES
@@ -298,6 +300,42 @@ class FilesInManifests(Case):
                                                        hashlib.md5(data).digest()))
         self.assertEqual(calls, [101, 101])
 
+    def large(self):
+        """A Hasher, path and key of a file that it hashes in a thread."""
+        for name, value in (("MD5_LIMIT", 5), ("HASH_AGAIN", 0.1)):
+            change = mock.patch.object(imgserver, name, value)
+            change.start()
+            self.addCleanup(change.stop)
+        self.read(1)
+        return (imgserver.Hasher(later=True), self.path(1),
+                imgserver.stat_key(os.stat(self.path(1))))
+
+    def test_a_large_file_that_cannot_be_read_is_tried_again(self):
+        hasher, path, key = self.large()
+        errors = []
+
+        def outcome():
+            try:
+                return hasher.hashes(path, key)
+            except OSError as error:
+                errors.append(error)
+                return error.strerror
+
+        with mock.patch("imgserver.hash_file", side_effect=OSError(errno.EIO, "broken")) as tried:
+            self.assertIsNone(outcome())
+            wait_for(lambda: outcome() == "broken", "the error")
+            # Tried again, it stays the error, or each try would be lines in the log.
+            wait_for(lambda: outcome() == "broken" and tried.call_count > 2, "another try")
+        self.assertEqual(len(set(map(id, errors))), len(errors))
+        wait_for(lambda: outcome() != "broken", "the hashes")
+        self.assertEqual(outcome()[0], hashlib.sha1(b"some data").hexdigest())
+
+    def test_a_large_file_for_which_no_thread_starts_is_hashed_later(self):
+        hasher, path, key = self.large()
+        with mock.patch("imgserver.start_new_thread", side_effect=RuntimeError("no thread")):
+            self.assertIsNone(hasher.hashes(path, key))
+        wait_for(lambda: hasher.hashes(path, key), "the hashes")
+
     def test_a_leftover_md5_is_never_sent(self):
         data, wrong = b"some data", "0" * 32
         right = hashlib.md5(data).digest()
@@ -305,6 +343,8 @@ class FilesInManifests(Case):
                 (100, {"md5": wrong}, right), (5, {"md5": wrong}, None),
                 (5, {"md5": right.hex()}, None),             # nobody knows of which file it is
                 (5, {"md5": wrong, "md5_of": "1" * 40}, None),
+                (5, {"md5_of": hashlib.sha1(data).hexdigest()}, None),
+                (5, {"md5": "x", "md5_of": hashlib.sha1(data).hexdigest()}, None),
                 (5, {"md5": right.hex(), "md5_of": hashlib.sha1(data).hexdigest()}, right)):
             with self.subTest(limit=limit, file=file):
                 image = self.read(1, data=data, **file)

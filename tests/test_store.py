@@ -13,8 +13,8 @@ import urllib.parse
 from unittest import mock
 
 import imgserver
-from tests.support import (NOBODY, SETTLED, ServerCase, ask, parse, uuid_of, wait_for, write_image,
-                           write_manifest, write_v2)
+from tests.support import (NOBODY, SETTLED, ServerCase, ask, log_of, parse, uuid_of, wait_for,
+                           write_image, write_manifest, write_v2)
 
 GOOD = uuid_of(1)              # the sound image that every hostile one must leave in peace
 TRANSPORTS = (("tcp", False), ("unix", True))
@@ -423,6 +423,30 @@ class Freshness(ServerCase):
                 with mock.patch("imgserver.hash_file", side_effect=OSError(code, "broken")):
                     self.assertIn(ask(site, f"/images/{uuid_of(5)}").status, (404, 503))
                 self.assertEqual(ask(site, f"/images/{uuid_of(5)}").status, 200)
+
+    def test_out_of_memory_for_a_moment(self):
+        time.sleep(SETTLED)
+        site = self.site()
+        with mock.patch("imgserver.normalise", side_effect=MemoryError):
+            for target in (f"/images/{GOOD}", "/images"):
+                self.assertEqual(ask(site, target).status, 503)
+        self.assertEqual(ask(site, f"/images/{GOOD}").status, 200)
+        self.assertEqual(uuids(ask(site, "/images")), [GOOD])
+
+    def test_a_file_that_cannot_be_opened_is_no_file_that_is_not_there(self):
+        time.sleep(SETTLED)
+        site, open_regular = self.site(), imgserver.open_regular
+        target = f"/images/{GOOD}/file"
+        self.assertEqual(ask(site, target).status, 200)
+        for code, status in ((errno.EIO, 503), (errno.ESTALE, 503), (errno.EACCES, 503),
+                             (errno.EMFILE, 503), (errno.ENOENT, 404), (errno.ELOOP, 404)):
+            def fails(path, *more, code=code):
+                if path.endswith(".gz"):
+                    raise OSError(code, os.strerror(code))
+                return open_regular(path, *more)
+            with self.subTest(code), mock.patch("imgserver.open_regular", fails):
+                self.assertEqual(ask(site, target).status, status)
+                self.assertEqual(os.strerror(code) in log_of(site), status == 503)
 
     def test_a_file_that_grows_while_it_is_copied(self):
         data = b"0123456789" * 1000
