@@ -1815,13 +1815,15 @@ class Listing:
         self._pieces = self.zipped = None
         self.fields = b""                     # header lines that go with it, for routes
         self._starts = starts = [0]           # the first image of each piece
-        size = 0
+        size, self.length = 0, 2              # b"[]", or the b"\n]" behind the last image
         for number, image in enumerate(self._between(0, None)):
             if size > LIST_PIECE:
                 starts.append(number)
                 size = 0
-            size += len(text_of(image))
-        self.length = sum(len(self.render(number)) for number in range(len(starts)))
+            text = text_of(image)
+            size += len(text)
+            # As render writes it, behind b"[\n  " or b",\n  ".
+            self.length += 4 + len(text) + 2 * text.count(b"\n")
 
     def _between(self, first, last) -> list:
         if self._numbers is None:
@@ -2216,20 +2218,21 @@ class Store:
         listing = snapshot.listings.get((api, view, host))
         if listing is not None:
             return listing
-        first, first_host = snapshot.forms.get((api, view), (None, None))
-        if first is None:
+        if (api, view) not in snapshot.forms:
             if not may_block:
                 raise NeedsThread
             with self.rendering:
-                images = select(snapshot.images)
-                etag = etag_of(repr(view).encode(), *(getattr(image, api)[2] for image in images))
-                listing = Listing(images, text_of, etag.decode())
-                snapshot.forms[api, view] = listing, host
-        else:
-            listing = first.for_host(text_of, len(host) - len(first_host))
+                if (api, view) not in snapshot.forms:     # no other has rendered it meanwhile
+                    images = select(snapshot.images)
+                    etag = etag_of(repr(view).encode(),
+                                   *(getattr(image, api)[2] for image in images))
+                    snapshot.forms[api, view] = Listing(images, text_of, etag.decode()), host
+        first, first_host = snapshot.forms[api, view]
+        listing = first.for_host(text_of, len(host) - len(first_host))
         with self._lists_lock:
             listing = snapshot.listings.setdefault((api, view, host), listing)
-            if snapshot is self._snapshot:        # else it was released just now
+            # Those of a snapshot that was replaced just now were released.
+            if snapshot is self._snapshot and not listing.kept:
                 listing.keep()
             if len(snapshot.listings) > LISTS_KEPT:
                 snapshot.listings.pop(next(iter(snapshot.listings))).release()

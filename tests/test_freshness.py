@@ -2,6 +2,7 @@
 that the test sets."""
 
 import os
+import threading
 import time
 import unittest
 from unittest import mock
@@ -67,6 +68,42 @@ class Looks(ServerCase):
         self.assertEqual([host for _, _, host in kept], hosts[3:])
         self.assertEqual([listing.kept for listing in lists],
                          [False] * 3 + [True] * imgserver.LISTS_KEPT)
+
+    def test_a_list_wanted_by_many_at_once_is_rendered_once(self):
+        rendered, lists = [], []
+
+        def text_of(image):
+            rendered.append(image)
+            return image.dsapi[0]
+
+        def ask(host):
+            lists.append(self.store.listing(imgserver.DSAPI, (), lambda images: images, text_of,
+                                            True, host))
+        with self.store.rendering:
+            threads = [threading.Thread(target=ask, args=(host,)) for host in (b"a", b"b") * 4]
+            for thread in threads:
+                thread.start()
+            time.sleep(0.1)               # they wait
+        for thread in threads:
+            thread.join()
+        self.assertEqual((len(lists), len(set(map(id, lists)))), (8, 2))
+        self.assertEqual(len(rendered), 1)
+
+    def test_pieces_that_are_cached_stay_so(self):
+        def ask():
+            return self.store.listing(imgserver.DSAPI, (), lambda images: images,
+                                      lambda image: image.dsapi[0], True, b"h")
+        for_host, others = imgserver.Listing.for_host, []
+
+        def slow(*given):                 # another is faster, and sends a piece already
+            if not others:
+                others.append(None)
+                others[0] = ask()
+                imgserver.ListReader(others[0]).parts(1)
+            return for_host(*given)
+        with mock.patch.object(imgserver.Listing, "for_host", slow):
+            self.assertIs(ask(), others[0])
+        self.assertIsNotNone(others[0]._pieces[0])
 
     def test_nobody_is_served_what_is_too_old(self):
         self.later(imgserver.RECHECK)
