@@ -92,7 +92,7 @@ DSAPI, DSAPI_V2, IMGAPI = RENDERINGS = "dsapi", "dsapi_v2", "imgapi"    # forms 
 NOBODY = "00000000-0000-0000-0000-000000000000"   # owner of images without one (imgadm, IMGAPI)
 MANIFEST = "manifest.json"
 INCOMING = ".incoming-"                           # + uuid: an image that is not active yet
-DISCARDED = ".discarded-"                         # + uuid: one that is being removed
+DISCARDED = ".discarded-"                         # + uuid.hex: one that is being removed
 ICONS = {"icon.png": "image/png", "icon.jpg": "image/jpeg", "icon.gif": "image/gif"}
 JSON_TYPE = b"Content-Type: application/json\r\n"      # exactly: imgadm's dsapi ping compares it
 CORS = b"Access-Control-Allow-Origin: *\r\n"
@@ -759,14 +759,14 @@ def moment(text):
         else:
             date = datetime.datetime(int(year), int(month or 1), int(day or 1))
         unit = 1000 if second else 60_000 if minute else 3_600_000       # of the decimals, in ms
-        moment = date + datetime.timedelta(
+        in_utc = date + datetime.timedelta(
             int(ordinal or 1) - 1, hours=int(hour or 0), minutes=int(minute or 0),
             seconds=int(second or 0), milliseconds=unit * int(part or 0) // 10 ** len(part or ""))
         east = datetime.timedelta(hours=int(offset[0] or 0), minutes=int(offset[1] or 0))
-        moment += east if sign and sign != "+" else -east
+        in_utc += east if sign and sign != "+" else -east
     except (ValueError, OverflowError):
         return None
-    return moment.isoformat(timespec="milliseconds" if part or moment.microsecond
+    return in_utc.isoformat(timespec="milliseconds" if part or in_utc.microsecond
                             else "seconds") + "Z"
 
 
@@ -1278,8 +1278,10 @@ def matches_text(value, wanted, prefix=False) -> bool:
 
 # -- store -------------------------------------------------------------------------------
 #
-# The directory, read and cached.  Nothing here changes it.  Anything that needs disk I/O raises
-# NeedsThread unless may_block; one lock serialises it.
+# The directory, read and cached.  Nothing here changes it.  Anything that opens a file or reads
+# a directory raises NeedsThread unless may_block; one lock serialises it.  Stat is called in the
+# event loop, too, since it is answered from the file system's cache: a serve_dir that hangs,
+# as NFS may, stops the loop.
 
 MANIFEST_LIMIT = 1 << 20      # bytes; tags may take 100 KiB, a description 10: nothing needs more
 RECHECK = 1.0                 # seconds until an edit in place must be seen in a list
@@ -1771,7 +1773,7 @@ def origin_problem(image, find, with_channels) -> str | None:
     return no_common_channel(image.channels, origin) if origin and with_channels else None
 
 
-ENDLESS = "is left out: its origins form a cycle"
+ENDLESS = "its origins form a cycle"
 
 
 def endless(origins) -> set:
@@ -1995,7 +1997,7 @@ class Store:
         while link is not None and not link.problem and link.origin:
             uuid = link.origin
             if uuid in chain:
-                self._warn_once(f"image {image.uuid} {ENDLESS}")
+                self._warn_once(f"image {image.uuid} is left out: {ENDLESS}")
                 return False
             if len(chain) > LINKS_IN_LOOP and not may_block:
                 raise NeedsThread
@@ -2203,7 +2205,7 @@ class Store:
             with self._lists_lock:
                 for listing in list(before.listings.values()):
                     listing.release()
-        texts = [f"image {uuid} {ENDLESS}" for uuid in sorted(self._endless)]
+        texts = [f"image {uuid} is left out: {ENDLESS}" for uuid in sorted(self._endless)]
         texts += self._origin_texts(sound)
         self._warn_once(*texts)
         self._told = set(texts)       # a warning is due again after it has not been
@@ -4606,8 +4608,8 @@ def file_response(request, fd, status, etag, fields, md5=None, title="") -> Resp
 #
 # From a Request to a Response.  Each route is a row of a table, which says where it is
 # answered: MEMORY rows are tried in the event loop, where they raise
-# NeedsThread rather than wait for a disk, THREAD rows go to a thread at once, and CHUNKED
-# ones also take a body of unknown length.
+# NeedsThread rather than read from a disk (but stat: see store), THREAD rows go to a thread at
+# once, and CHUNKED ones also take a body of unknown length.
 
 MEMORY, THREAD, CHUNKED = 0, 1, 3                 # THREAD is a bit of CHUNKED
 CACHE_FILES = b"Cache-Control: public, max-age=86400\r\n"
@@ -7967,6 +7969,13 @@ def advised(text, command) -> str:
     return f"{text}: imgserver.py {command}" if command else text
 
 
+class NoHasher:
+    """In the place of a Hasher: no sha1 is needed where a manifest has none."""
+
+    def hashes(self, path, key):
+        return "", bytes(16)
+
+
 class Inventory:
     """All images of serve_dir as they are now, for the commands: image files are not read.
 
@@ -7977,7 +7986,7 @@ class Inventory:
 
     def __init__(self, config, apis=()):
         config.check_serve_dir()
-        self.config, self.apis, self.reader = config, apis, ImageReader(config, self)
+        self.config, self.apis, self.reader = config, apis, ImageReader(config, NoHasher())
         self.by_uuid, self.left_out = {}, {}
         for name in sorted(os.listdir(config.serve_dir), reverse=True):   # .incoming-* come last
             try:
@@ -7989,13 +7998,8 @@ class Inventory:
         self.cyclic = endless({uuid: image.origin for uuid, image in self.by_uuid.items()})
         for uuid in self.cyclic:
             del self.by_uuid[uuid]
-            self.left_out[uuid] = "its origins form a cycle"
+            self.left_out[uuid] = ENDLESS
         self.images = sorted(self.by_uuid.values(), key=lambda image: image.order)
-
-    @staticmethod
-    def hashes(path, key):
-        """In the place of a Hasher: no sha1 is needed where a manifest has none."""
-        return "", bytes(16)
 
     def read(self, name) -> Image | None:
         """The image of a name in serve_dir, as it is now; None where the name means none.
