@@ -97,7 +97,7 @@ class Case(support.ServerCase):
         self.lines = []
         self.log = imgserver.Log("info", os.open(os.devnull, os.O_WRONLY))
         self.addCleanup(os.close, self.log.fd)
-        self.log.line = lambda level, text: self.lines.append(f"{level} {text}")
+        self.log._line = lambda level, text: self.lines.append(f"{level} {text}")
 
     def store(self, **config):
         return imgserver.Store(imgserver.Config({"serve_dir": self.serve_dir, **config}), self.log)
