@@ -2224,7 +2224,7 @@ class Store:
             if not may_block:
                 raise NeedsThread
             with self.rendering:
-                if (api, view) not in snapshot.forms:     # no other has rendered it meanwhile
+                if (api, view) not in snapshot.forms:     # none has rendered it since
                     images = select(snapshot.images)
                     etag = etag_of(repr(view).encode(),
                                    *(getattr(image, api)[2] for image in images))
@@ -2785,7 +2785,7 @@ def already_active(uuid) -> ApiError:
 
 
 def discarded(uuid) -> ApiError:
-    return not_found(f"image {uuid} was discarded meanwhile")
+    return not_found(f"image {uuid} was discarded while it was imported")
 
 
 class ImageDirectory:
@@ -3981,7 +3981,7 @@ def localise(config, given) -> dict:
 
 class PartialFile(FileScan):
     """An image's file as far as it has come: written, examined, and hashed in a thread of its
-    own, since hashlib and zlib let others run meanwhile.
+    own, since hashlib and zlib release the interpreter's lock.
 
     etag          the strong ETag of the answer that it comes with, or ""
     is_resumed    whether it has come in several parts
@@ -4263,7 +4263,7 @@ class Mirror(Publisher):
         """
         with self._locked(uuid, ("",)) as image:
             here, last = image.manifest(), self._upstream(uuid)
-            if last is None:              # it was deleted and published again meanwhile
+            if last is None:              # deleted, and published again
                 return []
             before, after = localise(self.config, last), localise(self.config, given)
             if not is_v1(before) == is_v1(after) == is_v1(here):
@@ -8595,7 +8595,7 @@ MIRRORING = (
     "-q --quiet  print nothing but errors")
 WORDS = {"dest": "words"}
 
-# name, function, what it does with the images ("reads", "writes" or ""), help, example, options
+# name, function, its use of the images ("reads", "writes" or ""), help, example, options
 COMMANDS = (
     ("serve", run_serve, "", "serve the images (the default)", "--listen 8080 --dir /images",
      SERVING),
