@@ -1930,7 +1930,7 @@ class Store:
         self._lock = threading.Lock()
         self._recheck_lock = threading.Lock()     # taken before _lock
         self._rechecking = False      # an early re-check runs
-        self._empty = set()           # uuids in serve_dir without a manifest
+        self._empty = set()           # uuids in serve_dir without a manifest; changed in place
         self._snapshot = None
         self._apis = frozenset()      # APIs that all images of the snapshot are rendered for
         self._changed = True          # an image has been read since the snapshot was made
@@ -2054,8 +2054,10 @@ class Store:
                           or image is not None and not image.problem)
         if image is None:
             self._images.pop(uuid, None)
+            self._empty.add(uuid)
         else:
             self._images[uuid] = image
+            self._empty.discard(uuid)
         self._log_change(uuid, image, before)
         return image
 
@@ -2186,7 +2188,7 @@ class Store:
                 if self._changed:
                     self._changed = False
                     self._replace_snapshot()
-        self._empty = {uuid for uuid in uuids if uuid not in self._images}
+        self._empty &= uuids
         # The event loop reads these without a lock, in the other order.
         self._names_key = key if settled else None
         self._apis |= {api}

@@ -2,6 +2,7 @@
 that the test sets."""
 
 import os
+import shutil
 import threading
 import time
 import unittest
@@ -118,6 +119,23 @@ class Looks(ServerCase):
         self.names()
         imgserver.run_out(self.jobs.pop())
         self.assertEqual(self.names(), ["edited"])
+
+    def test_a_manifest_that_was_away_while_an_image_was_asked_for_alone(self):
+        """The directory of images does not change when it comes back."""
+        path = os.path.join(self.serve_dir, U, "manifest.json")
+        os.rename(path, path + ".away")
+        with self.assertRaises(imgserver.ApiError):
+            self.store.image(U, imgserver.DSAPI, True)
+        for _ in range(2):
+            self.later(imgserver.RECHECK)
+            self.assertEqual(self.names(may_block=True), [])
+        os.rename(path + ".away", path)
+        self.later(imgserver.RECHECK)
+        self.assertEqual(self.names(may_block=True), ["test"])
+        shutil.rmtree(os.path.dirname(path))
+        self.later(imgserver.RECHECK)
+        self.assertEqual(self.names(may_block=True), [])
+        self.assertEqual(self.store._empty, set())
 
     def test_a_look_that_is_not_done_in_time_is_waited_for(self):
         self.later(imgserver.RECHECK_EARLY)
