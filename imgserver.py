@@ -3842,6 +3842,10 @@ class RemoteServer:
                 yield
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
+            if hasattr(error, "code"):    # an HTTPError: a redirect that urllib does not follow
+                error.close()
+                raise SourceError(f"it answers {error.code}: {str(reason).partition(chr(10))[0]}",
+                                  error.code)
             kind = type(reason).__name__
             if kind == "SSLCertVerificationError":
                 raise SourceError("its certificate cannot be verified: "

@@ -445,6 +445,8 @@ class TestFaults(MirrorCase):
                                     "files": [{"size": 5}]}).encode()), "no sha1"),
                 (answer(b"", "302 Found", Location="http://127.0.0.2:1/images"),
                  "redirects to http://127.0.0.2, which is another server"),
+                (answer(b"", "302 Found", Location="file:///etc/passwd"),
+                 "answers 302: .*file:///etc/passwd' is not allowed"),
                 (answer(b" " * (imgserver.MANIFEST_LIMIT + 1)), "larger than 1048576 bytes")):
             with self.subTest(pattern):
                 self.check(reply, pattern)
@@ -452,6 +454,10 @@ class TestFaults(MirrorCase):
 
     def test_a_redirect_to_the_same_server_is_followed(self):
         self.up.add(U)
+        self.up.script[f"/images/{U}"] = [answer(b"", "302 Found", Location=f"/images/{U}")] * 20
+        [complaint] = self.mirror(self.source(self.up), U)
+        self.assertRegex(complaint, r"answers 302: [^\n]* infinite loop\.\Z")
+        self.assertEqual(self.pauses, [])
         self.up.script[f"/images/{U}"] = [answer(b"", "302 Found", Location=f"/images/{U}?x")]
         self.assertEqual(self.mirror(self.source(self.up), U), [])
 
