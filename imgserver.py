@@ -8043,14 +8043,15 @@ class Inventory:
                 continue                  # it has just been activated, or is no directory
             image = self.reader.read(uuid, os.path.join(serve_dir, INCOMING), (IMGAPI,))
             problem = image.problem if image else f"there is no {MANIFEST}"
+            shown = label(self.config, uuid)
             if os.path.lexists(os.path.join(serve_dir, uuid)):
-                problem = "an image of this uuid is active"
+                shown, problem = name, "an image of this uuid is active"      # which is not meant
             if problem:
                 text, command = f"is not whole ({problem})", CLEAN if age > STALE else None
             else:
                 text, command = "waits to be activated", f"activate {uuid}"
-            yield name, (f"{label(self.config, uuid)}: {terminal_text(text)}, last change "
-                         f"{age / 3600:.0f} hours ago"), command
+            yield name, (f"{shown}: {terminal_text(text)}, last change {age / 3600:.0f} hours "
+                         "ago"), command
 
     def problems(self):
         """Yield a sentence for each image that is left out, not importable, waiting or stale."""

@@ -186,6 +186,13 @@ class TestIncoming(CheckCase):
             self.assertRegex(lines[number - 1], f"^{uuid_of(number)}.*: {text}")
         self.assertEqual(len(os.listdir(self.serve_dir)), 3)
 
+    def test_a_leftover_is_not_named_as_the_image_that_is_active(self):
+        self.incoming(1, 3 * DAY, whole=True)
+        write_image(self.serve_dir, uuid_of(1), IMAGE)
+        self.assertEqual(self.check(), (0, [
+            f".incoming-{uuid_of(1)}: is not whole (an image of this uuid is active), last change "
+            "72 hours ago: imgserver.py check --clean", "1 of 1 images are sound"]))
+
     def test_clean_takes_the_abandoned_alone(self):
         young = self.incoming(1, DAY - 600)
         old = self.incoming(2, DAY + 600)
