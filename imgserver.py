@@ -8732,7 +8732,8 @@ def load_config(options) -> Config:
             if value is not None:
                 setattr(config, key, check(value))
         except ValueError as error:
-            raise UserError(f"--{option} {error}, not {value!a}", EXIT_CONFIG)
+            given = value if isinstance(value, str) else ", ".join(value)
+            raise UserError(f"--{option} {error}, not {given!a}", EXIT_CONFIG)
     return config
 
 

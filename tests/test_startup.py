@@ -246,6 +246,7 @@ class BadConfigs(Starting):
                   "serve_dir" if option == "--dir" else option[2:])
                  for option, values in BAD_OPTIONS.items() for value in values]
         self.all_fail(cases)
+        self.assertRegex(self.fails(CONFIG_ERROR, "--config", path, "--listen", "x"), ", not 'x'$")
 
     def test_mistakes_of_ours_are_one_sentence(self):
         for error, sentence in (
