@@ -483,7 +483,7 @@ def _one_among(*choices):
 def _between(low, high):
     """A check for numbers; for whole ones where `low` is one."""
     return _check(lambda value: type(value) in (int, type(low)) and low <= value <= high,
-                  f"must be a number from {low} to {high}")
+                  f"must be a number from {low:g} to {high}")
 
 
 def _networks(value):
@@ -1007,8 +1007,7 @@ ESSENTIAL = frozenset((*REQUIRED, "origin", "files[0].path", "files[0].size", "f
                        "files[0].compression"))
 # Restricting fields restrict even where they are invalid: the field and value that then apply.
 RESTRICTING = {"disabled": ("disabled", True), "public": ("public", False),
-               "acl": ("public", False), "restricted_to_uuid": ("public", False),
-               "state": ("disabled", True)}
+               "acl": ("public", False), "restricted_to_uuid": ("public", False)}
 
 
 def mend_manifest(manifest: dict, required=REQUIRED) -> tuple[dict, list]:
@@ -2976,12 +2975,9 @@ class Publisher:
 
     def enable(self, uuid) -> dict:
         """Let an image be listed again; returns its manifest."""
-        def enabled(manifest):
-            # An invalid state disables it, too: RESTRICTING.
-            state = FIELDS["state"].mend(manifest.get("state"))
-            dropped = ("disabled", "state") if state in (None, "disabled") else ("disabled",)
-            return {key: value for key, value in manifest.items() if key not in dropped}
-        return self._change(uuid, enabled)
+        return self._change(uuid, lambda manifest: {
+            key: value for key, value in manifest.items()
+            if key != "disabled" and (key, value) != ("state", "disabled")})
 
     def disable(self, uuid) -> dict:
         """Take an image off the lists; returns its manifest."""
@@ -4666,11 +4662,12 @@ def single_value(query, name):
     return values[0] or None
 
 
-def one_of(query, name, choices):
+def one_of(query, name, choices, refusal='invalid "{0}": "{1}"'):
     """The value of a parameter that has one of a few; None where it is absent or empty."""
     value = single_value(query, name)
     if value is not None and value not in choices:
-        raise invalid(name, f'invalid "{name}": "{value}" (must be one of {", ".join(choices)})')
+        raise invalid(name, refusal.format(name, value)
+                      + f' (must be one of {", ".join(choices)})')
     return value
 
 
@@ -5065,7 +5062,7 @@ class Imgapi:
         """(images of a snapshot, checks that those of the query pass, newest first, limit)."""
         backwards, limit = newest_first(query), limit_of(query)
         account = single_value(query, "account")
-        state = one_of(query, "state", (*STATES, "all")) or "active"
+        state = one_of(query, "state", (*STATES, "all"), 'invalid {0}: "{1}"') or "active"
         if state != "active":
             request.audience = CLIENT
         if not request.may_block:
@@ -5401,7 +5398,8 @@ class ImgapiPublishing:
         """Facts of a file, as the query and Content-Length give them.  Raises ApiError."""
         return {"size": request.length, "sha1": single_value(query, "sha1"),
                 "dataset_guid": single_value(query, "dataset_guid"),
-                "compression": one_of(query, "compression", COMPRESSIONS)}
+                "compression": one_of(query, "compression", COMPRESSIONS,
+                                      'invalid {0} "{1}"')}
 
     def put_file(self, request, uuid):
         """AddImageFile: straight to disk, examined on the way; the Content-Type is ignored."""
@@ -7752,8 +7750,8 @@ class Console:
 
 
 def terminal_text(text) -> str:
-    """A text as it may stand on a terminal: printable ASCII; a quote is a quote."""
-    return printable(text).replace('\\"', '"')
+    """A text as it may stand on a terminal: printable ASCII; quotes and backslashes are such."""
+    return printable(text).replace('\\"', '"').replace("\\\\", "\\")
 
 
 def open_input(path, console):

@@ -371,7 +371,7 @@ class Filters(Case):
          "invalid 'sort': not a valid sorting attribute: 'name'", "sort"),
         ("sort=.desc", 422, "InvalidParameter",
          "invalid 'sort': not a valid sorting attribute: ''", "sort"),
-        ("state=bogus", 422, "InvalidParameter", 'invalid "state": "bogus" (must be one of '
+        ("state=bogus", 422, "InvalidParameter", 'invalid state: "bogus" (must be one of '
          'active, unactivated, disabled, creating, failed, all)', "state"),
         ("limit=x", 422, "InvalidParameter", 'invalid limit: "x"', "limit"),
         ("limit=%D9%A3", 422, "InvalidParameter", 'invalid limit: "\u0663"', "limit"),

@@ -224,14 +224,6 @@ class TestChanges(VerbCase):
         self.assertEqual(os.stat(os.path.join(self.serve_dir, U, "manifest.json")).st_mtime_ns,
                          mtime)
 
-    def test_enabled_whatever_disables_it(self):
-        for state in ("disabled", " Disabled", "disable", 5, "active", "unactivated"):
-            with self.subTest(state):
-                write_v2(self.serve_dir, U, state=state)
-                self.publisher.enable(U)
-                kept = state in ("active", "unactivated")
-                self.assertEqual(self.stored().get("state"), state if kept else None)
-
     def test_fields_are_set_and_removed(self):
         write_image(self.serve_dir, U, channels=["dev"])
         v1 = self.stored()
