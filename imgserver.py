@@ -3325,7 +3325,7 @@ WRONG = 5.0                   # seconds that a wrong one is cached
 
 _USER_NAME = "[A-Za-z0-9._@-]{1,64}"
 _USER = re.compile(rf"({_USER_NAME}) ({'|'.join(RIGHTS)}) "
-                   r"scrypt\$16384\$8\$1\$([0-9a-f]{32})\$([0-9a-f]{64})")
+                   rf"{re.escape(SCRYPT_TEXT)}([0-9a-f]{{32}})\$([0-9a-f]{{64}})")
 
 User = collections.namedtuple("User", "name rights salt hash")
 
@@ -3362,6 +3362,7 @@ def read_users(path) -> dict:
         hint = ": `imgserver.py user NAME` makes it" if error.errno == errno.ENOENT else ""
         raise UserError(f"cannot read the users in {path}: {error.strerror}{hint}", EXIT_CONFIG)
     if status.st_mode & (stat.S_IROTH | stat.S_IWOTH):
+SCRYPT_TEXT = "scrypt${n}${r}${p}$".format(**SCRYPT)      # of a line, before salt and hash
         raise UserError(f"others may read or write {path}, which has passwords: chmod 600 it",
                         EXIT_CONFIG)
     users = {}
@@ -3377,8 +3378,8 @@ def read_users(path) -> dict:
 
 def write_users(path, users, serve_dir):
     """Replace the file of users; a new one is its owner's alone.  Raises ApiError."""
-    text = "".join(f"{user.name} {user.rights} scrypt$16384$8$1${user.salt.hex()}"
-                   f"${user.hash.hex()}\n" for user in users.values())
+    text = "".join(f"{user.name} {user.rights} {SCRYPT_TEXT}{user.salt.hex()}${user.hash.hex()}\n"
+                   for user in users.values())
     replace_file(path, text.encode(), serve_dir=serve_dir, mode=0o600)
 
 
@@ -8423,7 +8424,7 @@ def run_user(config, options):
                           UserError(f"somebody else changes {path}"), LOCK_PATIENCE)
     try:
         users = read_users(path) if os.path.lexists(path) else {}
-        user = users.pop(name, User(name, "read", b"", b""))
+        user = users.pop(name, None)
         if not options.delete:
             salt = os.urandom(SALT_SIZE) if password else user.salt
             users[name] = User(name, options.rights or user.rights, salt,
@@ -8487,6 +8488,9 @@ def smf_credential(options):
     user, group = options.user, ":default"
     if not user:
         with contextlib.suppress(OSError, ValueError, AttributeError), open(
+            if user is None and password is None:
+                raise UserError(f"there is no user {name} any more")
+            user = user or User(name, "read", b"", b"")
                 os.path.join(os.path.dirname(default_config()), "image-server.smf.xml"),
                 encoding="utf-8") as file:
             user, group = map(html.unescape, re.search(

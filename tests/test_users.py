@@ -145,6 +145,25 @@ class Command(CommandCase):
         self.assertEqual(self.user("joe", data=b"x\n", status=1),
                          f"imgserver: somebody else changes {self.path}\n")
 
+    def test_a_user_who_is_deleted_meanwhile(self):
+        """A line without a password would end the server."""
+        self.user("joe", data=b"x\n")
+        self.user("ann", data=b"x\n")
+        real = imgserver.lock_directory
+
+        def lock(*arguments):
+            with mock.patch.object(imgserver, "lock_directory", real):
+                run("joe", "--delete")
+            return real(*arguments)
+
+        def run(*words):
+            options = imgserver.option_parser().parse_args(["user", *words])
+            imgserver.run_user(imgserver.Config.load(self.config), options)
+        with mock.patch.object(imgserver, "lock_directory", lock), \
+                self.assertRaisesRegex(imgserver.UserError, "there is no user joe any more"):
+            run("joe", "--rights", "manage")
+        self.assertEqual(self.user(), "ann read\n")
+
     def test_mode_and_owner_stay(self):
         self.user("joe", data=b"x\n")
         os.chmod(self.path, 0o640)
@@ -470,6 +489,9 @@ class Checking(SiteCase):
         post.method = "POST"
         self.assertEqual(self.open.answer(post).status, 503)
         self.assertEqual(self.open.answer(self.request(False, **basic("rita"))).status, 200)
+        for query, status in (("name=web", 200), ("state=all", 503)):
+            answer = ask(self.open, "/images?" + query, peer="192.0.2.1", **basic("rita"))
+            self.assertEqual(answer.status, status)
         self.assertRaises(imgserver.NeedsThread, self.open.answer,
                           self.request(False, "192.0.2.2", **basic("rita")))
         users._waiting += [""] * imgserver.CHECKS_OF_ONE
