@@ -2554,7 +2554,7 @@ ICON_LIMIT = 128 << 10        # bytes of an icon, as in IMGAPI
 V2_ALONE = frozenset(("owner", "public", "acl"))      # fields that v1 has no words for
 PARTIAL = ".partial"          # beside the manifest: a file of which a mirror has a part
 UPSTREAM = ".upstream.json"   # the same: the manifest of the server that a mirror asked
-_TEMPORARY = re.compile(r"\.(manifest\.json|file|icon\.(png|jpg|gif))\.[0-9a-f]+")
+_TEMPORARY = re.compile(r"\.(manifest\.json|\.upstream\.json|file|icon\.(png|jpg|gif))\.[0-9a-f]+")
 
 
 @contextlib.contextmanager

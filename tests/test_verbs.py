@@ -820,8 +820,8 @@ class TestCheck(VerbCase):
     def test_clean_takes_what_killed_commands_left(self):
         self.publish()
         then = time.time() - 25 * 3600
-        for name in (".manifest.json.4711", ".file.00ff", ".icon.png.ab", ".notes",
-                     ".manifest.json~"):
+        for name in (".manifest.json.4711", ".file.00ff", ".icon.png.ab", "..upstream.json.0a",
+                     ".upstream.json", ".notes", ".manifest.json~"):
             path = os.path.join(self.serve_dir, U, name)
             with open(path, "wb"):
                 pass
@@ -837,7 +837,7 @@ class TestCheck(VerbCase):
         self.assertIn(": removed", lines[0])
         self.assertEqual(self.names(), [U])
         self.assertEqual(self.names(U), [".manifest.json.12", ".manifest.json~", ".notes",
-                                         "manifest.json", "web-1.zfs.gz"])
+                                         ".upstream.json", "manifest.json", "web-1.zfs.gz"])
 
     def test_no_sha256_is_served(self):
         self.publish()
