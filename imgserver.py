@@ -5453,7 +5453,8 @@ class ImgapiPublishing:
 
     def _check_space(self, size):
         """Raise ApiError (503) where `size` bytes more would leave too little of the disk."""
-        status = os.statvfs(self.config.serve_dir)
+        with storing("the disk cannot be examined", self.config.serve_dir):
+            status = os.statvfs(self.config.serve_dir)
         if status.f_bavail * status.f_frsize - size < SPACE_LEFT:
             raise ApiError(503, "StorageIsDown", "the disk has no room for it")
 
@@ -6080,6 +6081,10 @@ class Site:
 
     def _other_method(self, request, rows) -> Route:
         """The row for OPTIONS.  Raises ApiError for a method that the path does not have."""
+            if error.status >= 500 and isinstance(error.__cause__, OSError):
+                target = printable(without_credentials(request.target))
+                path = error.__cause__.filename or self.config.serve_dir
+                self.log.error(f"cannot answer {target}: {printable(f'{error} ({path})')}")
         methods = sorted(set(rows) | ({"HEAD"} if "GET" in rows else set()) | {"OPTIONS"})
         allow = ", ".join(methods)
         if request.method == "OPTIONS":

@@ -408,6 +408,34 @@ class Refusals(PublishingCase):
             self.expect(case, self.put("POST", target + query, data), 400, "Upload")
 
 
+class Storage(PublishingCase):
+    """A disk that fails: the sender is not to blame; the log says why, and the client no path."""
+
+    def test_it_cannot_be_examined(self):
+        """Before an upload, and on its way."""
+        real = os.statvfs
+        for good in (0, 1):
+            answers = [real] * good
+
+            def statvfs(path):
+                if answers:
+                    return answers.pop()(path)
+                raise OSError(5, "Input/output error", path)
+            with mock.patch("os.statvfs", statvfs), mock.patch.object(imgserver, "SPACE_STEP", 50):
+                self.expect(good, self.put("PUT", f"/images/{W}/file?compression=gzip", DATA),
+                            503, "StorageIsDown", "Input/output error")
+
+    def test_the_log_has_the_cause(self):
+        with mock.patch("os.rename", side_effect=OSError(30, "Read-only file system")):
+            answer = self.put("POST", f"/images/{V}?action=activate", b"{}")
+        self.expect("activate", answer, 503, "StorageIsDown", "Read-only file system")
+        path = os.path.join(self.serve_dir, ".incoming-" + V, "manifest.json")
+        self.assertNotIn(self.serve_dir.encode(), answer.body)
+        self.assertTrue(log_of(self.www).endswith(
+            f"error cannot answer /images/{V}?action=activate: cannot write manifest.json: "
+            f"Read-only file system ({path})\n"), log_of(self.www))
+
+
 class Right(PublishingCase):
     """Who may do which."""
 
