@@ -2691,15 +2691,17 @@ def is_still(path, fd) -> bool:
         return False
 
 
-def lock_directory(path, refusal, patience=0.0):
+def lock_directory(path, refusal, patience=0.0, serve_dir=None):
     """Open a directory and lock it: its fd, or None where there is no such directory.
 
-    Raises OSError, and `refusal` where somebody else keeps it locked for `patience` seconds.
-    On a file system without locks (NFS may refuse them) it is opened alone.
+    With serve_dir, a symlink is followed as trusted_stat does.  Raises OSError, and `refusal`
+    where somebody else keeps it locked for `patience` seconds.  On a file system without locks
+    (NFS may refuse them) it is opened alone.
     """
     end = time.monotonic() + patience
     while True:
         try:
+            trusted = serve_dir and trusted_stat(path, serve_dir)
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -2713,7 +2715,7 @@ def lock_directory(path, refusal, patience=0.0):
             continue
         except OSError:
             pass                      # no flock on this file system: rename alone decides then
-        if is_still(path, fd):
+        if is_still(path, fd) and (not trusted or os.path.samestat(trusted, os.fstat(fd))):
             return fd
         os.close(fd)                      # it was renamed before it was locked
 
@@ -2798,6 +2800,7 @@ class ImageDirectory:
 
     def __init__(self, uuid, path, fd=None):
         self.uuid, self.path, self.fd, self.stored = uuid, path, fd, None
+        self.serve_dir = os.path.dirname(path)
 
     def __enter__(self):
         return self
@@ -2810,7 +2813,7 @@ class ImageDirectory:
         """Its manifest as stored."""
         with storing(f"image {self.uuid} cannot be read"):
             try:
-                return read_manifest(self.path)[0]
+                return read_manifest(self.path, self.serve_dir)[0]
             except FileNotFoundError:     # discard does not wait for the lock
                 raise not_found(f"image {self.uuid} not found")
             except BadImage as error:
@@ -2829,12 +2832,34 @@ class ImageDirectory:
     def write(self, name, data):
         """Replace one of its files."""
         with self.writing():
-            replace_file(os.path.join(self.path, name), data, self.fd, os.path.dirname(self.path))
+            replace_file(os.path.join(self.path, name), data, self.fd, self.serve_dir)
 
     def write_manifest(self, manifest):
         """Replace its manifest while it is not on show."""
         self.write(MANIFEST, manifest_bytes(manifest))
         self.stored = manifest
+
+    def change(self, change) -> dict:
+        """Store change(manifest) as its manifest in any state, and return it.
+
+        The mtime stays: an image without published_at shows it.  So does a symlink that may be
+        followed; the file behind it is replaced.
+        """
+        before = self.manifest()
+        manifest = change(before)
+        if manifest != before:
+            path, data = os.path.join(self.path, MANIFEST), manifest_bytes(manifest)
+            with self.writing(), contextlib.ExitStack() as stack:
+                directory = self.fd
+                with storing(f"cannot write {MANIFEST}", path):
+                    if os.path.islink(path):
+                        path, link = os.path.realpath(path), path
+                        if not os.path.samestat(trusted_stat(link, self.serve_dir),
+                                                os.lstat(path)):
+                            raise OSError(errno.ESTALE, "its symlink has changed")
+                        directory = stack.enter_context(open_directory(os.path.dirname(path)))
+                replace_file(path, data, directory, self.serve_dir, keep_time=True)
+        return manifest
 
     def write_icon(self, content_type, data):
         """Give it an icon, in place of the one before."""
@@ -2892,6 +2917,16 @@ class Publisher:
         self._reader = ImageReader(config)
         self._turn = turn or contextlib.nullcontext()
         self._xz = threading.BoundedSemaphore(XZ_AT_ONCE)
+        self._check = lambda: None
+
+    def checking(self, check):
+        """This publisher, with a check() of each image that it has locked; it may raise ApiError.
+
+        No other change of the image comes between that and the verb's.
+        """
+        publisher = copy.copy(self)
+        publisher._check = check
+        return publisher
 
     # the verbs
 
@@ -2938,10 +2973,10 @@ class Publisher:
     def activate(self, uuid):
         """Put a whole image on show, by one rename.
 
-        An image on show whose manifest has another state loses that.
+        An image on show whose manifest says unactivated, nuked or pending loses that state.
         """
         if os.path.lexists(self._path(uuid)):
-            self._change(uuid, self._without_state)
+            self.change(uuid, self._without_state)
             return
         refusal = ApiError(422, "NoActivationNoFile",
                            f"image {uuid} cannot be activated: its file is still being written")
@@ -2958,8 +2993,15 @@ class Publisher:
     def update(self, uuid, changes) -> dict:
         """Set fields of an image in any state; None removes one.  Returns its manifest.
 
+        changes     the fields, or a function that is called for them once the image is locked
+
         A v1 manifest stays v1 unless a field is set that v1 does not have.
         """
+        with self._locked(uuid) as image:
+            return self._update(image, changes() if callable(changes) else changes)
+
+    def _update(self, image, changes) -> dict:
+        """update for a locked image."""
         changes = validate_changes(changes)
 
         def changed(manifest):
@@ -2971,30 +3013,22 @@ class Publisher:
             if "channels" in changes:
                 choose_channels(self.config, manifest)
             return manifest
-        return self._change(uuid, changed)
+        return image.change(changed)
 
     def enable(self, uuid) -> dict:
         """Let an image be listed again; returns its manifest."""
-        return self._change(uuid, lambda manifest: {
+        return self.change(uuid, lambda manifest: {
             key: value for key, value in manifest.items()
             if key != "disabled" and (key, value) != ("state", "disabled")})
 
     def disable(self, uuid) -> dict:
         """Take an image off the lists; returns its manifest."""
-        return self._change(uuid, lambda manifest: {**manifest, "disabled": True})
+        return self.change(uuid, lambda manifest: {**manifest, "disabled": True})
 
-    def _change(self, uuid, change) -> dict:
-        """Store change(manifest) as the manifest of an image in any state, and return it.
-
-        The mtime stays: an image without published_at shows it.
-        """
+    def change(self, uuid, change) -> dict:
+        """Store change(manifest) as the manifest of an image in any state, and return it."""
         with self._locked(uuid) as image:
-            before = image.manifest()
-            manifest = change(before)
-            if manifest != before:
-                replace_file(os.path.join(image.path, MANIFEST), manifest_bytes(manifest),
-                             keep_time=True)
-            return manifest
+            return image.change(change)
 
     def add_icon(self, uuid, content_type, data):
         """Give an image in any state its icon, in place of the one before."""
@@ -3007,9 +3041,18 @@ class Publisher:
             if not image.remove_icons():
                 raise not_found(f'image "{uuid}" has no icon')
 
-    def delete(self, uuid, force=False):
-        """Remove an image in any state; `force`: even where other images build on it."""
+    def delete(self, uuid, force=False, instead=dict):
+        """Remove an image in any state.
+
+        force       even where other images build on it
+        instead     a function that is called once it is locked, for changes of its fields: where
+                    there are some it is changed, and stays
+        """
         with self._locked(uuid) as image:
+            changes = instead()
+            if changes:
+                self._update(image, changes)
+                return
             if not force:
                 self.refuse_dependents(uuid)
             self._remove(image)
@@ -3051,7 +3094,7 @@ class Publisher:
     def _read(self, name):
         """The manifest in a directory of serve_dir, or None: no client could import that."""
         with contextlib.suppress(OSError, BadImage):
-            return read_manifest(os.path.join(self.serve_dir, name))[0]
+            return read_manifest(os.path.join(self.serve_dir, name), self.serve_dir)[0]
         return None
 
     # directories
@@ -3067,9 +3110,13 @@ class Publisher:
         for prefix in prefixes:
             path = self._path(uuid, prefix)
             with storing(f"image {uuid} cannot be read"):
-                fd = lock_directory(path, refusal or busy(uuid), patience)
+                fd = lock_directory(path, refusal or busy(uuid), patience, self.serve_dir)
             if fd is not None:
-                return ImageDirectory(uuid, path, fd)
+                with contextlib.ExitStack() as stack:
+                    image = stack.enter_context(ImageDirectory(uuid, path, fd))
+                    self._check()
+                    stack.pop_all()
+                return image
         raise not_found(f"image {uuid} not found" if "" in prefixes else
                         f"no image {uuid} waits to be activated")
 
@@ -3315,6 +3362,7 @@ PEERS_KEPT = 1024             # addresses whose right is cached
 EVERYBODY, SAME_CREDENTIALS, CLIENT = range(3)    # audiences: whom a cache may give an answer
 
 SCRYPT = {"n": 1 << 14, "r": 8, "p": 1, "dklen": 32}      # takes 16 MiB, and some 70 ms
+SCRYPT_TEXT = "scrypt${n}${r}${p}$".format(**SCRYPT)      # of a line, before salt and hash
 SALT_SIZE = 16                # bytes
 USERS_LIMIT = 1 << 20         # bytes of the file: some 7,000 users
 PASSWORD_LIMIT = 1024         # bytes of a new password
@@ -3362,7 +3410,6 @@ def read_users(path) -> dict:
         hint = ": `imgserver.py user NAME` makes it" if error.errno == errno.ENOENT else ""
         raise UserError(f"cannot read the users in {path}: {error.strerror}{hint}", EXIT_CONFIG)
     if status.st_mode & (stat.S_IROTH | stat.S_IWOTH):
-SCRYPT_TEXT = "scrypt${n}${r}${p}$".format(**SCRYPT)      # of a line, before salt and hash
         raise UserError(f"others may read or write {path}, which has passwords: chmod 600 it",
                         EXIT_CONFIG)
     users = {}
@@ -5178,8 +5225,8 @@ class ImgapiPublishing:
         self._reader = ImageReader(config)
         self._uploads = threading.BoundedSemaphore(UPLOADS)
         self.actions = {                  # of an image: the right they need, and the change
-            "activate": (PUBLISH, self.activate), "enable": (MANAGE, self.enable),
-            "disable": (MANAGE, self.disable), "update": (MANAGE, self.update)}
+            "activate": (PUBLISH, self.activate), "enable": (MANAGE, self.enable_or_disable),
+            "disable": (MANAGE, self.enable_or_disable), "update": (MANAGE, self.update)}
         if imgapi.channels:
             self.actions["channel-add"] = (MANAGE, self.channel_add)
 
@@ -5214,14 +5261,16 @@ class ImgapiPublishing:
                         b"%b%b\n}" % (before, channels))
 
     def _changing(self, change, shown=MANAGE):
-        """The handler of a route: change(request, image, query) of one image that is here.
+        """The handler of a route: change(request, image, query, publisher) of one that is here.
 
         It is answered by the image as it is then, unless change returns a Response.  shown:
-        the right to change an image that is on show.
+        the right to change an image that is on show.  The publisher finds the image again: a
+        body may take its time.
         """
         def handler(request, uuid):
             query = self._query(request)
-            response = change(request, self._find(request, uuid, query, shown), query)
+            image, publisher = self._find(request, uuid, query, shown)
+            response = change(request, image, query, publisher)
             if response is None:
                 self.store.in_any_state(uuid).checked = -math.inf     # its icon may be new
                 response = self._answer(request, self.store.in_any_state(uuid).imgapi)
@@ -5233,7 +5282,13 @@ class ImgapiPublishing:
         """Whether an image is not on show.  In its own directory it is, even as "unactivated"."""
         return image.place.endswith(INCOMING)
 
-    def _find(self, request, uuid, query, shown) -> Image:
+    def _find(self, request, uuid, query, shown):
+        """The image to be changed, and a Publisher that checks it in the same way."""
+        def check():
+            return self._checked(request, uuid, query, shown)
+        return check(), self.publisher.checking(check)
+
+    def _checked(self, request, uuid, query, shown) -> Image:
         """The image to be changed, in any state, where its channel shows it.
 
         One that waits to be activated need not be in the default channel: imgadm publish
@@ -5274,7 +5329,7 @@ class ImgapiPublishing:
             raise invalid("owner", f'"owner", {fields["owner"]}, is not the account')
         return self._create(request, query, new_uuid(), validate_new(fields))
 
-    def import_image(self, request, uuid, query):
+    def import_manifest(self, request, uuid, query):
         """AdminImportImage: an image that keeps its uuid; icon and state are left out."""
         if "account" in query:
             raise ApiError(403, "OperatorOnly",
@@ -5340,7 +5395,7 @@ class ImgapiPublishing:
         if action is None:
             raise invalid("action", 'no image "action" was specified', "MissingParameter")
         if action == "import":
-            return self.import_image(request, uuid, query)
+            return self.import_manifest(request, uuid, query)
         if action in ("export", "import-remote", "import-from-datacenter", "change-stor"):
             return self.not_available(request)
         if action not in self.actions:
@@ -5349,35 +5404,35 @@ class ImgapiPublishing:
         self.rights.need(request, right)
         return self._changing(change, right)(request, uuid)
 
-    def activate(self, request, image, query):
-        """ActivateImage; its body, and that of the next two, is read for the connection's sake."""
+    def activate(self, request, image, query, publisher):
+        """ActivateImage; its body, and that of the next one, is read for the connection's sake."""
         if image.state == "unactivated" and not self._waits(image):
             self.rights.need(request, MANAGE)
         read_json(request, object)
-        self.publisher.activate(image.uuid)
+        publisher.activate(image.uuid)
 
-    def enable(self, request, image, query):
+    def enable_or_disable(self, request, image, query, publisher):
         read_json(request, object)
-        self.publisher.enable(image.uuid)
+        getattr(publisher, single_value(query, "action"))(image.uuid)
 
-    def disable(self, request, image, query):
-        read_json(request, object)
-        self.publisher.disable(image.uuid)
-
-    def update(self, request, image, query):
+    def update(self, request, image, query, publisher):
         """UpdateImage: null removes a field."""
         if request.length == 0:
             raise invalid("body", "missing request body", "MissingParameter")
-        self.publisher.update(image.uuid, read_json(request, dict))
+        publisher.update(image.uuid, read_json(request, dict))
 
-    def channel_add(self, request, image, query):
+    def channel_add(self, request, image, query, publisher):
         name = read_json(request, dict).get("channel")
         if not isinstance(name, str) or name not in self.imgapi.channels:
             raise unknown_channel(name)
-        if name not in image.channels:
-            self.publisher.update(image.uuid, {"channels": [*image.channels, name]})
 
-    def post_acl(self, request, image, query):
+        def changes():
+            names = self.store.in_any_state(image.uuid).channels
+            return {"channels": list(dict.fromkeys([*names, name]))}
+        if name not in image.channels:
+            publisher.update(image.uuid, changes)
+
+    def post_acl(self, request, image, query, publisher):
         """?action=add (the default) or remove, with a list of account UUIDs."""
         action = one_of(query, "action", ("add", "remove"))
         accounts = read_json(request, object)
@@ -5388,9 +5443,13 @@ class ImgapiPublishing:
                 raise invalid("acl", f'invalid image "acl" (item {number} is not a UUID): '
                                      f"{account}")
         given = dict.fromkeys(accounts)
-        acl = ([account for account in image.acl if account not in given] if action == "remove"
-               else list(dict.fromkeys(image.acl) | given))
-        self.publisher.update(image.uuid, {"acl": acl or None})
+
+        def changes():
+            acl = self.store.in_any_state(image.uuid).acl
+            acl = ([account for account in acl if account not in given] if action == "remove"
+                   else list(dict.fromkeys(acl) | given))
+            return {"acl": acl or None}
+        publisher.update(image.uuid, changes)
 
     # files
 
@@ -5411,11 +5470,11 @@ class ImgapiPublishing:
         one_of(query, "storage", ("local", "manta"))
         if "source" in query:
             return self.not_available(request)
-        image = self._find(request, uuid, query, PUBLISH)
+        image, publisher = self._find(request, uuid, query, PUBLISH)
         if image.state != "unactivated":
             raise ApiError(422, "ImageFilesImmutable",
                            f"cannot modify files on activated image {uuid}")
-        manifest = self._upload(request, self.publisher.add_file, uuid, expected)
+        manifest = self._upload(request, publisher.add_file, uuid, expected)
         return self._answer(request, self._reader.render(manifest, False, image.icon))
 
     def _upload(self, request, verb, image, how) -> dict:
@@ -5458,7 +5517,7 @@ class ImgapiPublishing:
         if status.f_bavail * status.f_frsize - size < SPACE_LEFT:
             raise ApiError(503, "StorageIsDown", "the disk has no room for it")
 
-    def put_icon(self, request, image, query):
+    def put_icon(self, request, image, query, publisher):
         """AddImageIcon, in place of the one before."""
         if request.length > ICON_LIMIT:
             raise ApiError(400, "Upload", f"icon size {request.length} (from Content-Length) "
@@ -5468,13 +5527,12 @@ class ImgapiPublishing:
         if wanted is not None and wanted.lower() != sha1:
             raise ApiError(400, "Upload", f'"sha1" hash, {wanted}, does not match the uploaded '
                            f"icon file sha1 hash, {sha1}")
-        self._find(request, image.uuid, query, MANAGE)        # again: the body took its time
-        self.publisher.add_icon(image.uuid, request.headers.get("content-type", ""), data)
+        publisher.add_icon(image.uuid, request.headers.get("content-type", ""), data)
 
-    def delete_icon(self, request, image, query):
-        self.publisher.remove_icon(image.uuid)
+    def delete_icon(self, request, image, query, publisher):
+        publisher.remove_icon(image.uuid)
 
-    def delete(self, request, image, query):
+    def delete(self, request, image, query, publisher):
         """DeleteImage: out of its channel, and altogether where that was the last one."""
         uuid, account = image.uuid, single_value(query, "account")
         if account is not None and account != image.owner:
@@ -5482,16 +5540,16 @@ class ImgapiPublishing:
                            f"account {account} is not the owner of image {uuid}")
         everywhere = one_of(query, "force_all_channels", ("true", "false")) == "true"
         if self._waits(image):
-            self.publisher.refuse_dependents(uuid)
-            self.publisher.discard(uuid)
+            publisher.refuse_dependents(uuid)
+            publisher.discard(uuid)
             return Response(204, CACHE_NOTHING)
         channel = self.imgapi.channel_of(query, ())
-        others = [name for name in image.channels if name != channel
-                  and name in self.imgapi.channels]
-        if others and not everywhere:
-            self.publisher.update(uuid, {"channels": others})
-        else:
-            self.publisher.delete(uuid)
+
+        def changes():
+            others = [name for name in self.store.in_any_state(uuid).channels
+                      if name != channel and name in self.imgapi.channels]
+            return {"channels": others} if others and not everywhere else {}
+        publisher.delete(uuid, instead=changes)
         return Response(204, CACHE_NOTHING)
 
 
@@ -6023,6 +6081,10 @@ class Site:
             response = route.handler(request, *request.arguments)
         except ApiError as error:
             response = error_response(error)
+            if error.status >= 500 and isinstance(error.__cause__, OSError):
+                target = printable(without_credentials(request.target))
+                path = error.__cause__.filename or self.config.serve_dir
+                self.log.error(f"cannot answer {target}: {printable(f'{error} ({path})')}")
             if self.rights.hides:         # it may say that an image is not there
                 request.audience = CLIENT
         except OSError as error:
@@ -6081,10 +6143,6 @@ class Site:
 
     def _other_method(self, request, rows) -> Route:
         """The row for OPTIONS.  Raises ApiError for a method that the path does not have."""
-            if error.status >= 500 and isinstance(error.__cause__, OSError):
-                target = printable(without_credentials(request.target))
-                path = error.__cause__.filename or self.config.serve_dir
-                self.log.error(f"cannot answer {target}: {printable(f'{error} ({path})')}")
         methods = sorted(set(rows) | ({"HEAD"} if "GET" in rows else set()) | {"OPTIONS"})
         allow = ", ".join(methods)
         if request.method == "OPTIONS":
@@ -8103,7 +8161,7 @@ def check_image(inventory, uuid, options):
     except (OSError, BadImage) as error:
         raise BadImage(f"{image.file}: {getattr(error, 'strerror', error)}")
     if options.record:
-        record_facts(image.directory, found)
+        record_facts(inventory.config, uuid, found)
     problem = inventory.origin_problem(image)
     if problem:
         raise BadImage(problem)
@@ -8145,25 +8203,24 @@ def compare_image(image, found, whole):
         raise BadImage(problem)
 
 
-def record_facts(directory, found):
+def record_facts(config, uuid, found):
     """Write md5 and sha256 of an image's file into its manifest, and a missing size or sha1.
 
-    By rename; its mtime stays, which may be shown as published_at.  Not where the manifest
-    has become another since the file was read.  Raises ApiError where it cannot be written.
+    Not where the manifest has become another since the file was read.  Raises ApiError.
     """
-    file, facts = None, {"size": found.size, **found.hashes()}
-    with contextlib.suppress(OSError, BadImage, LookupError, TypeError):
-        manifest, _ = read_manifest(directory)
-        file = manifest["files"][0]
-    if not isinstance(file, dict):
-        return
-    kept = {key: file[key] for key in ("size", "sha1") if file.get(key)}
-    if any(str(value).lower() != str(facts[key]) for key, value in kept.items()):
-        return
-    recorded = {**file, **facts, "md5_of": facts["sha1"], **kept}
-    if recorded != file:
-        manifest["files"][0] = recorded
-        replace_file(os.path.join(directory, MANIFEST), manifest_bytes(manifest), keep_time=True)
+    facts = {"size": found.size, **found.hashes()}
+
+    def recorded(manifest):
+        try:
+            first, *others = manifest["files"]
+            kept = {key: first[key] for key in ("size", "sha1") if first.get(key)}
+        except (LookupError, TypeError, ValueError, AttributeError):
+            return manifest
+        if any(str(value).lower() != str(facts[key]) for key, value in kept.items()):
+            return manifest
+        return {**manifest, "files": [
+            {**first, **facts, "md5_of": facts["sha1"], **kept}, *others]}
+    Publisher(config).change(uuid, recorded)
 
 
 def run_check(config, options):
@@ -8431,6 +8488,9 @@ def run_user(config, options):
         users = read_users(path) if os.path.lexists(path) else {}
         user = users.pop(name, None)
         if not options.delete:
+            if user is None and password is None:
+                raise UserError(f"there is no user {name} any more")
+            user = user or User(name, "read", b"", b"")
             salt = os.urandom(SALT_SIZE) if password else user.salt
             users[name] = User(name, options.rights or user.rights, salt,
                                hash_password(password, salt) if password else user.hash)
@@ -8493,9 +8553,6 @@ def smf_credential(options):
     user, group = options.user, ":default"
     if not user:
         with contextlib.suppress(OSError, ValueError, AttributeError), open(
-            if user is None and password is None:
-                raise UserError(f"there is no user {name} any more")
-            user = user or User(name, "read", b"", b"")
                 os.path.join(os.path.dirname(default_config()), "image-server.smf.xml"),
                 encoding="utf-8") as file:
             user, group = map(html.unescape, re.search(

@@ -759,6 +759,77 @@ class Answers(PublishingCase):
             self.assertEqual(answer.headers["etag"], read.headers["etag"])
 
 
+class AtOnce(PublishingCase):
+    """Two changes of one image, of which one comes before the other has the lock."""
+
+    def setUp(self):
+        super().setUp()
+        write_v2(self.serve_dir, U, DATA, channels=["release", "dev"])
+        self.fill(V, DATA, channels=["release"])
+        self.fill(W, channels=["release"])
+        self.www = self.site(channels=CHANNELS, **RIGHTS)
+
+    def both(self, first, second, **headers):
+        """The answer to the second request; the first is made while that one waits for the lock.
+
+        Each is (method, target, body).
+        """
+        real, waiting = imgserver.lock_directory, [first]
+
+        def lock(*arguments):
+            if waiting:
+                self.assertLess(self.put(*waiting.pop()).status, 300)
+            return real(*arguments)
+        with mock.patch.object(imgserver, "lock_directory", lock):
+            return self.put(*second, **headers)
+
+    def image(self, uuid=U):
+        return self.put("GET", f"/images/{uuid}?channel=*", Accept_Version="*")
+
+    def test_none_is_lost(self):
+        others = [uuid_of(number) for number in (71, 72, 73)]
+        acl, channel = f"/images/{U}/acl", f"/images/{U}?action=channel-add"
+        self.both(("POST", acl, others[:1]), ("POST", acl, others[1:2]))
+        self.assertEqual(self.image().json()["acl"], others[:2])
+        self.both(("POST", acl, others[2:]), ("POST", acl + "?action=remove", others[:1]))
+        self.assertEqual(self.image().json()["acl"], others[1:])
+        write_v2(self.serve_dir, U, DATA, channels=["release"])
+        self.www = self.site(channels=[*CHANNELS, {"name": "test"}], **RIGHTS)
+        self.both(("POST", channel, {"channel": "dev"}), ("POST", channel, {"channel": "test"}))
+        self.assertEqual(self.image().json()["channels"], ["release", "dev", "test"])
+
+    def test_delete_out_of_the_last_two_channels(self):
+        answer = self.both(("DELETE", f"/images/{U}?channel=dev"),
+                           ("DELETE", f"/images/{U}?channel=release"))
+        self.assertEqual(answer.status, 204)
+        self.assertNotIn(U, self.names())
+
+    def test_if_match_is_checked_when_nobody_else_can_change_it(self):
+        for number, (method, target, body) in enumerate((
+                ("POST", f"/images/{U}?action=update", {"name": "x"}),
+                ("POST", f"/images/{U}/acl", [ACCOUNT]),
+                ("POST", f"/images/{U}?action=channel-add", {"channel": "dev"}),
+                ("POST", f"/images/{U}?action=disable", b"{}"),
+                ("POST", f"/images/{U}?action=enable", b"{}"),
+                ("PUT", f"/images/{U}/icon", b"icon"), ("DELETE", f"/images/{U}/icon", b""),
+                ("DELETE", f"/images/{U}", b""), ("POST", f"/images/{V}?action=activate", b"{}"),
+                ("PUT", f"/images/{W}/file?compression=gzip", DATA))):
+            write_v2(self.serve_dir, U, DATA, channels=["release"])
+            uuid = target[8:44]
+            etag = self.image(uuid).headers["etag"]
+            change = "POST", f"/images/{uuid}?action=update", {"description": str(number)}
+            answer = self.both(change, (method, target, body), If_Match=etag,
+                               Content_Type="image/png")
+            self.expect((method, target), answer, 412, "PreconditionFailed")
+            now = self.image(uuid)
+            self.assertEqual(now.json()["description"], str(number))
+            if method != "PUT":
+                self.expect((method, target), self.put(
+                    method, target, body, If_Match=now.headers["etag"]),
+                    404 if "icon" in target else 204 if method == "DELETE" else 200,
+                    "ResourceNotFound" if "icon" in target else None)
+
+
 class Channels(PublishingCase):
 
     def setUp(self):

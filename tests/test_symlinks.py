@@ -100,6 +100,50 @@ class Symlinks(ServerCase):
         fd, _ = imgserver.open_regular(os.path.join(self.elsewhere, "icon.png"), self.owner)
         os.close(fd)
 
+    def disable(self):
+        imgserver.Publisher(imgserver.Config({"serve_dir": self.serve_dir})).disable(self.uuid)
+
+    def record(self):
+        found = imgserver.FileScan()
+        found.feed(DATA)
+        imgserver.record_facts(imgserver.Config({"serve_dir": self.serve_dir}), self.uuid, found)
+
+    def test_nothing_is_written_behind_it(self):
+        if os.getuid() != 0:
+            self.skipTest("only root can make a link that is another user's")
+        for number, names in enumerate(((), ("manifest.json",)), 10):
+            with self.subTest(names):
+                self.uuid = uuid_of(number)
+                write_image(self.serve_dir, self.uuid, DATA)
+                path = self.link(self.uuid, *names)
+                behind = os.path.join(self.elsewhere, *(names or (self.uuid, "manifest.json")))
+                for change, text in ((self.disable, b'"disabled"'), (self.record, b'"sha256"')):
+                    os.lchown(path, SOMEBODY, -1)
+                    with self.assertRaisesRegex(imgserver.ApiError,
+                                                f"{os.path.basename(path)} is {FOREIGN}"):
+                        change()
+                    with open(behind, "rb") as file:
+                        self.assertNotIn(text, file.read())
+                    os.lchown(path, 0, -1)
+                    change()
+                    self.assertTrue(os.path.islink(path))
+                    with open(behind, "rb") as file:
+                        self.assertIn(text, file.read())
+
+    def test_a_link_that_comes_while_it_is_changed(self):
+        if os.getuid() != 0:
+            self.skipTest("only root can make a link that is another user's")
+        real = imgserver.manifest_bytes
+
+        def swapped(manifest):
+            self.link(self.uuid, "manifest.json")
+            return real(manifest)
+        with mock.patch("imgserver.manifest_bytes", swapped), \
+                self.assertRaisesRegex(imgserver.ApiError, FOREIGN):
+            self.disable()
+        with open(os.path.join(self.elsewhere, "manifest.json"), "rb") as file:
+            self.assertNotIn(b"disabled", file.read())
+
     def test_it_is_one_line_in_the_log(self):
         if os.getuid() != 0:
             self.skipTest("only root can make a link that is another user's")
