@@ -1287,7 +1287,7 @@ RECHECK = 1.0                 # seconds until an edit in place must be seen in a
 RECHECK_DIRECTORY = 0.5       # seconds, of an image that is requested alone
 RECHECK_EARLY = 0.8           # age in seconds at which a list request starts a re-check
 RECHECK_SLICE = 0.001         # seconds of such a re-check in one turn of the event loop
-RECHECK_SLOW = 0.02           # seconds of a slice that waits for a disk: the rest is for a thread
+RECHECK_SLOW = 0.1            # seconds of a slice that waits for a disk: the rest is for a thread
 RACY = 50_000_000             # ns; a younger time may not change with the next write: file
                               # systems keep it in ticks, of up to 10 ms (Linux before 6.13)
 LISTS_KEPT = 4                # rendered lists cached: each is as large as all manifests together
@@ -4808,6 +4808,7 @@ def parse_version(wanted):
     return int(match[1])
 
 
+@functools.lru_cache(HOSTS_KEPT)
 def accepts_gzip(header) -> bool:
     """Whether Accept-Encoding accepts gzip (RFC 9110 §12.5.3)."""
     for item in header.split(","):
@@ -4913,6 +4914,7 @@ def list_response(request, store, listing, vary, fields) -> Response:
     return Response(200, lines, body, length=listing.length if body is listing else len(body))
 
 
+@functools.lru_cache(LISTS_KEPT * 4)
 def list_fields(etag, vary, fields) -> bytes:
     return b'%bETag: "%b"\r\nVary: %b\r\n%b%b' % (JSON_TYPE, etag.encode(), vary, fields, CORS)
 
@@ -7236,7 +7238,7 @@ class EventLoop:
         # So often that no limit is overrun by more than a quarter.
         tick = min(TICK, config.header_timeout / 4, config.idle_timeout / 4,
                    config.stall_timeout / 4)
-        checked = flushed = self.now
+        checked, flushed, was_cut_off = self.now, self.now, False
         self._accept(True)
         self.selector.register(self._wakeup, selectors.EVENT_READ, self)
         try:
@@ -7245,15 +7247,17 @@ class EventLoop:
                     0 if self._jobs else LOG_DELAY if self.log.pending else tick)
                 self._read_clock()
                 self.share = max(ONE_PIECE, min(LOOP_STEP, TURN // (len(events) or 1)))
-                if len(events) > MANY_EVENTS:     # or the last ones would always be cut off
+                if was_cut_off:           # or always the same ones would be
                     random.shuffle(events)
+                was_cut_off = False
                 for number, (key, _) in enumerate(events, 1):
                     try:
                         key.data.ready()
                     except Exception:
                         self.fault(key.data)
                     if not number % MANY_EVENTS and time.monotonic() - self.now > TURN_TIME:
-                        break             # the others are ready in the next turn, too
+                        was_cut_off = True        # the others are ready in the next turn, too
+                        break
                 self._send_out()          # first, as these connections have a new deadline
                 if self._jobs:
                     self._run_slice()
