@@ -101,7 +101,7 @@ CACHE_NOTHING = b"Cache-Control: private, no-store\r\n"   # for one user, or one
 
 # Errors of the system rather than of the file.
 SHORTAGE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
-# Those of open_regular for what is not there, or is not to be served.
+# Errors of open_regular for a file that is missing, or not to be served.
 NOT_THERE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL, errno.ENXIO))
 
 EXIT_CONFIG = 96              # SMF_EXIT_ERR_CONFIG: maintenance, not restart after restart
@@ -5424,6 +5424,7 @@ class ImgapiPublishing:
         publisher.update(image.uuid, read_json(request, dict))
 
     def channel_add(self, request, image, query, publisher):
+        """AddImageToChannel: the body has its name."""
         name = read_json(request, dict).get("channel")
         if not isinstance(name, str) or name not in self.imgapi.channels:
             raise unknown_channel(name)
@@ -7607,7 +7608,7 @@ COLUMN_LIMIT = 36             # characters of a column of `list`: a uuid
 LIST_COLUMNS = "UUID NAME VERSION OS TYPE SIZE STATE PUBLISHED ORIGIN CHANNELS".split()
 LIST_FILTERS = "uuid name version os type state origin channels owner public billing_tag".split()
 CREATOR_KEYS = "image-creator-uuid", "image-vendor-uuid"     # that `make config` fills in
-CLEAN = "check --clean"       # the command that removes what nobody can use
+CLEAN = "check --clean"       # the command that removes remains
 EXAMPLE = "f669428c-a939-11e2-a485-b790efc0f0c1"      # a uuid for --help
 
 
